@@ -1,0 +1,1 @@
+"""Episodic: a stateful agent service over vLLM."""
