@@ -1,0 +1,64 @@
+"""A typed client of the service, blocking and asyncio, that retries without taking a step twice.
+
+    with Client("http://127.0.0.1:8000") as client:
+        observation, _ = env.reset(seed=7)
+        episode = client.episode(instructions="...", action_space={"type": "discrete", "actions": ["left", "right"]})
+        act = episode.act(describe(observation))
+        while not act.done:
+            observation, reward, terminated, truncated, _ = env.step(index[act.action])
+            act = episode.act(describe(observation), reward=reward, terminated=terminated, truncated=truncated)
+
+`AsyncClient` is the same with `await`. The errors are drawn in `service.client.errors`.
+"""
+
+from service.client.clients import DEFAULT_URL, AsyncClient, AsyncEpisode, Client, Episode
+from service.client.errors import (
+    ApiError,
+    ConnectionFailed,
+    ContextOverflow,
+    DeadlineExceeded,
+    EpisodeEnded,
+    EpisodeNotFound,
+    EpisodicError,
+    InvalidResponse,
+    StepConflict,
+    Unavailable,
+)
+from service.client.models import (
+    Act,
+    EpisodePage,
+    EpisodeResource,
+    Parent,
+    ParseFailure,
+    Timing,
+    TrajectoryFormat,
+    Usage,
+)
+from service.client.retries import Retry
+
+__all__ = [
+    "DEFAULT_URL",
+    "Act",
+    "ApiError",
+    "AsyncClient",
+    "AsyncEpisode",
+    "Client",
+    "ConnectionFailed",
+    "ContextOverflow",
+    "DeadlineExceeded",
+    "Episode",
+    "EpisodeEnded",
+    "EpisodeNotFound",
+    "EpisodePage",
+    "EpisodeResource",
+    "EpisodicError",
+    "InvalidResponse",
+    "Parent",
+    "ParseFailure",
+    "Retry",
+    "StepConflict",
+    "Timing",
+    "TrajectoryFormat",
+    "Unavailable",
+    "Usage",
+]

@@ -1,0 +1,193 @@
+"""Owns the calls of the HTTP contract: how each request is written and its answer read. It does no I/O."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypedDict, TypeVar
+from urllib.parse import urlencode
+
+import httpx
+
+from service.client.errors import ConnectionFailed, InvalidResponse, problem
+from service.client.models import Act, EpisodePage, EpisodeResource, TrajectoryFormat
+from service.client.retries import Outcome
+
+T = TypeVar("T")
+JsonObject = Mapping[str, Any]
+Observation = str | JsonObject | Sequence[JsonObject]
+"""Text, a JSON object, or a list of parts {"type": "text" | "image", ...}."""
+
+_EPISODE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_ACT_MARGIN_S = 5.0
+"""How much longer than an act's own deadline to wait for the answer that says whether it was met."""
+
+
+class EpisodeFields(TypedDict, total=False):
+    """What POST /episode takes; what is left out gets the service's default."""
+
+    profile: str
+    instructions: str
+    goal: str
+    action_space: JsonObject
+    sampling: JsonObject
+    reasoning: JsonObject
+    context: JsonObject
+    policy: str
+    max_steps: int
+    idle_ttl_s: float
+    tags: Sequence[str]
+    metadata: JsonObject
+    group: str
+
+
+class EndFields(TypedDict, total=False):
+    """How an episode ended. `reward` is for the last action; `info` is stored and not shown to the policy."""
+
+    reward: float | None
+    terminated: bool
+    truncated: bool
+    success: bool | None
+    info: JsonObject | None
+
+
+class ActFields(EndFields, total=False):
+    """What goes with an observation. `legal_actions` narrows a discrete space; `timeout_s` is the act's deadline."""
+
+    legal_actions: Sequence[Any] | None
+    timeout_s: float | None
+
+
+class Filters(TypedDict, total=False):
+    """Which episodes to list."""
+
+    status: str
+    tag: str
+    group: str
+    policy: str
+    limit: int
+    cursor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request, and `read`, which makes of a good response what the caller gets."""
+
+    method: str
+    path: str
+    read: Callable[[httpx.Response], T]
+    episode_id: str | None = None
+    body: bytes | None = None
+    timeout_s: float | None = None
+    accepted_status: int | None = None
+    """A status from 400 up that is as good as a success."""
+
+    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        """Built once: every attempt sends the same bytes."""
+        headers: dict[str, str] = {}
+        if self.episode_id is not None:
+            headers["X-Episode-Id"] = self.episode_id
+        if self.body is not None:
+            headers["Content-Type"] = "application/json"
+        timeout = httpx.USE_CLIENT_DEFAULT if self.timeout_s is None else self.timeout_s
+        return http.build_request(self.method, self.path, content=self.body, headers=headers, timeout=timeout)
+
+    def settle(self, outcome: Outcome) -> T:
+        """The value of the last attempt's outcome, or the error it stands for."""
+        if isinstance(outcome, httpx.RequestError):
+            raise ConnectionFailed(_sentence(outcome)) from outcome
+        if outcome.status_code >= 400 and outcome.status_code != self.accepted_status:
+            raise problem(outcome)
+        try:
+            return self.read(outcome)
+        except ValueError as error:
+            raise InvalidResponse(f"{self.method} {self.path}: {error}") from error
+
+
+def create_episode(episode_id: str, fields: EpisodeFields) -> Call[EpisodeResource]:
+    check_episode_id(episode_id)
+    body = encode({"episode_id": episode_id, **fields})
+    return Call("POST", "/episode", _episode, episode_id, body)
+
+
+def get_episode(episode_id: str) -> Call[EpisodeResource]:
+    return Call("GET", _path(episode_id), _episode, episode_id)
+
+
+def list_episodes(filters: Filters) -> Call[EpisodePage]:
+    query = urlencode({name: value for name, value in filters.items() if value is not None})
+    return Call("GET", f"/episode?{query}" if query else "/episode", _page)
+
+
+def act(episode_id: str, step: int, observation: Observation | None, fields: ActFields) -> Call[Act]:
+    body = encode({"episode_id": episode_id, "step": step, "observation": observation, **fields})
+    deadline_s = fields.get("timeout_s")
+    return Call("POST", "/act", _act, episode_id, body, None if deadline_s is None else deadline_s + _ACT_MARGIN_S)
+
+
+def end_episode(episode_id: str, fields: EndFields) -> Call[EpisodeResource]:
+    return Call("POST", f"{_path(episode_id)}/end", _episode, episode_id, encode(fields))
+
+
+def trajectory(episode_id: str, format: TrajectoryFormat) -> Call[Any]:
+    return Call("GET", f"{_path(episode_id)}/trajectory?format={format}", httpx.Response.json, episode_id)
+
+
+def delete_episode(episode_id: str) -> Call[None]:
+    # 410: an earlier attempt, whose answer was lost, deleted it.
+    return Call("DELETE", _path(episode_id), _nothing, episode_id, accepted_status=410)
+
+
+def ready() -> Call[None]:
+    return Call("GET", "/readyz", _nothing)
+
+
+def version() -> Call[dict[str, Any]]:
+    return Call("GET", "/version", httpx.Response.json)
+
+
+def check_episode_id(episode_id: str) -> None:
+    if not _EPISODE_ID.fullmatch(episode_id):
+        raise ValueError(f"an episode id is 1 to 128 of A-Z a-z 0-9 _ -, not {episode_id!r}")
+
+
+def encode(fields: JsonObject) -> bytes:
+    """JSON without the fields that are None. Raises ValueError for NaN and infinity, which JSON does not have."""
+    return _ENCODER.encode({name: value for name, value in fields.items() if value is not None}).encode()
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and scalars of NumPy and its kin know how to become plain values."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain)
+
+
+def _path(episode_id: str) -> str:
+    check_episode_id(episode_id)
+    return f"/episode/{episode_id}"
+
+
+def _act(response: httpx.Response) -> Act:
+    return Act.model_validate_json(response.content)
+
+
+def _episode(response: httpx.Response) -> EpisodeResource:
+    return EpisodeResource.model_validate_json(response.content)
+
+
+def _page(response: httpx.Response) -> EpisodePage:
+    return EpisodePage.model_validate_json(response.content)
+
+
+def _nothing(response: httpx.Response) -> None:
+    del response
+
+
+def _sentence(error: httpx.RequestError) -> str:
+    return f"{error.request.method} {error.request.url}: {str(error) or type(error).__name__}"

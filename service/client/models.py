@@ -1,0 +1,107 @@
+"""Owns the values the service answers with, as the client sees them: frozen, and blind to fields it does not know."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+TrajectoryFormat = Literal["steps", "messages", "tokens"]
+
+
+class Value(BaseModel):
+    """A newer service may answer with more fields than this client knows: they are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Usage(Value):
+    """Tokens of one act; `cached_tokens` of the prompt's were not computed again."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int | None = None
+    completion_tokens: int = 0
+
+
+class Timing(Value):
+    """Where the time of one act went, in seconds."""
+
+    queue_s: float | None = None
+    engine_s: float | None = None
+    store_s: float | None = None
+    total_s: float | None = None
+
+
+class ParseFailure(Value):
+    """Why a completion is not an action of the action space."""
+
+    kind: str
+    detail: str | None = None
+
+
+class Act(Value):
+    """The answer to one observation.
+
+    `action` is None when the episode is `done`, and when the completion did not parse (then see `parse_failure`).
+    `action_probs` maps each legal action to its probability where the action space is discrete.
+    """
+
+    episode_id: str
+    step: int
+    action: Any = None
+    text: str | None = None
+    reasoning: str | None = None
+    action_probs: dict[str, float] | None = None
+    logprob: float | None = None
+    finish_reason: str | None = None
+    parse_failure: ParseFailure | None = None
+    done: bool = False
+    replayed: bool = False
+    policy_version: str | None = None
+    usage: Usage | None = None
+    timing: Timing | None = None
+
+
+class Parent(Value):
+    """Where a fork branched off."""
+
+    episode_id: str
+    step: int
+
+
+class EpisodeResource(Value):
+    """An episode as the service keeps it; `step` is the index of the next act."""
+
+    episode_id: str
+    status: str
+    stop_reason: str | None = None
+    success: bool | None = None
+    step: int
+    episode_return: float = 0.0
+    num_tokens: int | None = None
+    policy: str | None = None
+    policy_version: str | None = None
+    parent: Parent | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    ended_at: datetime | None = None
+    profile: str | None = None
+    instructions: str = ""
+    goal: str | None = None
+    action_space: dict[str, Any] | None = None
+    sampling: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    context: dict[str, Any] | None = None
+    max_steps: int | None = None
+    idle_ttl_s: float | None = None
+    tags: tuple[str, ...] = ()
+    metadata: dict[str, Any] | None = None
+    group: str | None = None
+
+
+class EpisodePage(Value):
+    """Episodes, newest first; pass `next_cursor` as `cursor` to get the page after it."""
+
+    episodes: tuple[EpisodeResource, ...]
+    next_cursor: str | None = None

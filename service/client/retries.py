@@ -1,0 +1,66 @@
+"""Owns when a call is sent again and after how long a wait.
+
+Every call of the client is safe to repeat: the client chooses the episode's id and the step index, so the service
+recognizes a repeated request and answers as it did the first time.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+import httpx
+
+Outcome = httpx.Response | httpx.RequestError
+"""What one attempt came to."""
+
+_RETRIED_STATUS = frozenset({429, 502, 503})
+_RETRIED_ERRORS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How patient a client is.
+
+    It sends a call again at most `max_retries` times, and never later than `total_s` seconds after the first attempt
+    began. It waits what Retry-After asks for (RFC 9110, 10.2.3) plus a random share of a backoff that doubles from
+    `first_s` to `max_s` seconds, the "full jitter" of Marc Brooker, "Exponential Backoff And Jitter", AWS, 2015.
+    """
+
+    max_retries: int = 10
+    total_s: float = 60.0
+    first_s: float = 0.1
+    max_s: float = 5.0
+
+    def backoff_s(self, num_retries: int) -> float:
+        """The longest wait, without Retry-After, before retry number `num_retries`, counted from 0."""
+        return min(self.max_s, self.first_s * 2.0 ** min(num_retries, 60))
+
+
+class Attempts:
+    """Counts the attempts at one call, which begins now."""
+
+    def __init__(self, retry: Retry) -> None:
+        self._retry = retry
+        self._num_retries = 0
+        self._give_up_at = time.monotonic() + retry.total_s
+
+    def wait_s(self, outcome: Outcome) -> float | None:
+        """Seconds to wait before the next attempt, or None where `outcome` is final."""
+        if not _is_transient(outcome) or self._num_retries >= self._retry.max_retries:
+            return None
+        wait_s = _retry_after_s(outcome) + random.uniform(0.0, self._retry.backoff_s(self._num_retries))  # noqa: S311 - jitter
+        self._num_retries += 1
+        return wait_s if time.monotonic() + wait_s < self._give_up_at else None
+
+
+def _is_transient(outcome: Outcome) -> bool:
+    if isinstance(outcome, httpx.Response):
+        return outcome.status_code in _RETRIED_STATUS
+    return isinstance(outcome, _RETRIED_ERRORS)
+
+
+def _retry_after_s(outcome: Outcome) -> float:
+    asked = outcome.headers.get("Retry-After", "") if isinstance(outcome, httpx.Response) else ""
+    return float(asked) if asked.isascii() and asked.isdigit() else 0.0

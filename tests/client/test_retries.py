@@ -1,0 +1,52 @@
+"""When a call is sent again."""
+
+import httpx
+import pytest
+
+from service.client.retries import Attempts, Retry
+
+
+def response(status: int, **headers: str) -> httpx.Response:
+    return httpx.Response(status, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def test_the_backoff_doubles_up_to_a_cap() -> None:
+    retry = Retry(first_s=0.5, max_s=3.0)
+    assert [retry.backoff_s(n) for n in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+    assert retry.backoff_s(10_000) == 3.0
+
+
+def test_the_wait_is_at_least_what_retry_after_asks_for() -> None:
+    attempts = Attempts(Retry(first_s=0.5, max_s=0.5))
+    waits = [attempts.wait_s(response(503, Retry_After="7")) for _ in range(10)]
+    assert all(wait is not None and 7.0 <= wait <= 7.5 for wait in waits)
+    assert len(set(waits)) > 1, "clients told the same wait must not come back at the same moment"
+
+
+@pytest.mark.parametrize("header", ["soon", "-1", "nan", "1e9", "Wed, 21 Oct 2015 07:28:00 GMT", "٣"])
+def test_a_retry_after_that_is_no_number_of_seconds_is_ignored(header: str) -> None:
+    broken = httpx.Response(503, headers=[(b"Retry-After", header.encode())])
+    wait = Attempts(Retry(first_s=0.1)).wait_s(broken)
+    assert wait is not None
+    assert 0.0 <= wait <= 0.1
+
+
+@pytest.mark.parametrize("status", [200, 204, 400, 401, 404, 409, 410, 413, 422, 500, 504])
+def test_other_answers_are_final(status: int) -> None:
+    assert Attempts(Retry()).wait_s(response(status)) is None
+
+
+@pytest.mark.parametrize("kind", [httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.DecodingError])
+def test_errors_of_our_own_making_are_final(kind: type[httpx.RequestError]) -> None:
+    assert Attempts(Retry()).wait_s(kind("no")) is None
+
+
+@pytest.mark.parametrize("kind", [httpx.ConnectError, httpx.ReadTimeout, httpx.RemoteProtocolError, httpx.WriteError])
+def test_errors_of_the_way_are_retried_a_bounded_number_of_times(kind: type[httpx.RequestError]) -> None:
+    attempts = Attempts(Retry(max_retries=2))
+    assert [attempts.wait_s(kind("lost")) is None for _ in range(3)] == [False, False, True]
+
+
+def test_no_attempt_begins_after_the_total() -> None:
+    assert Attempts(Retry(total_s=0.0)).wait_s(response(503)) is None
+    assert Attempts(Retry(total_s=10.0)).wait_s(response(503, Retry_After="11")) is None
