@@ -1,0 +1,17 @@
+"""Plays any Gymnasium environment with the service's policy, beside a random one, and reports how both did."""
+
+from service.rollout.command import rollout_command
+from service.rollout.environment import EnvironmentFactory, RewardNotFinite, UnusableEnvironment
+from service.rollout.play import rollout
+from service.rollout.report import Failure, Report, Summary
+
+__all__ = [
+    "EnvironmentFactory",
+    "Failure",
+    "Report",
+    "RewardNotFinite",
+    "Summary",
+    "UnusableEnvironment",
+    "rollout",
+    "rollout_command",
+]

@@ -1,0 +1,82 @@
+"""Owns what a rollout found: what became of each episode, and the figures over all of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from statistics import fmean
+from typing import Any
+
+from service.rollout.intervals import Interval, mean_interval, wilson
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An episode that was played to its end; `length` in steps of the environment."""
+
+    seed: int
+    episode_return: float
+    length: int
+    completed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An episode that could not be played to its end, and why."""
+
+    seed: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Figures over the episodes that one policy ended; the rates and means are None where there are none."""
+
+    episodes: int
+    completion_rate: float | None
+    completion_rate_ci95: Interval | None
+    mean_return: float | None
+    mean_return_ci95: Interval | None
+    mean_length: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A rollout's figures. Times are in seconds, as the caller of /act saw them, retries included."""
+
+    env: str
+    seed: int
+    concurrency: int
+    temperature: float
+    policy_version: str | None
+    policy: Summary
+    random: Summary
+    steps_per_s: float
+    p50_s: float | None
+    p99_s: float | None
+    wall_s: float
+    failures: tuple[Failure, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The policy's figures at the top, the random policy's under "random"."""
+        own = {name: value for name, value in asdict(self).items() if name not in ("env", "policy", "random")}
+        return {"env": self.env, **asdict(self.policy), **own, "random": asdict(self.random)}
+
+
+def summarize(outcomes: Sequence[Outcome]) -> Summary:
+    if not outcomes:
+        return Summary(0, None, None, None, None, None)
+    num_completed = sum(outcome.completed for outcome in outcomes)
+    returns = [outcome.episode_return for outcome in outcomes]
+    return Summary(
+        episodes=len(outcomes),
+        completion_rate=num_completed / len(outcomes),
+        completion_rate_ci95=wilson(num_completed, len(outcomes)),
+        mean_return=fmean(returns),
+        mean_return_ci95=mean_interval(returns),
+        mean_length=fmean(outcome.length for outcome in outcomes),
+    )
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """The nearest-rank percentile, None of nothing."""
+    return sorted(values)[max(0, ceil(len(values) * percent / 100) - 1)] if values else None
