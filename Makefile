@@ -1,0 +1,46 @@
+# Every command of the project; `make help` lists them. All but help and clean set up .venv first, once.
+SHELL  := /bin/bash
+PYTHON ?= python3
+DEVICE ?= cpu
+MODEL   =
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check bench policy lock clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  DEVICE=cpu|gpu       which engine to install (now: $(DEVICE))"
+	@echo "  MODEL=NAME|PATH      the policy that serve loads (default: the packaged one)"
+	@echo "  PYTHON=python3.12    the interpreter that makes .venv (now: $(PYTHON))"
+
+install: ## Set up .venv for DEVICE; does nothing when it is up to date
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Name one: make install PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) deploy/install.py $(DEVICE)
+
+serve: install ## Serve the policy on 127.0.0.1:8000; reads EPISODIC_* and MODEL
+	$(if $(MODEL),EPISODIC_MODEL='$(MODEL)') exec $(BIN)/episodic serve
+
+# The tests set what they need: the caller's EPISODIC_* variables stay out.
+test: install ## Run all tests
+	@env $(patsubst %,-u %,$(filter EPISODIC_%,$(.VARIABLES))) $(BIN)/pytest
+
+check: install ## Check format, lint, types and layers
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: install ## Measure the service and write its report
+	$(BIN)/python -m bench
+
+policy: install ## Train the packaged policy anew
+	$(BIN)/python -m training.toy_text
+
+lock: ## Resolve the dependencies anew into requirements/
+	$(PYTHON) deploy/lock.py
+
+clean: ## Remove .venv and every cache
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
