@@ -61,8 +61,9 @@ def create_venv() -> None:
             "On Debian and Ubuntu it is a package of its own: apt install python3-venv"
         )
     say(f"Creating {VENV} with Python {sys.version.split()[0]}")
+    python = Path(sys.executable).resolve()  # an activated .venv names its own link, which is about to go
     shutil.rmtree(VENV, ignore_errors=True)
-    run(sys.executable, "-m", "venv", str(VENV))
+    run(str(python), "-m", "venv", str(VENV))
 
 
 def install_lock(lock: Path, device: str) -> None:
