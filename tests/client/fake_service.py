@@ -49,12 +49,15 @@ def first_action(episode: FakeEpisode, body: dict[str, Any]) -> Any:
 
 
 class FakeService:
-    """An ASGI app. `choose` is its policy; `received` holds (method, path, headers, body) of every request."""
+    """An ASGI app. `choose` is its policy; `received` holds (method, path, headers, body) of every request, and
+    `peers` the connections they came by.
+    """
 
     def __init__(self) -> None:
         self.choose: Callable[[FakeEpisode, dict[str, Any]], Any] = first_action
         self.episodes: dict[str, FakeEpisode] = {}
         self.received: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.peers: set[tuple[str, int]] = set()
         self._faults: dict[str, deque[Fault]] = {}
         self._app = Starlette(
             routes=[
@@ -74,6 +77,7 @@ class FakeService:
         self.choose = first_action
         self.episodes.clear()
         self.received.clear()
+        self.peers.clear()
         self._faults.clear()
 
     def script(self, path: str, *faults: Fault) -> None:
@@ -86,6 +90,7 @@ class FakeService:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         body = await _read(receive)
+        self.peers.add(scope["client"])
         self.received.append((scope["method"], scope["path"], headers, body))
 
         async def replay() -> Message:

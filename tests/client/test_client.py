@@ -1,5 +1,6 @@
 """The client over a real socket: exactly-once steps under faults, errors, and the same behaviour in both forms."""
 
+import asyncio
 import json
 import math
 import socket
@@ -138,6 +139,18 @@ async def test_asyncio_takes_the_step_once_too(url: str, fake: FakeService) -> N
             await episode.refresh()
     assert [body["step"] for body in decoded(fake.bodies("/act"))] == [0, 0, 0, 0, 1]
     assert len(fake.episodes) == 1
+
+
+async def test_acts_at_the_same_time_share_no_more_connections_than_they_need(url: str, fake: FakeService) -> None:
+    async def play(client: AsyncClient) -> list[int]:
+        episode = await client.episode(action_space=GRID)
+        return [(await episode.act("o")).step for _ in range(4)]
+
+    async with AsyncClient(url, retry=QUICK) as client:
+        played = await asyncio.gather(*(play(client) for _ in range(8)))
+        assert played == [[0, 1, 2, 3]] * 8
+        assert len(fake.received) == 40
+        assert 1 < len(fake.peers) <= 8
 
 
 def test_the_step_stays_where_it_was_after_a_call_that_failed(client: Client, fake: FakeService) -> None:
