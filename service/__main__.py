@@ -1,0 +1,111 @@
+"""The command line: serve, rollout, migrate, settings."""
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from service import logs
+from service.app import create_app
+from service.rollout import rollout_command
+from service.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A stateful agent service over vLLM.")
+app.command("rollout")(rollout_command)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option(help="A packaged policy, a folder, or a Hugging Face model id.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to serve on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to serve on.")] = None,
+    store: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the store.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="A vLLM engine option, NAME=VALUE; may be repeated.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="console or json.")] = None,
+) -> None:
+    """Serves the policy over HTTP. Every setting is also an EPISODIC_* variable and a key of the TOML file."""
+    given = {"model": model, "host": host, "port": port, "store": store, "config": config, "log_format": log_format}
+    settings = _settings(given, dict(_pair(option) for option in engine or []))
+    _require_loopback(settings.host)
+    logs.configure(settings.log_format, settings.log_level)
+    raise typer.Exit(_serve(settings))
+
+
+def _settings(given: dict[str, Any], engine: dict[str, str]) -> Settings:
+    named = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(**named, **({"engine": engine} if engine else {}))
+    except (ValidationError, OSError, ValueError) as error:
+        typer.secho(f"settings: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
+
+
+def _pair(option: str) -> tuple[str, str]:
+    name, equals, value = option.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{option!r} is not NAME=VALUE", param_hint="--engine")
+    return name, value
+
+
+def _require_loopback(host: str) -> None:
+    """There are no API keys yet, so nobody but this machine may connect."""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host != "localhost":
+        typer.secho(
+            f"host {host}: without API keys the service serves loopback only (127.0.0.1, ::1, localhost). "
+            "Put a proxy that authenticates callers in front of it.",
+            fg="red",
+            err=True,
+        )
+        raise typer.Exit(2)
+
+
+class _Server(uvicorn.Server):
+    """Ends with exit code 0 on SIGTERM and SIGINT; readiness drops before connections are refused."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        yield
+
+    def _on_signal(self, number: int) -> None:
+        self.config.app.state.sessions.draining = True  # type: ignore[union-attr]
+        self.handle_exit(number, None)
+
+
+def _serve(settings: Settings) -> int:
+    """Runs until a signal (0) or until the engine is lost (1)."""
+    failed = False
+
+    def fail() -> None:
+        nonlocal failed
+        failed = True
+        server.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(settings, on_fatal=fail),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain_s),
+    )
+    server = _Server(config)
+    server.run()
+    return int(failed or not server.started)
+
+
+if __name__ == "__main__":
+    app()

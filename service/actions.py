@@ -1,0 +1,266 @@
+"""Owns action spaces: what an action may be, the constraint that makes a completion one, and how to parse it. Pure."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, ValidationError
+from jsonschema.protocols import Validator
+from jsonschema.validators import extend
+
+from service.engine.base import Constraint
+from service.trajectory import JsonValue, ParseFailure, Sampling
+
+MAX_ACTIONS = 1024
+MAX_SCHEMA_BYTES = 64 * 1024
+MAX_PATTERN_CHARS = 4096
+MAX_NESTING = 32
+
+
+class ActionSpaceError(ValueError):
+    """The action space cannot be served; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpace:
+    """Any text is an action."""
+
+    constraint: Constraint | None = None
+
+    def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
+        return text, None
+
+
+@dataclass(frozen=True, slots=True)
+class RegexSpace:
+    """An action is a text that the pattern matches in full; the engine holds completions to it."""
+
+    constraint: Constraint
+
+    def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
+        if finish_reason != "stop":
+            return None, ParseFailure("length", "The completion was cut before the pattern matched in full.")
+        return text, None
+
+
+@dataclass(frozen=True, slots=True)
+class JsonSpace:
+    """An action is a JSON value valid under the schema; the engine holds completions to its grammar."""
+
+    constraint: Constraint
+    validator: Validator
+
+    def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
+        if finish_reason != "stop":
+            return None, ParseFailure("length", "The completion was cut before the JSON value was complete.")
+        try:
+            value = json.loads(text)
+            self.validator.validate(value)
+        except ValidationError as error:
+            return None, ParseFailure("schema", error.message[:500])
+        except (ValueError, RecursionError) as error:
+            return None, ParseFailure("json", str(error)[:500])
+        return value, None
+
+
+@dataclass(frozen=True, slots=True)
+class DiscreteSpace:
+    """An action is one of `actions`, 2 to 1,024 distinct strings."""
+
+    actions: tuple[str, ...]
+
+
+ActionSpace = TextSpace | RegexSpace | JsonSpace | DiscreteSpace
+
+
+# The grammar holds completions to patterns; Python's backtracking matcher must not see them.
+_Validator = extend(Draft202012Validator, {"pattern": None, "patternProperties": None})  # type: ignore[arg-type]
+
+
+def json_space(schema: dict[str, Any]) -> JsonSpace:
+    """Raises ActionSpaceError for a schema that is too large, too deep, not a schema, or refers outside itself."""
+    spec = json.dumps(schema, separators=(",", ":"))
+    if len(spec) > MAX_SCHEMA_BYTES:
+        raise ActionSpaceError(f"the schema is {len(spec)} bytes long; at most {MAX_SCHEMA_BYTES} are allowed")
+    if _deeper_than(schema, MAX_NESTING):
+        raise ActionSpaceError(f"the schema nests more than {MAX_NESTING} levels deep")
+    if _remote_reference(schema):
+        raise ActionSpaceError("the schema refers to another document; only references within it (#...) are allowed")
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise ActionSpaceError(f"not a JSON schema: {error.message[:300]}") from error
+    return JsonSpace(Constraint("json", spec), cast("Validator", _Validator(schema)))
+
+
+def regex_space(pattern: str) -> RegexSpace:
+    """Raises ActionSpaceError for a pattern that is too long. Whether it compiles is the engine's to say."""
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise ActionSpaceError(f"the pattern is {len(pattern)} characters long; at most {MAX_PATTERN_CHARS} are")
+    return RegexSpace(Constraint("regex", pattern))
+
+
+@lru_cache(maxsize=1024)
+def discrete_space(actions: tuple[str, ...]) -> DiscreteSpace:
+    """Raises ActionSpaceError unless there are 2 to 1,024 distinct, non-empty actions. Equal spaces are shared."""
+    if not 2 <= len(actions) <= MAX_ACTIONS:
+        raise ActionSpaceError(f"{len(actions)} actions; 2 to {MAX_ACTIONS} are allowed")
+    if len(set(actions)) < len(actions):
+        raise ActionSpaceError("actions must be distinct")
+    if not all(actions):
+        raise ActionSpaceError("an action must not be empty")
+    return DiscreteSpace(actions)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A place in the trie where the model decides: the tokens so far, and the next ones there are.
+
+    bounds: child i leads to the sorted sequences bounds[i]:bounds[i + 1].
+    """
+
+    path: tuple[int, ...]
+    children: tuple[int, ...]
+    bounds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A drawn action. token_ids end with the terminator. drawn: 1 where the model decided. logprobs: one a token."""
+
+    action: str
+    token_ids: tuple[int, ...]
+    drawn: bytes
+    logprobs: tuple[float, ...]
+    logprob: float
+    probs: dict[str, float]
+
+
+class DecisionTrie:
+    """Actions as token sequences, each closed by the terminator, so that one action may be a prefix of another.
+
+    The model is asked only at `branches`; every other token is forced. A distribution over actions is the product of
+    the choices at the branches on the way, each renormalised over the tokens that lead to an action.
+    """
+
+    def __init__(self, actions: Sequence[str], encode: Callable[[str], list[int]], terminator: int) -> None:
+        rows = sorted(((*encode(action), terminator), action) for action in actions)
+        self.actions: tuple[str, ...] = tuple(action for _, action in rows)
+        self.sequences: tuple[tuple[int, ...], ...] = tuple(ids for ids, _ in rows)
+        for (ids, action), (other, twin) in zip(rows, rows[1:], strict=False):
+            if other[: len(ids)] == ids:
+                raise ActionSpaceError(f"the policy's tokenizer cannot tell {action!r} and {twin!r} apart")
+        self.branches: tuple[Branch, ...] = tuple(self._branches())
+        self.max_len: int = max(map(len, self.sequences))
+
+    def _branches(self) -> list[Branch]:
+        found: list[Branch] = []
+        pending = [(0, 0, len(self.sequences))]
+        while pending:
+            depth, low, high = pending.pop()
+            while self.sequences[low][depth] == self.sequences[high - 1][depth] and high - low > 1:
+                depth += 1
+            if high - low == 1:
+                continue
+            starts = [i for i in range(low, high) if i == low or self._at(i, depth) != self._at(i - 1, depth)]
+            bounds = (*starts, high)
+            found.append(Branch(self.sequences[low][:depth], tuple(self._at(i, depth) for i in starts), bounds))
+            pending.extend((depth + 1, a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b - a > 1)
+        return found
+
+    def _at(self, row: int, depth: int) -> int:
+        return self.sequences[row][depth]
+
+    def distribution(self, scores: Sequence[Sequence[float]], sampling: Sampling) -> list[float]:
+        """Probabilities of `actions`, in their order, given the logprobs of each branch's children.
+
+        At temperature 0 this is the distribution at temperature 1, of which the most likely action is taken.
+        """
+        temperature = sampling.temperature or 1.0
+        totals = [0.0] * len(self.actions)
+        for branch, logprobs in zip(self.branches, scores, strict=True):
+            for child, logprob in enumerate(log_softmax([value / temperature for value in logprobs])):
+                for row in range(branch.bounds[child], branch.bounds[child + 1]):
+                    totals[row] += logprob
+        return _filtered([math.exp(total) for total in totals], sampling)
+
+    def draw(self, scores: Sequence[Sequence[float]], sampling: Sampling, generator: random.Random) -> Chosen:
+        """Draws an action; `scores` holds the logprobs of each branch's children, in the order of `branches`."""
+        probs = self.distribution(scores, sampling)
+        rows = range(len(probs))
+        row = generator.choices(rows, probs)[0] if sampling.temperature else max(rows, key=probs.__getitem__)
+        drawn = bytearray(len(self.sequences[row]))
+        logprobs = [0.0] * len(drawn)
+        for branch in self.branches:
+            if not branch.bounds[0] <= row < branch.bounds[-1]:
+                continue
+            child = next(i for i, end in enumerate(branch.bounds[1:]) if row < end)
+            mass = sum(probs[branch.bounds[0] : branch.bounds[-1]])
+            taken = sum(probs[branch.bounds[child] : branch.bounds[child + 1]])
+            drawn[len(branch.path)] = 1
+            logprobs[len(branch.path)] = math.log(min(taken / mass, 1.0))
+        return Chosen(
+            action=self.actions[row],
+            token_ids=self.sequences[row],
+            drawn=bytes(drawn),
+            logprobs=tuple(logprobs),
+            logprob=math.log(min(probs[row], 1.0)),
+            probs=dict(zip(self.actions, probs, strict=True)),
+        )
+
+
+def log_softmax(values: Sequence[float]) -> list[float]:
+    """Normalised logprobs. A branch the model gives nothing (all -inf) is uniform: its actions stay legal."""
+    top = max(values)
+    if top == -math.inf:
+        return [-math.log(len(values))] * len(values)
+    total = top + math.log(sum(math.exp(value - top) for value in values))
+    return [value - total for value in values]
+
+
+def _filtered(probs: list[float], sampling: Sampling) -> list[float]:
+    order = sorted(range(len(probs)), key=probs.__getitem__, reverse=True)
+    keep = len(order) if sampling.top_k <= 0 else min(sampling.top_k, len(order))
+    floor = sampling.min_p * probs[order[0]]
+    mass = 0.0
+    kept: set[int] = set()
+    for row in order[:keep]:
+        if kept and (probs[row] < floor or mass >= sampling.top_p):
+            break
+        kept.add(row)
+        mass += probs[row]
+    return [prob / mass if row in kept else 0.0 for row, prob in enumerate(probs)]
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return False
+    return True
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(cast("dict[str, Any]", node).values())
+    return cast("list[Any]", node) if isinstance(node, list) else []
+
+
+def _remote_reference(schema: Any) -> bool:
+    pending = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            mapping = cast("dict[str, Any]", node)
+            for key in ("$ref", "$dynamicRef"):
+                target = mapping.get(key)
+                if isinstance(target, str) and not target.startswith("#"):
+                    return True
+        pending.extend(_children(node))
+    return False

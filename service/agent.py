@@ -1,0 +1,109 @@
+"""The heart: act() takes an observation to a step of the policy's. It reads top to bottom as the loop itself does."""
+
+import asyncio
+import random
+from array import array
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
+
+from service.actions import DiscreteSpace, JsonSpace, RegexSpace, TextSpace
+from service.engine.base import Engine, Scores
+from service.episode import Call, Episode
+from service.prompt import Prompt
+from service.token_log import closed_span
+from service.trajectory import Decision, Message, Span, Step, StopReason, Usage
+
+
+class Agent:
+    """The policy behind the episodes: an engine, and the prompt rendering that fits its tokenizer."""
+
+    def __init__(self, engine: Engine, prompt: Prompt) -> None:
+        self.engine = engine
+        self.prompt = prompt
+        self._random = random.Random()  # noqa: S311 - draws actions, not secrets
+
+    async def act(self, episode: Episode, call: Call) -> tuple[Step, StopReason | None]:
+        """The step that answers `call`, not committed yet, and why the episode ends with it, if it does.
+
+        Raises Conflict (context_overflow), EngineUnavailable.
+        """
+        message, version = call.message, self.engine.info.version
+        if stop_reason := message.ends or (StopReason.MAX_STEPS if episode.max_steps_reached else None):
+            return episode.closing_step(call, version), stop_reason
+        turn = self._observe(episode, message)
+        start = episode.fit(len(turn), self._reserve(episode, message))
+        if start is None:
+            return episode.closing_step(call, version), episode.overflow()
+        decision = await self._decide(episode, message, episode.log.window(start) + turn)
+        span = closed_span(turn, decision.completion, self.prompt.terminator)
+        return episode.next_step(call, decision, span, start, version), None
+
+    def _observe(self, episode: Episode, message: Message) -> list[int]:
+        if episode.log.num_steps:
+            return self.prompt.next_turn(message.observation)
+        return self.prompt.first_turn(episode.options.instructions, episode.options.goal, message.observation)
+
+    def _reserve(self, episode: Episode, message: Message) -> int:
+        """Tokens that the reply may take, its terminator included."""
+        space = episode.options.action_space
+        if isinstance(space, DiscreteSpace):
+            return self.prompt.trie(message.legal_actions or space.actions).max_len
+        return episode.options.sampling.max_tokens + 1
+
+    async def _decide(self, episode: Episode, message: Message, prompt: list[int]) -> Decision:
+        space, generator = episode.options.action_space, self._generator(episode)
+        if isinstance(space, DiscreteSpace):
+            return await self._choose(message.legal_actions or space.actions, prompt, episode, generator)
+        return await self._write(space, prompt, episode, generator)
+
+    async def _choose(
+        self, actions: tuple[str, ...], prompt: list[int], episode: Episode, generator: random.Random
+    ) -> Decision:
+        """One forward pass for each branch of the trie; where the first token decides, that is one in all."""
+        trie = self.prompt.trie(actions)
+        passes = [self.engine.score([*prompt, *branch.path], branch.children) for branch in trie.branches]
+        scores = [await passes[0]] if len(passes) == 1 else await _together(passes)
+        chosen = trie.draw([score.logprobs for score in scores], episode.options.sampling, generator)
+        return Decision(
+            action=chosen.action,
+            text=chosen.action,
+            completion=Span(array("i", chosen.token_ids), chosen.drawn, array("f", chosen.logprobs)),
+            logprob=chosen.logprob,
+            finish_reason="stop",
+            usage=Usage(len(prompt), scores[0].cached_tokens if scores else 0, len(chosen.token_ids)),
+            action_probs={action: chosen.probs[action] for action in actions},
+        )
+
+    async def _write(
+        self,
+        space: TextSpace | JsonSpace | RegexSpace,
+        prompt: list[int],
+        episode: Episode,
+        generator: random.Random,
+    ) -> Decision:
+        """Free or constrained text: the engine draws token by token."""
+        sampling = episode.options.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=generator.getrandbits(32))
+        completion = await self.engine.generate(prompt, sampling, space.constraint)
+        action, failure = space.parse(completion.text, completion.finish_reason)
+        num_drawn = len(completion.token_ids)
+        return Decision(
+            action=action,
+            text=completion.text,
+            completion=Span(array("i", completion.token_ids), b"\x01" * num_drawn, array("f", completion.logprobs)),
+            logprob=sum(completion.logprobs),
+            finish_reason=completion.finish_reason,
+            usage=Usage(len(prompt), completion.cached_tokens, num_drawn),
+            parse_failure=failure,
+        )
+
+    def _generator(self, episode: Episode) -> random.Random:
+        seed = episode.options.sampling.seed
+        return self._random if seed is None else random.Random(f"{seed}:{episode.head.step}")  # noqa: S311
+
+
+async def _together(calls: Iterable[Coroutine[None, None, Scores]]) -> list[Scores]:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(call) for call in calls]
+    return [task.result() for task in tasks]

@@ -1,0 +1,81 @@
+"""Owns the reading of a request body: its limit, strict JSON, and the digest that tells a retry from another call."""
+
+import hashlib
+import json
+from typing import Any, NoReturn, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from service.errors import BadRequest, TooLarge, Unprocessable
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# What says how to send a call, not what it says.
+_NOT_DIGESTED = ("episode_id", "step", "timeout_s")
+
+
+async def read(request: Request, model: type[Model]) -> tuple[Model, bytes]:
+    """The body as `model`, and its 16-byte digest. Raises BadRequest, TooLarge, Unprocessable."""
+    document = _parse(await _bytes(request))
+    if not isinstance(document, dict):
+        raise Unprocessable("the body must be a JSON object")
+    digest = _digest(document)
+    try:
+        return model.model_validate(document), digest
+    except ValidationError as error:
+        errors = [
+            {"loc": [part for part in item["loc"] if part != "__root__"], "msg": item["msg"]}
+            for item in error.errors(include_url=False, include_context=False, include_input=False)[:20]
+        ]
+        where = ".".join(str(part) for part in errors[0]["loc"])
+        raise Unprocessable(f"{where or 'body'}: {errors[0]['msg']}", errors=errors) from error
+
+
+async def _bytes(request: Request) -> bytes:
+    limit: int = request.app.state.settings.max_body_bytes
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise _too_large(limit)
+    except ClientDisconnect as error:
+        raise BadRequest("malformed_json", "The body ended early.") from error
+    return bytes(body)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge("payload_too_large", f"A body may have at most {limit} bytes.", max_body_bytes=limit)
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise BadRequest("malformed_json", "The JSON nests too deeply.") from error
+    except ValueError as error:
+        raise BadRequest("malformed_json", f"The body is not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _digest(document: dict[str, Any]) -> bytes:
+    said = {key: value for key, value in document.items() if key not in _NOT_DIGESTED}
+    try:
+        canonical = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
+    except TypeError as error:  # lone surrogates, integers over 64 bits, deeper than 254 levels
+        raise BadRequest("malformed_json", f"The body cannot be kept: {str(error).splitlines()[0]}") from error
+    return hashlib.blake2b(canonical, digest_size=16).digest()

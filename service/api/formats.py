@@ -1,0 +1,91 @@
+"""Owns the three faces of a trajectory: steps, chat messages, and tokens as the policy saw and drew them."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+from service.prompt import observation_text, system_text
+from service.trajectory import EpisodeRecord, JsonValue, Step
+
+Rendered = dict[str, JsonValue]
+
+
+def as_steps(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
+    """Steps with the reward that came for each one's action, and the message that closed the episode, if any."""
+    rewards = [row.message.reward for row in rows[1:]] + [None]
+    steps = [_step(row, reward) for row, reward in zip(rows, rewards, strict=True) if not row.closing] if rows else []
+    closing = next((_said(row) for row in rows if row.closing), None)
+    return {"steps": steps, "closing": closing}
+
+
+def as_messages(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
+    """The conversation as chat messages: system, then user (observation) and assistant (action) in turns."""
+    request = record.config.request
+    system = system_text(request.get("instructions", ""), request.get("goal"))
+    messages = [{"role": "system", "content": system}] if system else []
+    for row in rows:
+        if row.message.observation is not None:
+            messages.append({"role": "user", "content": observation_text(row.message.observation)})
+        if not row.closing:
+            messages.append({"role": "assistant", "content": row.answer["text"]})
+    return {"messages": messages}
+
+
+def as_tokens(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
+    """Segments of steps that share a window. A segment's token_ids are all the policy saw and drew in it; loss_mask is 1
+    where it drew a token in one of the segment's own steps; logprobs are those of the drawn tokens, else 0."""
+    decided = [row for row in rows if not row.closing]
+    segments = [
+        _segment(decided, start, list(members)) for start, members in groupby(decided, key=lambda row: row.window_start)
+    ]
+    return {"segments": segments}
+
+
+FORMATS: dict[str, Callable[[EpisodeRecord, Sequence[Step]], Rendered]] = {
+    "steps": as_steps,
+    "messages": as_messages,
+    "tokens": as_tokens,
+}
+
+
+def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rendered:
+    first = members[0].index
+    seen = [row for row in rows[:first] if row.index == 0 or row.index >= start]
+    token_ids: list[int] = []
+    loss_mask: list[int] = []
+    logprobs: list[float] = []
+    for row in [*seen, *members]:
+        own = row.index >= first
+        token_ids += row.span.token_ids
+        loss_mask += row.span.loss_mask if own else bytes(len(row.span.loss_mask))
+        logprobs += row.span.logprobs if own else [0.0] * len(row.span.logprobs)
+    return {
+        "steps": [row.index for row in members],
+        "window_start": start,
+        "policy_versions": [row.answer["policy_version"] for row in members],
+        "token_ids": token_ids,
+        "loss_mask": loss_mask,
+        "logprobs": logprobs,
+    }
+
+
+def _step(row: Step, reward: float | None) -> dict[str, Any]:
+    answer = row.answer
+    taken = ("action", "text", "action_probs", "logprob", "finish_reason", "parse_failure", "policy_version", "usage")
+    said = {"step": row.index, "observation": row.message.observation, "info": row.message.info}
+    legal = row.message.legal_actions
+    decided = {name: answer[name] for name in taken}
+    return {**said, "legal_actions": legal, **decided, "reward": reward, "created_at": row.created_at}
+
+
+def _said(row: Step) -> dict[str, Any]:
+    message = row.message
+    return {
+        "step": row.index,
+        "observation": message.observation,
+        "reward": message.reward,
+        "terminated": message.terminated,
+        "truncated": message.truncated,
+        "success": message.success,
+        "info": message.info,
+    }

@@ -1,0 +1,67 @@
+"""Owns what every request gets: a request id, on the answer and in the log, and a log line."""
+
+import re
+import time
+from uuid import uuid4
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import logs
+
+_log = logs.get(__name__)
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class RequestContext:
+    """Echoes X-Request-ID or makes one, binds it and X-Episode-Id to the log's context, logs the request.
+
+    A served act is logged at debug level: at a thousand a second its line would cost more than its answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        sent, episode_id = _ids(scope)
+        request_id = sent or uuid4().hex.encode()
+        scope["request_id"] = request_id.decode()
+        context = {"request_id": scope["request_id"]}
+        if episode_id:
+            context["episode_id"] = episode_id.decode()
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(**context)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            quiet = scope["path"] in ("/act", "/healthz", "/readyz", "/metrics") and status < 400
+            (_log.debug if quiet else _log.info)(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status or 499,
+                seconds=round(time.perf_counter() - began, 6),
+            )
+
+
+def _ids(scope: Scope) -> tuple[bytes | None, bytes | None]:
+    """X-Request-ID and X-Episode-Id, where they are sent and printable."""
+    found = {b"x-request-id": None, b"x-episode-id": None}
+    for name, value in scope["headers"]:
+        if name in found and _REQUEST_ID.fullmatch(value):
+            found[name] = value
+    return found[b"x-request-id"], found[b"x-episode-id"]

@@ -1,0 +1,105 @@
+"""Owns the one place where a failure becomes an HTTP answer: an RFC 9457 problem document with a stable code."""
+
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service import logs
+from service.api.schemas import Problem
+from service.engine.base import EngineUnavailable
+from service.errors import EpisodicError, Unavailable
+from service.store.base import StoreUnavailable
+
+_log = logs.get(__name__)
+
+_RETRY_AFTER_S = 1
+
+CODES: dict[int, tuple[str, ...]] = {
+    400: ("malformed_json",),
+    404: ("episode_not_found", "not_found"),
+    405: ("method_not_allowed",),
+    409: (
+        "step_conflict",
+        "idempotency_mismatch",
+        "episode_busy",
+        "episode_ended",
+        "context_overflow",
+    ),
+    410: ("episode_deleted",),
+    413: ("payload_too_large",),
+    422: ("invalid_request",),
+    500: ("internal_error",),
+    503: ("engine_unavailable", "store_unavailable", "draining"),
+    504: ("deadline_exceeded",),
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for these statuses."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"model": Problem, "description": ", ".join(CODES[status]), "content": content} for status in statuses
+    }
+
+
+def install(app: Starlette) -> None:
+    """Every failure of the app is rendered here."""
+    app.add_exception_handler(EpisodicError, _expected)
+    app.add_exception_handler(EngineUnavailable, _engine_unavailable)
+    app.add_exception_handler(StoreUnavailable, _store_unavailable)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def response(request: Request, error: EpisodicError) -> Response:
+    document = {
+        "type": f"/problems/{error.code}",
+        "title": error.title,
+        "status": error.status,
+        "code": error.code,
+        "detail": error.detail,
+        "request_id": request.scope.get("request_id", ""),
+        **error.context,
+    }
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
+    body = orjson.dumps(document, default=str)
+    return Response(body, error.status, headers, media_type="application/problem+json")
+
+
+async def _expected(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EpisodicError)
+    return response(request, error)
+
+
+async def _engine_unavailable(request: Request, error: Exception) -> Response:
+    _log.warning("engine unavailable", reason=str(error))
+    return response(request, Unavailable("engine_unavailable", str(error), retry_after_s=_RETRY_AFTER_S))
+
+
+async def _store_unavailable(request: Request, error: Exception) -> Response:
+    _log.error("store unavailable", reason=str(error))
+    detail = "The store cannot be used now."  # its own words may name files and hosts
+    return response(request, Unavailable("store_unavailable", detail, retry_after_s=_RETRY_AFTER_S))
+
+
+class _Http(EpisodicError):
+    """What routing refuses: an unknown path or method."""
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    problem = _Http(code, str(error.detail))
+    problem.status, problem.title = error.status_code, str(error.detail)  # type: ignore[misc]
+    answer = response(request, problem)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    _log.error("unexpected failure", path=request.url.path, exc_info=error)
+    return response(request, EpisodicError("internal_error", "An unexpected failure; the log has it by request_id."))

@@ -1,0 +1,94 @@
+"""The composition root: puts store, engine and sessions together under one lifespan, and the HTTP face before them."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from service import logs, metrics
+from service.api import acts, episodes, operations, problems
+from service.api.middleware import RequestContext
+from service.engine.base import Engine
+from service.sessions import Sessions
+from service.settings import Settings
+from service.store.base import Store
+from service.store.sql import SQLStore
+
+_log = logs.get(__name__)
+
+OnFatal = Callable[[], None]
+
+
+def create_app(
+    settings: Settings, *, engine: Engine | None = None, store: Store | None = None, on_fatal: OnFatal = lambda: None
+) -> FastAPI:
+    """The application. `engine` and `store` take the place of those that the settings name; `on_fatal` is called when
+    the engine cannot be loaded or has died, for the process to end loudly."""
+    kept = store or SQLStore(settings.store_url, metrics.record_commit)
+    sessions = Sessions(kept, max_live_episodes=settings.max_live_episodes)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            await kept.open()
+            stack.push_async_callback(kept.close)
+            supervisor = asyncio.create_task(_run_engine(settings, engine, sessions, on_fatal), name="engine")
+            stack.push_async_callback(_stop, supervisor)
+            yield
+
+    app = FastAPI(title="Episodic", summary="A stateful agent service.", lifespan=lifespan)
+    app.state.settings = settings
+    app.state.sessions = sessions
+    for module in (acts, episodes, operations):
+        app.include_router(module.router)
+    problems.install(app)
+    app.add_middleware(RequestContext)
+    return app
+
+
+async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessions, on_fatal: OnFatal) -> None:
+    """Loads the engine while /healthz answers already, then watches it. Its failure is the process's."""
+    try:
+        loaded = engine or await _load(settings)
+    except Exception:
+        _log.exception("the engine cannot be loaded", model=settings.model)
+        on_fatal()
+        return
+    try:
+        report = sessions.serve(loaded)
+        _log.info("ready", policy=loaded.info.model, policy_version=loaded.info.version, **dataclasses.asdict(report))
+        if not report.append_only:
+            _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")
+        if not report.canonical:
+            _log.warning("the chat template's own tokenization differs from the episode's")
+        await loaded.watch()
+        _log.critical("the engine died")
+        on_fatal()
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        _log.exception("the engine cannot be served", model=settings.model)
+        on_fatal()
+    finally:
+        await loaded.close()
+
+
+async def _load(settings: Settings) -> Engine:
+    from service.engine.async_llm import VLLMEngine  # seconds of import, only where vLLM is served
+
+    _log.info("loading", model=settings.model)
+    engine = await VLLMEngine.load(
+        settings.model_path, settings.engine, name=settings.model, grammar_limit_s=settings.constraint_limit_s
+    )
+    if settings.max_tokens:
+        sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)
+        engine.info = dataclasses.replace(engine.info, default_sampling=sampling)
+    return engine
+
+
+async def _stop(task: "asyncio.Task[Any]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

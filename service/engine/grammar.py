@@ -1,0 +1,110 @@
+"""Owns the question whether a schema or a pattern compiles in time, asked in a child process that can be killed.
+
+The engine compiles grammars on its own threads without a time limit, so a hostile one would stall every episode
+(vLLM 0.32). Here each is compiled first, by the same library, under a time and a memory limit.
+Run as a program it is the child: one JSON line in, one JSON line out.
+"""
+
+import asyncio
+import json
+import os
+import resource
+import sys
+from asyncio.subprocess import PIPE, Process
+
+from service.engine.base import Constraint, ConstraintRefused
+
+_MEMORY_LIMIT_BYTES = 3 << 30
+_START_LIMIT_S = 120.0
+
+
+class GrammarChecker:
+    """Compiles constraints for one tokenizer. `tokenizer_info` is xgrammar's own serialized form of it."""
+
+    def __init__(self, tokenizer_info: str, *, limit_s: float) -> None:
+        self._tokenizer_info = tokenizer_info
+        self._limit_s = limit_s
+        self._child: Process | None = None
+        self._lock = asyncio.Lock()  # the child answers one question at a time
+        self._passed: set[Constraint] = set()
+
+    async def check(self, constraint: Constraint) -> None:
+        """Raises ConstraintRefused when it does not compile, or not within the limits."""
+        if constraint in self._passed:
+            return
+        async with self._lock:
+            answer = await self._ask(constraint)
+        if answer:
+            raise ConstraintRefused(answer)
+        if len(self._passed) >= 1024:
+            self._passed.clear()
+        self._passed.add(constraint)
+
+    async def close(self) -> None:
+        if self._child is not None and self._child.returncode is None:
+            self._child.kill()
+            await self._child.wait()
+        self._child = None
+
+    async def _ask(self, constraint: Constraint) -> str:
+        child = await self._started()
+        try:
+            async with asyncio.timeout(self._limit_s):
+                answer = await _exchange(child, {"kind": constraint.kind, "spec": constraint.spec})
+        except TimeoutError:
+            await self.close()
+            return f"it does not compile within {self._limit_s:g} s"
+        except asyncio.CancelledError:
+            await self.close()  # its late answer must not meet the next question
+            raise
+        if answer is None:
+            await self.close()
+            return "compiling it takes more memory than is allowed"
+        return answer
+
+    async def _started(self) -> Process:
+        if self._child is None or self._child.returncode is not None:
+            self._child = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", __spec__.name, stdin=PIPE, stdout=PIPE, limit=1 << 20
+            )
+            async with asyncio.timeout(_START_LIMIT_S):
+                if await _exchange(self._child, {"tokenizer_info": self._tokenizer_info}) != "":
+                    raise RuntimeError("the grammar compiler did not start")
+        return self._child
+
+
+async def _exchange(child: Process, question: dict[str, str]) -> str | None:
+    """The child's answer; None if it died."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(question).encode() + b"\n")
+        await child.stdin.drain()
+        line = await child.stdout.readline()
+    except (BrokenPipeError, ConnectionResetError):
+        return None
+    return json.loads(line)["error"] if line else None
+
+
+def _serve() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    import xgrammar  # takes seconds; only the child pays
+
+    info = xgrammar.TokenizerInfo.deserialize_json(json.loads(sys.stdin.readline())["tokenizer_info"])
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    answers.write('{"error": ""}\n')
+    for line in sys.stdin:
+        question = json.loads(line)
+        compile_ = compiler.compile_json_schema if question["kind"] == "json" else compiler.compile_regex
+        try:
+            compile_(question["spec"])
+            error = ""
+        except Exception as failure:  # noqa: BLE001 - the library raises several kinds; all mean "no"
+            error = str(failure).strip().split("\n")[-1][:300] or type(failure).__name__
+        answers.write(json.dumps({"error": error}) + "\n")
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,83 @@
+"""Owns the scripted engine: deterministic, instant, no weights. Tests and dry runs put it where vLLM would be."""
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+
+from service.engine.base import Completion, Constraint, ConstraintRefused, EngineInfo, EngineUnavailable, Scores
+from service.engine.base import Tokenizer
+from service.trajectory import Sampling
+
+Reply = Callable[[str], str]
+"""Gives the completion's text for a prompt's text."""
+
+
+class ScriptedEngine:
+    """Replies by `reply`, and scores candidates by a fixed arithmetic of the prompt's and the candidate's ids.
+
+    `latency_s` is slept before every answer. `num_calls` counts engine calls; `prompts` keeps each call's prompt.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, reply: Reply = lambda _: "ok", latency_s: float = 0.0, max_model_len: int = 4096
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.info = EngineInfo("scripted", "scripted-1", max_model_len, Sampling(temperature=0.0, max_tokens=64))
+        self.healthy = True
+        self.prompts: list[list[int]] = []
+        self.num_aborted = 0
+        self._reply = reply
+        self._latency_s = latency_s
+        self._died = asyncio.Event()
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.prompts)
+
+    def die(self) -> None:
+        """From now on every call fails, as when an engine process is gone."""
+        self.healthy = False
+        self._died.set()
+
+    async def generate(
+        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+    ) -> Completion:
+        await self._call(prompt_token_ids)
+        text = self._reply(self.tokenizer.decode(prompt_token_ids))
+        ids = self.tokenizer.encode(text)
+        if len(ids) >= sampling.max_tokens:
+            cut = ids[: sampling.max_tokens]
+            return self._completion(cut, self.tokenizer.decode(cut), "length")
+        eos = self.tokenizer.eos_token_id
+        return self._completion(ids if eos is None else [*ids, eos], text, "stop")
+
+    async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+        await self._call(prompt_token_ids)
+        base = sum(prompt_token_ids[-8:])
+        weights = [1.0 + (base * 31 + candidate * 17) % 97 for candidate in candidates]
+        total = sum(weights)
+        return Scores(tuple(math.log(weight / total) for weight in weights), 0)
+
+    async def check(self, constraint: Constraint) -> None:
+        if constraint.kind == "regex" and constraint.spec == "(":
+            raise ConstraintRefused("the pattern does not compile")
+
+    async def watch(self) -> None:
+        await self._died.wait()
+
+    async def close(self) -> None:
+        self.healthy = False
+
+    async def _call(self, prompt_token_ids: list[int]) -> None:
+        if not self.healthy:
+            raise EngineUnavailable("the scripted engine was told to die")
+        self.prompts.append(prompt_token_ids)
+        if self._latency_s:
+            try:
+                await asyncio.sleep(self._latency_s)
+            except asyncio.CancelledError:
+                self.num_aborted += 1
+                raise
+
+    def _completion(self, ids: list[int], text: str, finish_reason: str) -> Completion:
+        return Completion(tuple(ids), (-0.5,) * len(ids), text, finish_reason, 0)

@@ -1,0 +1,291 @@
+"""Owns one live episode: its options, its token log, its head, and the one act that may be in flight."""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
+
+from service.actions import (
+    ActionSpace,
+    DiscreteSpace,
+    TextSpace,
+    discrete_space,
+    json_space,
+    regex_space,
+)
+from service.engine.base import EngineInfo
+from service.errors import Conflict, Unprocessable
+from service.token_log import TokenLog
+from service.trajectory import (
+    EMPTY_SPAN,
+    Decision,
+    EpisodeConfig,
+    EpisodeHead,
+    EpisodeRecord,
+    JsonValue,
+    Message,
+    Overflow,
+    Sampling,
+    Span,
+    Step,
+    StopReason,
+    Usage,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What POST /episode asked for, made ready: defaults filled in, the action space built. Limits are in tokens."""
+
+    instructions: str
+    goal: str | None
+    action_space: ActionSpace
+    sampling: Sampling
+    overflow: Overflow
+    max_context_tokens: int
+    max_steps: int | None
+
+    @classmethod
+    def of(cls, request: dict[str, Any], info: EngineInfo) -> "Options":
+        """Raises ActionSpaceError for a space that cannot be, Unprocessable for limits that leave no room."""
+        context = request.get("context") or {}
+        limit = min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
+        asked: dict[str, Any] = {k: v for k, v in (request.get("sampling") or {}).items() if v is not None}
+        if asked.get("max_tokens", 0) >= limit:
+            raise Unprocessable(f"max_tokens must be below the context's {limit} tokens", "sampling", "max_tokens")
+        asked["stop"] = tuple(asked.get("stop", ()))
+        sampling = replace(info.default_sampling, **asked)
+        return cls(
+            instructions=request.get("instructions", ""),
+            goal=request.get("goal"),
+            action_space=_action_space(request.get("action_space") or {"type": "text"}),
+            sampling=replace(sampling, max_tokens=min(sampling.max_tokens, max(limit // 2, 1))),
+            overflow=context.get("overflow", "slide"),
+            max_context_tokens=limit,
+            max_steps=request.get("max_steps"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One POST /act as it arrived: the message, what identifies a retry of it, and its deadline in seconds."""
+
+    message: Message
+    digest: bytes
+    step: int | None = None
+    idempotency_key: str | None = None
+    timeout_s: float | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+Landing = tuple[Step, dict[str, float]]
+"""A committed step, and the seconds its parts took."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """An act on its way. Retries join it; when the last waiter leaves before the commit began, it is cancelled."""
+
+    call: Call
+    task: "asyncio.Task[Landing]"
+    num_waiters: int = 0
+    committing: bool = False
+
+    async def join(self, timeout_s: float | None) -> Landing:
+        """The act's step and timing. Raises TimeoutError when the time ran out and nothing was committed."""
+        self.num_waiters += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self.task)
+        except TimeoutError:
+            if self.committing:
+                return await asyncio.shield(self.task)
+            raise
+        finally:
+            self.num_waiters -= 1
+            if not self.num_waiters and not self.committing:
+                self.task.cancel()
+
+
+class Episode:
+    """An episode in memory; the store's copy is the truth, and this one is dropped whenever the two may differ."""
+
+    __slots__ = ("config", "flight", "head", "keys", "log", "options")
+
+    def __init__(self, record: EpisodeRecord, options: Options, steps: Iterable[Step] = ()) -> None:
+        rows = [step for step in steps if not step.closing]
+        self.config: EpisodeConfig = record.config
+        self.head: EpisodeHead = record.head
+        self.options = options
+        self.log = TokenLog((row.span for row in rows), start=rows[-1].window_start if rows else 1)
+        self.keys: dict[str, int] = {step.idempotency_key: step.index for step in steps if step.idempotency_key}
+        self.flight: Flight | None = None
+
+    @property
+    def episode_id(self) -> str:
+        return self.config.episode_id
+
+    def launch(self, call: Call, work: Coroutine[None, None, Landing]) -> Flight:
+        """Starts the one act in flight; it clears itself before any waiter hears of its end."""
+        task = asyncio.create_task(work)
+        self.flight = Flight(call, task)
+        task.add_done_callback(self._landed)
+        return self.flight
+
+    def _landed(self, task: "asyncio.Task[Landing]") -> None:
+        self.flight = None
+        if not task.cancelled():
+            task.exception()  # retrieved: the last waiter may be gone
+
+    @property
+    def max_steps_reached(self) -> bool:
+        return self.options.max_steps is not None and self.head.step >= self.options.max_steps
+
+    def check_active(self) -> None:
+        if self.head.status == "ended":
+            reason = self.head.stop_reason
+            raise Conflict("episode_ended", f"The episode ended ({reason}).", stop_reason=reason)
+
+    def check_message(self, message: Message) -> None:
+        """Raises Unprocessable for a message that this episode's action space cannot take."""
+        legal = message.legal_actions
+        if message.observation is None and message.ends is None:
+            raise Unprocessable("an observation is required unless the episode ends here", "observation")
+        if message.success is not None and message.ends is None:
+            raise Unprocessable("success is told only when the episode ends", "success")
+        if legal is None:
+            return
+        space = self.options.action_space
+        if not isinstance(space, DiscreteSpace):
+            raise Unprocessable("legal_actions narrows a discrete action space only", "legal_actions")
+        if not legal or len(set(legal)) < len(legal):
+            raise Unprocessable("legal_actions must be distinct and not empty", "legal_actions")
+        if unknown := set(legal) - set(space.actions):
+            raise Unprocessable(f"{min(unknown)!r} is not in the action space", "legal_actions")
+
+    def fit(self, turn_len: int, reserve: int) -> int | None:
+        """Where the window of the next step starts, so that turn and reply fit; None if they do not."""
+        limit = self.options.max_context_tokens - reserve
+        if self.options.overflow == "slide":
+            return self.log.fit(turn_len, limit)
+        return self.log.start if self.log.window_len(self.log.start) + turn_len <= limit else None
+
+    def overflow(self) -> StopReason:
+        """Why the episode ends when its context is full. Raises Conflict where the caller asked not to end it."""
+        if self.options.overflow != "end":
+            raise Conflict("context_overflow", "The observation and its action no longer fit into the context.")
+        return StopReason.CONTEXT_OVERFLOW
+
+    def next_step(self, call: Call, decision: Decision, span: Span, start: int, policy_version: str) -> Step:
+        """The step in which the policy decided, with a window that begins at `start`."""
+        answer = _answer(self.episode_id, self.head.step, policy_version, decision)
+        return self._step(call, answer, span, start, closing=False)
+
+    def closing_step(self, call: Call, policy_version: str) -> Step:
+        """The row of a message that ends the episode: no action is asked for."""
+        answer = _answer(self.episode_id, self.head.step, policy_version, None)
+        return self._step(call, answer, EMPTY_SPAN, self.log.start, closing=True)
+
+    def _step(self, call: Call, answer: dict[str, JsonValue], span: Span, start: int, *, closing: bool) -> Step:
+        return Step(
+            episode_id=self.episode_id,
+            index=self.head.step,
+            message=call.message,
+            closing=closing,
+            span=span,
+            window_start=start,
+            answer=answer,
+            digest=call.digest,
+            created_at=time.time(),
+            idempotency_key=call.idempotency_key,
+        )
+
+    def head_after(self, step: Step, stop_reason: StopReason | None) -> EpisodeHead:
+        """The head once `step` is committed."""
+        head, message = self.head, step.message
+        return replace(
+            head,
+            step=head.step + (not step.closing),
+            status="ended" if stop_reason else "active",
+            stop_reason=stop_reason,
+            success=message.success if stop_reason else None,
+            episode_return=head.episode_return + (message.reward or 0.0),
+            num_tokens=head.num_tokens + len(step.span.token_ids),
+            updated_at=step.created_at,
+            ended_at=step.created_at if stop_reason else None,
+        )
+
+    def record(self, step: Step, head: EpisodeHead) -> None:
+        """Takes over a committed step."""
+        self.head = head
+        if step.idempotency_key:
+            self.keys[step.idempotency_key] = step.index
+        if not step.closing:
+            self.log.append(step.span)
+            self.log.start = step.window_start
+
+
+def resource(record: EpisodeRecord) -> dict[str, JsonValue]:
+    """The episode resource of the HTTP contract."""
+    config, head = record.config, record.head
+    return {
+        **_RESOURCE_DEFAULTS,
+        **config.request,
+        "episode_id": config.episode_id,
+        "status": head.status,
+        "stop_reason": head.stop_reason,
+        "success": head.success,
+        "step": head.step,
+        "episode_return": head.episode_return,
+        "num_tokens": head.num_tokens,
+        "policy_version": config.policy_version,
+        "parent": None,
+        "created_at": config.created_at,
+        "updated_at": head.updated_at,
+        "ended_at": head.ended_at,
+    }
+
+
+def _answer(episode_id: str, index: int, policy_version: str, decision: Decision | None) -> dict[str, JsonValue]:
+    """What POST /act answers, but for `replayed` and `timing`."""
+    failure = decision.parse_failure if decision else None
+    return {
+        "episode_id": episode_id,
+        "step": index,
+        "action": decision.action if decision else None,
+        "text": decision.text if decision else None,
+        "reasoning": None,
+        "action_probs": decision.action_probs if decision else None,
+        "logprob": decision.logprob if decision else None,
+        "finish_reason": decision.finish_reason if decision else None,
+        "parse_failure": asdict(failure) if failure else None,
+        "done": decision is None,
+        "policy_version": policy_version,
+        "usage": asdict(decision.usage if decision else Usage()),
+    }
+
+
+_RESOURCE_DEFAULTS: dict[str, JsonValue] = {
+    "instructions": "",
+    "goal": None,
+    "action_space": {"type": "text"},
+    "sampling": {},
+    "context": {"overflow": "slide"},
+    "max_steps": None,
+    "tags": [],
+    "metadata": {},
+    "group": None,
+}
+
+
+def _action_space(asked: dict[str, Any]) -> ActionSpace:
+    match asked["type"]:
+        case "discrete":
+            return discrete_space(tuple(cast("list[str]", asked["actions"])))
+        case "json":
+            return json_space(asked["schema"])
+        case "regex":
+            return regex_space(asked["pattern"])
+        case _:
+            return TextSpace()

@@ -1,0 +1,87 @@
+"""Owns every error a caller can meet: its HTTP status, its stable code, and the facts that go with it.
+
+EpisodicError
+├── BadRequest           400 malformed_json
+├── NotFound             404 episode_not_found, not_found
+├── Conflict             409 step_conflict, idempotency_mismatch, episode_busy, episode_ended, context_overflow
+├── Gone                 410 episode_deleted
+├── TooLarge             413 payload_too_large
+├── Unprocessable        422 invalid_request
+├── Unavailable          503 engine_unavailable, store_unavailable, draining (with Retry-After)
+└── DeadlineExceeded     504 deadline_exceeded
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class EpisodicError(Exception):
+    """An expected failure. `code` is stable and lower_snake; `context` is merged into the problem document."""
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, code: str, detail: str, **context: Any) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.context: Mapping[str, Any] = context
+
+
+class BadRequest(EpisodicError):
+    status = 400
+    title = "Malformed JSON"
+
+
+class NotFound(EpisodicError):
+    status = 404
+    title = "Not found"
+
+
+class Conflict(EpisodicError):
+    status = 409
+    title = "Conflict"
+
+
+class Gone(EpisodicError):
+    status = 410
+    title = "Gone"
+
+
+class TooLarge(EpisodicError):
+    status = 413
+    title = "Payload too large"
+
+
+class Unprocessable(EpisodicError):
+    """`errors` in the problem lists `loc` (path of keys) and `msg`."""
+
+    status = 422
+    title = "Invalid request"
+
+    def __init__(self, detail: str, *loc: str | int, errors: list[dict[str, Any]] | None = None) -> None:
+        super().__init__("invalid_request", detail, errors=errors or [{"loc": list(loc), "msg": detail}])
+
+
+class Unavailable(EpisodicError):
+    """Try again after `retry_after_s` seconds (sent as Retry-After)."""
+
+    status = 503
+    title = "Unavailable"
+
+    def __init__(self, code: str, detail: str, *, retry_after_s: int = 1, **context: Any) -> None:
+        super().__init__(code, detail, **context)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(EpisodicError):
+    status = 504
+    title = "Deadline exceeded"
+
+
+def episode_not_found(episode_id: str) -> NotFound:
+    return NotFound("episode_not_found", f"There is no episode {episode_id!r}.")
+
+
+def episode_deleted(episode_id: str) -> Gone:
+    return Gone("episode_deleted", f"Episode {episode_id!r} was deleted.")

@@ -1,0 +1,182 @@
+"""Owns the way from words to prompt tokens: the chat template's pieces, found once, and the rendering of a new turn.
+
+A template is rendered at start around markers; the text between two markers is a piece. An episode's prompt is then
+`first` + observation + `reply` for step 0 and `closing` + observation + `reply` for each later step, so that only the
+new turn is ever rendered, and what the policy once saw stays as it was. Where a template would have rewritten an
+earlier turn, or the tokenizer would have cut the text otherwise, `report` says so.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from service.actions import DecisionTrie
+from service.engine.base import Tokenizer
+from service.trajectory import JsonValue
+
+Messages = list[dict[str, str]]
+
+# Letters and digits alone: no template trims, escapes or splits them.
+_MARKS = {name: f"Zq{name}qZ" for name in ("System", "UserA", "ReplyA", "UserB", "ReplyB", "UserC")}
+
+
+class TemplateError(ValueError):
+    """The chat template cannot carry an episode; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateReport:
+    """How the template behaves: `append_only` False when it rewrites earlier turns, `canonical` False when the
+    template's own tokenization of a conversation differs from the log's, `system_role` False when instructions go
+    into the first observation, `plain` True when the model has no chat template."""
+
+    append_only: bool
+    canonical: bool
+    system_role: bool
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The template's text: before the instructions, between them and the first observation, with no instructions at
+    all, between an observation and its reply, and between a reply and the next observation."""
+
+    before_system: str
+    after_system: str
+    no_system: str
+    reply: str
+    closing: str
+
+
+# For a model without a chat template.
+_PLAIN = Pieces("", "\n\nObservation: ", "Observation: ", "\nAction:", "\nObservation: ")
+
+
+class Prompt:
+    """Renders turns for one tokenizer and its template."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._pieces, plain, system_role, append_only = _find_pieces(tokenizer)
+        self._reply = tokenizer.split(self._pieces.reply)
+        closing = tokenizer.split(self._pieces.closing)
+        if closing and isinstance(closing[0], int):
+            self.terminator, self._after_terminator = closing[0], closing[1:]
+        else:
+            self.terminator, self._after_terminator = _text_terminator(tokenizer, self._pieces.closing), closing
+        self._system_role = system_role
+        self.report = TemplateReport(append_only, plain or self._is_canonical(), system_role, plain)
+        self._trie = lru_cache(maxsize=128)(self._build_trie)
+
+    def first_turn(self, instructions: str, goal: str | None, observation: JsonValue) -> list[int]:
+        """Token ids of step 0's turn: instructions, goal, observation, and the opening of the reply."""
+        pieces = self._pieces
+        system = system_text(instructions, goal)
+        text = observation_text(observation)
+        split = self.tokenizer.split
+        if system and self._system_role:
+            before = [*split(pieces.before_system), system, *split(pieces.after_system)]
+        else:
+            before = [*split(pieces.no_system), f"{system}\n\n" if system else ""]
+        return self._join([*before, text, *self._reply])
+
+    def next_turn(self, observation: JsonValue) -> list[int]:
+        """Token ids of a later step's turn: what follows the terminator, the observation, the opening of the reply."""
+        return self._join([*self._after_terminator, observation_text(observation), *self._reply])
+
+    def trie(self, actions: tuple[str, ...]) -> DecisionTrie:
+        """The decision trie over these actions; cached. Raises ActionSpaceError if two tokenize alike."""
+        return self._trie(actions)
+
+    def _build_trie(self, actions: tuple[str, ...]) -> DecisionTrie:
+        return DecisionTrie(actions, self.tokenizer.encode, self.terminator)
+
+    def _join(self, parts: Sequence[int | str]) -> list[int]:
+        """Neighbouring texts are cut into tokens as one, as the template's own tokenization would."""
+        ids: list[int] = []
+        text = ""
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+                continue
+            if text:
+                ids += self.tokenizer.encode(text)
+                text = ""
+            ids.append(part)
+        return ids + self.tokenizer.encode(text) if text else ids
+
+    def _is_canonical(self) -> bool:
+        messages = _conversation(system=self._system_role)
+        observations = [m["content"] for m in messages if m["role"] == "user"]
+        replies = [m["content"] for m in messages if m["role"] == "assistant"]
+        ids = self.first_turn(messages[0]["content"] if self._system_role else "", None, observations[0])
+        for reply, observation in zip(replies, observations[1:], strict=True):
+            ids += [*self.tokenizer.encode(reply), self.terminator, *self.next_turn(observation)]
+        return ids == self.tokenizer.canonical(messages)
+
+
+def system_text(instructions: str, goal: str | None) -> str:
+    """The system message: instructions, then the goal."""
+    return "\n\n".join(part for part in (instructions, f"Goal: {goal}" if goal else "") if part)
+
+
+def observation_text(observation: JsonValue) -> str:
+    """The text the policy reads: a string as it is, parts joined by a line break, anything else as compact JSON."""
+    if isinstance(observation, str):
+        return observation
+    if isinstance(observation, list):
+        return "\n".join(part["text"] for part in observation)  # pyright: ignore[reportUnknownVariableType]
+    return json.dumps(observation, ensure_ascii=False, separators=(",", ":"))
+
+
+def _conversation(*, system: bool) -> Messages:
+    roles = [("system", "System")] if system else []
+    roles += [("user", "UserA"), ("assistant", "ReplyA"), ("user", "UserB"), ("assistant", "ReplyB"), ("user", "UserC")]
+    return [{"role": role, "content": _MARKS[mark]} for role, mark in roles]
+
+
+def _find_pieces(tokenizer: Tokenizer) -> tuple[Pieces, bool, bool, bool]:
+    """The pieces, and whether the model has no template, its template a system role, and is append-only."""
+    try:
+        bare = _cut(tokenizer, system=False)
+    except LookupError:
+        return _PLAIN, True, True, True
+    try:
+        full = _cut(tokenizer, system=True)
+    except Exception:  # noqa: BLE001 - a template raises whatever its author chose
+        full = None
+    append_only = bare[1] == bare[3] and bare[2] == bare[4] and _grows(tokenizer)
+    if full is None:
+        return Pieces("", "", bare[0], bare[5], bare[2]), False, False, append_only
+    return Pieces(full[0], full[1], bare[0], bare[5], bare[2]), False, True, append_only
+
+
+def _cut(tokenizer: Tokenizer, *, system: bool) -> list[str]:
+    """The template's text around each content of a conversation. Raises TemplateError if a content is not there."""
+    messages = _conversation(system=system)
+    rest = tokenizer.render(messages, add_generation_prompt=True)
+    pieces: list[str] = []
+    for message in messages:
+        before, mark, rest = rest.partition(message["content"])
+        if not mark:
+            raise TemplateError(f"the chat template does not show the {message['role']}'s words in their order")
+        pieces.append(before)
+    return [*pieces, rest]
+
+
+def _grows(tokenizer: Tokenizer) -> bool:
+    """Whether each longer conversation begins with the whole text of the shorter one."""
+    messages = _conversation(system=False)
+    texts = [tokenizer.render(messages[:n], add_generation_prompt=True) for n in (1, 3, 5)]
+    return all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
+
+
+def _text_terminator(tokenizer: Tokenizer, closing: str) -> int:
+    """The token that ends a reply where the template's closing does not start with a special one."""
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    ids = tokenizer.encode(closing)
+    if not ids:
+        raise TemplateError("neither the chat template nor the tokenizer says how a reply ends")
+    return ids[0]

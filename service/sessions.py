@@ -1,0 +1,309 @@
+"""Owns the live episodes: opens, finds, acts, ends and deletes them, and alone calls the store.
+
+Live episodes are a cache of the store, bounded and least recently used first out; one is dropped whenever it may
+differ from the store's copy, and the next touch reads it again.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from itertools import islice
+from typing import Any
+
+from service import metrics
+from service.actions import ActionSpaceError, DiscreteSpace
+from service.agent import Agent
+from service.engine.base import ConstraintRefused, Engine, EngineUnavailable
+from service.episode import Call, Episode, Flight, Landing, Options
+from service.errors import (
+    Conflict,
+    DeadlineExceeded,
+    EpisodicError,
+    Unavailable,
+    Unprocessable,
+    episode_deleted,
+    episode_not_found,
+)
+from service.prompt import Prompt, TemplateReport
+from service.store.base import Commit, StepTaken, Store, StoreUnavailable
+from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, JsonValue, Status, Step, StopReason
+
+Answer = dict[str, JsonValue]
+
+
+class Sessions:
+    """Episodes over one store and, once `serve` was called, one engine."""
+
+    def __init__(self, store: Store, *, max_live_episodes: int) -> None:
+        self.store = store
+        self.draining = False
+        self._agent: Agent | None = None
+        self._max_live = max_live_episodes
+        self._live: OrderedDict[str, Episode] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[Episode]] = {}
+
+    def serve(self, engine: Engine) -> TemplateReport:
+        """Acts are possible from now on. Raises TemplateError for a chat template that cannot carry an episode."""
+        prompt = Prompt(engine.tokenizer)
+        self._agent = Agent(engine, prompt)
+        return prompt.report
+
+    @property
+    def agent(self) -> Agent:
+        if self._agent is None:
+            raise EngineUnavailable("the policy is still loading")
+        return self._agent
+
+    @property
+    def unready_reason(self) -> str | None:
+        """Why an act would not be served now: draining, loading, engine_unavailable; None if it would."""
+        if self.draining:
+            return "draining"
+        if self._agent is None:
+            return "loading"
+        return None if self._agent.engine.healthy else "engine_unavailable"
+
+    async def create(self, episode_id: str, request: dict[str, Any], digest: bytes) -> tuple[EpisodeRecord, bool]:
+        """Opens an episode; returns it and whether it is new. Raises Unprocessable, Conflict, Gone."""
+        self._refuse_while_draining()
+        if request.get("policy", self.agent.engine.info.model) != self.agent.engine.info.model:
+            raise Unprocessable(f"the policy served is {self.agent.engine.info.model!r}", "policy")
+        options = await self._checked_options(request)
+        now, info = time.time(), self.agent.engine.info
+        config = EpisodeConfig(episode_id, {**request, "policy": info.model}, digest, info.version, now)
+        record = EpisodeRecord(config, EpisodeHead(updated_at=now))
+        known = await self.store.create(record)
+        if known is None:
+            self._keep(Episode(record, options))
+            metrics.EPISODES_STARTED.inc()
+            metrics.ACTIVE_EPISODES.inc()
+            return record, True
+        if known.deleted:
+            raise episode_deleted(episode_id)
+        if known.config.digest != digest:
+            raise Conflict("idempotency_mismatch", f"Episode {episode_id!r} exists with another body.")
+        return known, False
+
+    async def get(self, episode_id: str) -> EpisodeRecord:
+        """Raises NotFound, Gone."""
+        if episode := self._live.get(episode_id):
+            return EpisodeRecord(episode.config, episode.head)
+        return await self._record(episode_id)
+
+    async def page(self, *, limit: int, before: tuple[float, str] | None, status: Status | None) -> list[EpisodeRecord]:
+        """Newest first, created before `before` = (created_at, episode_id)."""
+        return await self.store.episodes(limit=limit, before=before, status=status)
+
+    async def steps(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]]:
+        """The episode and its rows. Raises NotFound, Gone."""
+        record = await self._record(episode_id)
+        return record, await self.store.steps(episode_id)
+
+    async def act(self, episode_id: str, call: Call) -> Answer:
+        """Answers with the step's action once it is committed. Raises EpisodicError, EngineUnavailable,
+        StoreUnavailable; then nothing was committed, but for an outcome the store could not tell: a retry settles it.
+        """
+        with metrics.ACTIVE_ACTS.track_inprogress():
+            try:
+                return await self._act(episode_id, call)
+            except EpisodicError as error:
+                metrics.ACTS.labels(error.code).inc()
+                raise
+            except (EngineUnavailable, StoreUnavailable) as error:
+                metrics.ACTS.labels(type(error).__name__).inc()
+                raise
+
+    async def end(self, episode_id: str, call: Call, stop_reason: StopReason) -> EpisodeRecord:
+        """Ends an episode; an ended one stays as it is. Raises NotFound, Gone, Conflict (episode_busy)."""
+        episode = await self._episode(episode_id)
+        if episode.flight:
+            raise _busy()
+        if episode.head.status == "active":
+            await episode.launch(call, self._end(episode, call, stop_reason)).join(None)
+        return await self.get(episode_id)
+
+    async def delete(self, episode_id: str) -> None:
+        """Raises NotFound, Gone, Conflict (episode_busy)."""
+        episode = self._live.get(episode_id)
+        if episode and episode.flight:
+            raise _busy()
+        record = await self._record(episode_id)
+        if not await self.store.delete(episode_id):
+            raise episode_deleted(episode_id)
+        self._drop(episode_id)
+        if record.head.status == "active":
+            metrics.ACTIVE_EPISODES.dec()
+
+    async def _act(self, episode_id: str, call: Call) -> Answer:
+        self._refuse_while_draining()
+        episode = await self._episode(episode_id)
+        if replayed := await self._replay(episode, call):
+            metrics.ACTS.labels("replayed").inc()
+            return replayed
+        flight, joined = self._flight(episode, call)
+        try:
+            step, timing = await flight.join(call.timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded("deadline_exceeded", f"{call.timeout_s:g} s ran out.") from error
+        return {**step.answer, "replayed": joined, "timing": timing}
+
+    async def _replay(self, episode: Episode, call: Call) -> Answer | None:
+        """The stored answer if `call` asks for a committed step again."""
+        index = call.step
+        if call.idempotency_key in episode.keys:
+            index = episode.keys[call.idempotency_key]
+            if call.step not in (None, index):
+                raise _mismatch()
+        if index is None or index > episode.head.step:
+            return None
+        if index == episode.head.step and episode.head.status == "active":
+            return None
+        step = next(iter(await self.store.steps(episode.episode_id, index)), None)
+        if step is None or (step.closing and step.digest != call.digest):
+            return None
+        if step.digest != call.digest:
+            raise _mismatch()
+        return _replayed(step)
+
+    def _flight(self, episode: Episode, call: Call) -> tuple[Flight, bool]:
+        """The act in flight that `call` repeats, or a new one; and whether it was joined."""
+        flight, head = episode.flight, episode.head
+        if flight is None:
+            episode.check_active()
+            if call.step not in (None, head.step):
+                detail = f"The next step is {head.step}, not {call.step}."
+                raise Conflict("step_conflict", detail, expected_step=head.step)
+            episode.check_message(call.message)
+            return episode.launch(call, self._decide(episode, call)), False
+        same_step = call.step is not None and call.step == head.step
+        same_key = call.idempotency_key is not None and call.idempotency_key == flight.call.idempotency_key
+        if not same_step and not same_key:
+            raise _busy()
+        if call.digest != flight.call.digest:
+            raise _mismatch() if same_key or flight.call.step is not None else _busy()
+        return flight, True
+
+    async def _decide(self, episode: Episode, call: Call) -> Landing:
+        began = time.perf_counter()
+        step, stop_reason = await self.agent.act(episode, call)
+        decided = time.perf_counter()
+        step = await self._commit(episode, step, stop_reason)
+        ended = time.perf_counter()
+        timing = {
+            "queue_s": began - call.arrived,
+            "engine_s": decided - began,
+            "store_s": ended - decided,
+            "total_s": ended - call.arrived,
+        }
+        _count(step, timing)
+        return step, timing
+
+    async def _end(self, episode: Episode, call: Call, stop_reason: StopReason) -> Landing:
+        step = episode.closing_step(call, episode.config.policy_version)
+        return await self._commit(episode, step, stop_reason), {}
+
+    async def _commit(self, episode: Episode, step: Step, stop_reason: StopReason | None) -> Step:
+        """The committed step: this one, or an equal one that another replica committed first."""
+        head = episode.head_after(step, stop_reason)
+        assert episode.flight is not None
+        episode.flight.committing = True
+        try:
+            await self.store.commit(Commit(step, head))
+            episode.record(step, head)
+        except StepTaken:
+            self._drop(episode.episode_id)
+            return await self._winner(step)
+        except BaseException:
+            self._drop(episode.episode_id)  # the outcome is unknown: the next touch asks the store
+            raise
+        if stop_reason:
+            metrics.EPISODES_ENDED.labels(stop_reason).inc()
+            metrics.ACTIVE_EPISODES.dec()
+        return step
+
+    async def _winner(self, step: Step) -> Step:
+        rows = await self.store.steps(step.episode_id, step.index)
+        if rows and rows[0].digest == step.digest:
+            return rows[0]
+        head = (await self._record(step.episode_id)).head
+        detail = f"Another act took step {step.index}; the next is {head.step}."
+        raise Conflict("step_conflict", detail, expected_step=head.step)
+
+    async def _episode(self, episode_id: str) -> Episode:
+        """The live episode, read from the store if it is not in memory; concurrent callers share one read."""
+        if episode := self._live.get(episode_id):
+            self._live.move_to_end(episode_id)
+            return episode
+        task = self._loading.get(episode_id)
+        if task is None:
+            task = self._loading[episode_id] = asyncio.create_task(self._load(episode_id))
+            task.add_done_callback(lambda _: self._loading.pop(episode_id, None))
+        return await asyncio.shield(task)
+
+    async def _load(self, episode_id: str) -> Episode:
+        info = self.agent.engine.info
+        record = await self._record(episode_id)
+        if (policy := record.config.request["policy"]) != info.model:
+            raise EngineUnavailable(f"the episode belongs to the policy {policy!r}, which is not served here")
+        episode = Episode(record, Options.of(record.config.request, info), await self.store.steps(episode_id))
+        self._keep(episode)
+        return episode
+
+    async def _record(self, episode_id: str) -> EpisodeRecord:
+        record = await self.store.episode(episode_id)
+        if record is None:
+            raise episode_not_found(episode_id)
+        if record.deleted:
+            raise episode_deleted(episode_id)
+        return record
+
+    async def _checked_options(self, request: dict[str, Any]) -> Options:
+        """Everything that could fail at an act because of the action space fails here instead."""
+        agent = self.agent
+        try:
+            options = Options.of(request, agent.engine.info)
+            space = options.action_space
+            if isinstance(space, DiscreteSpace):
+                agent.prompt.trie(space.actions)
+            elif space.constraint:
+                await agent.engine.check(space.constraint)
+        except (ActionSpaceError, ConstraintRefused) as error:
+            raise Unprocessable(str(error), "action_space") from error
+        return options
+
+    def _keep(self, episode: Episode) -> None:
+        self._live[episode.episode_id] = episode
+        for episode_id in list(islice(self._live, max(len(self._live) - self._max_live, 0))):
+            if self._live[episode_id].flight is None:
+                del self._live[episode_id]
+        metrics.LIVE_EPISODES.set(len(self._live))
+
+    def _drop(self, episode_id: str) -> None:
+        self._live.pop(episode_id, None)
+        metrics.LIVE_EPISODES.set(len(self._live))
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining:
+            raise Unavailable("draining", "The service is shutting down.", retry_after_s=5)
+
+
+def _replayed(step: Step) -> Answer:
+    return {
+        **step.answer,
+        "replayed": True,
+        "timing": dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0),
+    }
+
+
+def _count(step: Step, timing: dict[str, float]) -> None:
+    metrics.record_act("done" if step.closing else "acted", timing, step.answer["usage"])
+    if failure := step.answer["parse_failure"]:
+        metrics.PARSE_FAILURES.labels(failure["kind"]).inc()
+
+
+def _mismatch() -> Conflict:
+    return Conflict("idempotency_mismatch", "The same step or Idempotency-Key came with another body.")
+
+
+def _busy() -> Conflict:
+    return Conflict("episode_busy", "Another act is in flight for this episode.")

@@ -1,0 +1,75 @@
+"""Owns the settings: a TOML file, then EPISODIC_* variables, then the command line, later ones win. Reads them alone."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+_POLICIES = Path(__file__).parent / "policies"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. `Settings()` reads the environment; keyword arguments win over it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EPISODIC_", env_nested_delimiter="__", extra="forbid", toml_file=None, validate_default=True
+    )
+
+    config: Path | None = Field(None, description="A TOML file with any of these settings.")
+    host: str = Field("127.0.0.1", description="Address to serve on; loopback only, as there are no API keys yet.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to serve on; 0 takes a free one.")
+    model: str = Field("toy-text", description="A packaged policy, a folder, or a Hugging Face model id.")
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any option of vLLM's AsyncEngineArgs, e.g. EPISODIC_ENGINE__MAX_NUM_SEQS=64.",
+    )
+    data: Path = Field(Path("data"), description="Folder for what is kept.")
+    store: str | None = Field(None, description="SQLAlchemy URL of the store; unset, a SQLite file under `data`.")
+    max_live_episodes: int = Field(2048, ge=1, description="Episodes held in memory; the rest rest in the store.")
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
+    max_tokens: int | None = Field(None, ge=1, description="Completion limit where a call names none.")
+    constraint_limit_s: float = Field(5.0, gt=0, description="Seconds a schema or pattern may take to compile.")
+    drain_s: float = Field(30.0, ge=0, description="Seconds that acts in flight get at SIGTERM.")
+    log_format: Literal["console", "json"] = Field("console", description="How log lines are written.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _read_engine_options(cls, value: Any) -> Any:
+        """Values from the environment and the command line are text; numbers, booleans and JSON are read as such."""
+        return {name.lower(): _json_or_text(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+    @property
+    def store_url(self) -> str:
+        return self.store or f"sqlite+aiosqlite:///{self.data / 'episodic.db'}"
+
+    @property
+    def model_path(self) -> str:
+        """What the engine loads: a packaged policy's folder, or `model` as it stands."""
+        packaged = _POLICIES / self.model
+        return str(packaged) if "/" not in self.model and packaged.is_dir() else self.model
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line (as keyword arguments), environment, then the file that either of them names."""
+        path = {**env_settings(), **init_settings()}.get("config")
+        file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
+        return (init_settings, env_settings, file) if file else (init_settings, env_settings)
+
+
+def _json_or_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return {"true": True, "false": False}.get(value.lower(), value)

@@ -1,0 +1,1 @@
+"""Durable episodes: one act is one transaction, and concurrent acts share a commit."""

@@ -1,0 +1,58 @@
+"""Owns the seam to the store: the Store protocol, and what a commit can be refused for."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.trajectory import EpisodeHead, EpisodeRecord, Status, Step
+
+
+class StepTaken(Exception):
+    """The episode already has a step with this index, or has ended: somebody else committed it."""
+
+
+class StoreUnavailable(Exception):
+    """The store cannot be reached or cannot write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One act's change: the step's row, and the episode's head after it."""
+
+    step: Step
+    head: EpisodeHead
+
+
+class Store(Protocol):
+    """Every method raises StoreUnavailable when the store cannot be used."""
+
+    async def open(self) -> None:
+        """Brings the schema up to date and connects."""
+        ...
+
+    async def close(self) -> None: ...
+
+    async def create(self, record: EpisodeRecord) -> EpisodeRecord | None:
+        """Adds an episode. Returns the one that has this id already, or None."""
+        ...
+
+    async def episode(self, episode_id: str) -> EpisodeRecord | None:
+        """The episode, a tombstone if it was deleted, or None."""
+        ...
+
+    async def episodes(
+        self, *, limit: int, before: tuple[float, str] | None, status: Status | None
+    ) -> list[EpisodeRecord]:
+        """Newest first, those created before (created_at, episode_id) `before`; no tombstones."""
+        ...
+
+    async def commit(self, commit: Commit) -> None:
+        """Durable once it returns. Raises StepTaken unless the episode is active and has exactly step.index steps."""
+        ...
+
+    async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
+        """The episode's rows in order, the closing one included; or the one with this index."""
+        ...
+
+    async def delete(self, episode_id: str) -> bool:
+        """Drops the steps and leaves a tombstone; False if there was nothing to delete."""
+        ...

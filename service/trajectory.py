@@ -1,0 +1,160 @@
+"""Owns the frozen values of a trajectory: what an episode was opened with, what a step holds, how an episode ends."""
+
+from array import array
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+JsonValue = Any
+Status = Literal["active", "ended"]
+Overflow = Literal["slide", "error", "end"]
+
+
+class StopReason(StrEnum):
+    """Why an episode ended. `terminated` and `truncated` have Gymnasium's meaning."""
+
+    TERMINATED = "terminated"
+    TRUNCATED = "truncated"
+    MAX_STEPS = "max_steps"
+    IDLE_TTL = "idle_ttl"
+    CONTEXT_OVERFLOW = "context_overflow"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next action is drawn from the policy. `temperature` 0 takes the most likely one.
+
+    `seed` makes a step reproducible: each step draws from a generator seeded by (seed, step).
+    For discrete actions top_k, top_p and min_p filter the distribution over actions, not over tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ParseFailure:
+    """Why a completion gave no action. `kind`: "length" (cut by max_tokens), "json" or "schema"."""
+
+    kind: Literal["length", "json", "schema"]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The tokens one step added to the policy's context: its turn (prompt), then its completion.
+
+    token_ids: int32 ids. loss_mask: one byte a token, 1 where the policy had a choice and drew the token.
+    logprobs: float32 a token, of the drawn tokens under the distribution they were drawn from, else 0.
+    """
+
+    token_ids: "array[int]"
+    loss_mask: bytes
+    logprobs: "array[float]"
+
+
+EMPTY_SPAN = Span(array("i"), b"", array("f"))
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a caller says in one act: the observation, and what its environment gave for the previous action."""
+
+    observation: JsonValue = None
+    reward: float | None = None
+    terminated: bool = False
+    truncated: bool = False
+    success: bool | None = None
+    info: dict[str, JsonValue] | None = None
+    legal_actions: tuple[str, ...] | None = None
+
+    @property
+    def ends(self) -> StopReason | None:
+        """The reason this message ends the episode for, if it does; `terminated` wins over `truncated`."""
+        if self.terminated:
+            return StopReason.TERMINATED
+        return StopReason.TRUNCATED if self.truncated else None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one act: the whole prompt, how many of those the prefix cache held, and the completion."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the policy chose. `completion` are the tokens it drew and those that were forced, with their logprobs."""
+
+    action: JsonValue
+    text: str
+    completion: Span
+    logprob: float
+    finish_reason: str
+    usage: Usage
+    action_probs: dict[str, float] | None = None
+    parse_failure: ParseFailure | None = None
+    engine_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One row of an episode: observation -> action, or (`closing`) the message that ended it, which has no action.
+
+    `reward` is what the message brought: the reward for the previous action. `window_start` is the first step behind
+    step 0 that the policy saw. `answer` is what POST /act answered, without `replayed` and `timing`.
+    """
+
+    episode_id: str
+    index: int
+    message: Message
+    closing: bool
+    span: Span
+    window_start: int
+    answer: dict[str, JsonValue]
+    digest: bytes
+    created_at: float
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeConfig:
+    """What POST /episode asked for, as given; `request` is the body that GET /episode/{id} repeats."""
+
+    episode_id: str
+    request: dict[str, JsonValue]
+    digest: bytes
+    policy_version: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeHead:
+    """The moving part of an episode; changes with each committed step. Times are Unix seconds."""
+
+    step: int = 0
+    status: Status = "active"
+    stop_reason: StopReason | None = None
+    success: bool | None = None
+    episode_return: float = 0.0
+    num_tokens: int = 0
+    updated_at: float = 0.0
+    ended_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRecord:
+    """An episode as the store keeps it; `deleted` marks a tombstone."""
+
+    config: EpisodeConfig
+    head: EpisodeHead = field(default_factory=EpisodeHead)
+    deleted: bool = False
