@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import urlencode
 
 import httpx
@@ -28,16 +28,13 @@ _ACT_MARGIN_S = 5.0
 class EpisodeFields(TypedDict, total=False):
     """What POST /episode takes; what is left out gets the service's default."""
 
-    profile: str
     instructions: str
     goal: str
     action_space: JsonObject
     sampling: JsonObject
-    reasoning: JsonObject
     context: JsonObject
     policy: str
     max_steps: int
-    idle_ttl_s: float
     tags: Sequence[str]
     metadata: JsonObject
     group: str
@@ -63,10 +60,7 @@ class ActFields(EndFields, total=False):
 class Filters(TypedDict, total=False):
     """Which episodes to list."""
 
-    status: str
-    tag: str
-    group: str
-    policy: str
+    status: Literal["active", "ended"]
     limit: int
     cursor: str
 

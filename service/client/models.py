@@ -86,15 +86,12 @@ class EpisodeResource(Value):
     created_at: datetime | None = None
     updated_at: datetime | None = None
     ended_at: datetime | None = None
-    profile: str | None = None
     instructions: str = ""
     goal: str | None = None
     action_space: dict[str, Any] | None = None
     sampling: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
     context: dict[str, Any] | None = None
     max_steps: int | None = None
-    idle_ttl_s: float | None = None
     tags: tuple[str, ...] = ()
     metadata: dict[str, Any] | None = None
     group: str | None = None

@@ -111,8 +111,8 @@ class FakeService:
         return JSONResponse(episode.resource(), 201 if known is None else 200)
 
     async def _list(self, request: Request) -> Response:
-        tag = request.query_params.get("tag")
-        found = [e.resource() for e in self.episodes.values() if tag is None or tag in e.fields.get("tags", [])]
+        status = request.query_params.get("status")
+        found = [r for r in map(FakeEpisode.resource, self.episodes.values()) if status in (None, r["status"])]
         return JSONResponse({"episodes": found[::-1], "next_cursor": None})
 
     async def _get(self, request: Request) -> Response:

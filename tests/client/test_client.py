@@ -77,8 +77,8 @@ def test_an_episode_from_reset_to_end(client: Client, fake: FakeService) -> None
     assert (resource.status, resource.stop_reason, resource.success) == ("ended", "terminated", True)
     assert (resource.episode_return, resource.step, resource.instructions) == (1.5, 2, "Walk.")
     assert [step["action"] for step in episode.trajectory()["steps"]] == ["left", "right", None]
-    assert [found.episode_id for found in client.list_episodes(tag="t").episodes] == [episode.id]
-    assert client.list_episodes(tag="other").episodes == ()
+    assert [found.episode_id for found in client.list_episodes(status="ended", limit=9).episodes] == [episode.id]
+    assert client.list_episodes(status="active").episodes == ()
     assert client.version() == {"version": "0.1.0"}
 
 
