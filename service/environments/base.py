@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-import gymnasium
+from gymnasium.core import Env
 
 JsonObject = dict[str, Any]
 
@@ -32,4 +32,9 @@ class TextDescription(Protocol):
 class Describe(Protocol):
     """Makes the description of an environment instance that was just built."""
 
-    def __call__(self, env: gymnasium.Env[Any, Any]) -> TextDescription: ...
+    def __call__(self, env: Env[Any, Any]) -> TextDescription: ...
+
+
+def discrete(actions: tuple[str, ...]) -> JsonObject:
+    """The action space of named actions."""
+    return {"type": "discrete", "actions": list(actions)}

@@ -1,0 +1,107 @@
+"""FrozenLake in text, and FrozenLakeRandom: a new solvable map each episode, so that a policy must use what it has read."""
+
+import hashlib
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from gymnasium.core import Env
+from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv, generate_random_map
+
+from service.environments.base import JsonObject, discrete
+
+Maps = Literal["all", "train", "held_out"]
+Grid = npt.NDArray[np.bytes_]
+
+HELD_OUT_PERCENT = 20
+
+
+def is_held_out(rows: list[str]) -> bool:
+    """Whether a map belongs to the fixed 20% that training never sees. Stable over machines and versions."""
+    digest = hashlib.sha256("/".join(rows).encode()).digest()
+    return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
+
+
+class FrozenLakeRandom(Env[int, int]):
+    """FrozenLake, not slippery, on a new solvable map at each reset; `reset(seed=...)` decides the map.
+
+    `size` is the side of the square map, `p` the probability that a tile is frozen rather than a hole, and `maps` the
+    part of the map space to draw from: "all", "train" or "held_out". Observations, actions and rewards are FrozenLake's.
+    Raises ValueError for arguments outside their range.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(self, size: int = 4, p: float = 0.8, maps: Maps = "all", render_mode: None = None) -> None:
+        if not 3 <= size <= 32:
+            raise ValueError(f"size must be from 3 to 32, not {size}")
+        if not 0.2 <= p < 1.0:
+            raise ValueError(f"p must be at least 0.2 and below 1, not {p}")
+        if maps not in get_args(Maps):
+            raise ValueError(f"maps must be one of {', '.join(get_args(Maps))}, not {maps!r}")
+        if render_mode is not None:
+            raise ValueError("FrozenLakeRandom has no rendering: render_mode must be None")
+        self.size, self.p, self.maps = size, p, maps
+        self.render_mode = None
+        self.observation_space = spaces.Discrete(size * size)
+        self.action_space = spaces.Discrete(4)
+        self._lake = FrozenLakeEnv(desc=["S" + "F" * (size - 2) + "G"], is_slippery=False)
+
+    @property
+    def desc(self) -> Grid:
+        """This episode's map: single bytes S, F, H, G, shape (size, size)."""
+        return self._lake.desc
+
+    @property
+    def lastaction(self) -> int | None:
+        """The last action, None right after a reset."""
+        return self._lake.lastaction
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._lake = FrozenLakeEnv(desc=self._draw_map(), is_slippery=False)
+        return self._lake.reset()
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        return self._lake.step(action)
+
+    def _draw_map(self) -> list[str]:
+        while True:
+            rows = generate_random_map(self.size, self.p, seed=int(self.np_random.integers(2**31)))
+            if self.maps == "all" or is_held_out(rows) == (self.maps == "held_out"):
+                return rows
+
+
+class FrozenLakeText:
+    """FrozenLake's description: the map is in an episode's first observation only, then positions."""
+
+    ACTIONS = ("left", "down", "right", "up")
+
+    instructions: str = "Walk from S to G over F. H is a hole. Actions: left, down, right, up."
+    action_space: JsonObject = discrete(ACTIONS)
+
+    def __init__(self, env: Env[Any, Any]) -> None:
+        self._lake: Any = env.unwrapped
+
+    def observation(self, observation: Any, info: dict[str, Any]) -> str:
+        where = self.position(int(observation), self._lake.desc.shape[1])
+        if self._lake.lastaction is not None:
+            return where
+        return f"{self.map([bytes(row).decode() for row in self._lake.desc])}\n{where}"
+
+    def action(self, action: Any) -> Any:
+        return self.ACTIONS.index(action)
+
+    def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
+        """Reached the goal, the only rewarded tile."""
+        return terminated and reward > 0
+
+    @staticmethod
+    def map(rows: list[str]) -> str:
+        """The map with numbered rows: "0: S F F H" and so on."""
+        return "\n".join(f"{number}: {' '.join(row)}" for number, row in enumerate(rows))
+
+    @staticmethod
+    def position(state: int, num_columns: int) -> str:
+        return f"row {state // num_columns}, column {state % num_columns}"

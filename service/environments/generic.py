@@ -1,0 +1,157 @@
+"""A description for any environment, made from its spaces alone."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.core import Env
+
+from service.environments.base import JsonObject, discrete
+
+Space = spaces.Space[Any]
+
+MAX_DISCRETE_ACTIONS = 1024
+MAX_ELEMENTS = 4096
+"""The most numbers one action array may hold."""
+
+SIGNIFICANT_DIGITS = 6
+
+
+class GenericText:
+    """Discrete actions are named by their numbers; every other action is a JSON value under a schema of its space.
+
+    Observations are compact JSON. Raises ValueError when a space cannot be written as text.
+    """
+
+    def __init__(self, env: Env[Any, Any]) -> None:
+        self._actions: Space = env.action_space
+        self.action_space: JsonObject = _action_space(self._actions)
+        self.instructions: str = (
+            f"Act in the environment {env.spec.id if env.spec else type(env.unwrapped).__name__}. "
+            f"Observations: {_summary(env.observation_space)}. Actions: {_summary(self._actions)}."
+        )
+
+    def observation(self, observation: Any, info: dict[str, Any]) -> str:
+        return json.dumps(to_json(observation), separators=(",", ":"), ensure_ascii=False)
+
+    def action(self, action: Any) -> Any:
+        if isinstance(self._actions, spaces.Discrete) and self.action_space["type"] == "discrete":
+            return self._actions.dtype.type(action)
+        return from_json(self._actions, action)
+
+    def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
+        """Terminated with a positive return: a convention, since the spaces do not say what the task is."""
+        return terminated and episode_return > 0
+
+
+def _action_space(space: Space) -> JsonObject:
+    if isinstance(space, spaces.Discrete) and 2 <= space.n <= MAX_DISCRETE_ACTIONS:
+        first = int(space.start)
+        return discrete(tuple(str(first + number) for number in range(int(space.n))))
+    return {"type": "json", "schema": schema(space)}
+
+
+def schema(space: Space) -> JsonObject:
+    """The JSON schema of a space's values. Raises ValueError for a space that JSON cannot hold."""
+    match space:
+        case spaces.Discrete():
+            return _integer(int(space.start), int(space.start + space.n) - 1)
+        case spaces.MultiDiscrete():
+            return _array(space.start, space.start + space.nvec - 1, whole=True)
+        case spaces.MultiBinary():
+            return _array(np.zeros(space.shape), np.ones(space.shape), whole=True)
+        case spaces.Box():
+            return _array(space.low, space.high, whole=np.issubdtype(space.dtype, np.integer))
+        case spaces.Text():
+            return {"type": "string", "minLength": space.min_length, "maxLength": space.max_length}
+        case spaces.Tuple():
+            return _items([schema(part) for part in space.spaces])
+        case spaces.Dict():
+            parts = {name: schema(part) for name, part in space.spaces.items()}
+            return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
+        case _:
+            raise ValueError(f"an action space of type {type(space).__name__} cannot be described in text")
+
+
+def _integer(low: int, high: int) -> JsonObject:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+def _array(low: Any, high: Any, *, whole: bool) -> JsonObject:
+    """The schema of an array between two arrays of bounds; a plain number where the shape is ()."""
+    if low.size > MAX_ELEMENTS:
+        raise ValueError(f"an action of {low.size} numbers is more than the {MAX_ELEMENTS} that text can carry")
+    if low.ndim:
+        return _items([_array(below, above, whole=whole) for below, above in zip(low, high, strict=True)])
+    number: JsonObject = {"type": "integer" if whole else "number"}
+    if np.isfinite(low):
+        number["minimum"] = low.item()
+    if np.isfinite(high):
+        number["maximum"] = high.item()
+    return number
+
+
+def _items(parts: list[JsonObject]) -> JsonObject:
+    same = all(part == parts[0] for part in parts)
+    bounds = {"minItems": len(parts), "maxItems": len(parts)}
+    if parts and same:
+        return {"type": "array", "items": parts[0], **bounds}
+    return {"type": "array", "prefixItems": parts, **bounds}
+
+
+def from_json(space: Space, value: Any) -> Any:
+    """The space's own value (dtype and shape) for a JSON value that its schema accepts. Raises ValueError otherwise."""
+    action = _convert(space, value)
+    if not space.contains(action):
+        raise ValueError(f"{value!r} is not an action of {space}")
+    return action
+
+
+def _convert(space: Space, value: Any) -> Any:
+    match space:
+        case spaces.Discrete():
+            return space.dtype.type(value)
+        case spaces.Tuple():
+            return tuple(_convert(part, item) for part, item in zip(space.spaces, value, strict=True))
+        case spaces.Dict():
+            return {name: _convert(part, value[name]) for name, part in space.spaces.items()}
+        case spaces.Text():
+            return value
+        case _:
+            array = np.asarray(value, dtype=space.dtype)
+            # A bound such as float32(0.1) is written in more digits than it has; reading it back may overstep by one unit.
+            return np.clip(array, space.low, space.high) if isinstance(space, spaces.Box) else array
+
+
+def to_json(value: Any) -> Any:
+    """A JSON value for an observation: arrays as lists, floats to 6 significant digits, infinities and NaN as strings."""
+    match value:
+        case np.ndarray() | np.generic():
+            return to_json(value.tolist())
+        case bool() | int() | str() | None:
+            return value
+        case float():
+            return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if np.isfinite(value) else str(value)
+        case dict():
+            return {str(name): to_json(part) for name, part in value.items()}
+        case Iterable():
+            return [to_json(part) for part in value]
+        case _:
+            raise ValueError(f"an observation of type {type(value).__name__} cannot be written as text")
+
+
+def _summary(space: Space) -> str:
+    """A space in a few words, without the arrays of bounds that its repr may hold."""
+    match space:
+        case spaces.Discrete():
+            return f"an integer from {int(space.start)} to {int(space.start + space.n) - 1}"
+        case spaces.Tuple():
+            return "[" + ", ".join(_summary(part) for part in space.spaces) + "]"
+        case spaces.Dict():
+            return "{" + ", ".join(f"{name}: {_summary(part)}" for name, part in space.spaces.items()) + "}"
+        case spaces.Text():
+            return "a string"
+        case _:
+            return f"{type(space).__name__} of shape {list(space.shape or ())}"

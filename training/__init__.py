@@ -1,0 +1,1 @@
+"""Training of the packaged policy, from scratch; not part of the installed package."""

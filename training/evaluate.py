@@ -1,0 +1,148 @@
+"""Greedy play of a policy in the real Gymnasium environments, in process: what training reports and the model card says."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from service.environments import TextDescription, describe
+from training.tokenizer import ASSISTANT, BEGIN, END, SYSTEM, USER
+from training.worlds import Hand, hit_value, stick_value
+
+HELD_OUT_SEED = 1_000_000
+"""Evaluation seeds start here; training draws its own episodes from tables and resets no environment."""
+
+ENVIRONMENTS: dict[str, dict[str, Any]] = {
+    "episodic/FrozenLakeRandom-v0": {"maps": "held_out"},
+    "CliffWalking-v1": {"max_episode_steps": 100},
+    "Taxi-v4": {},
+    "Blackjack-v1": {},
+}
+
+
+@dataclass(slots=True)
+class Episode:
+    """One environment being played: the transcript as the policy sees it and what came of it."""
+
+    env: gymnasium.Env[Any, Any]
+    description: TextDescription
+    token_ids: list[int]
+    action_ids: dict[int, str]
+    episode_return: float = 0.0
+    num_steps: int = 0
+    success: bool = False
+    over: bool = field(default=False)
+
+
+class Player:
+    """Plays many episodes in lockstep, each step one padded forward pass; the legal action of highest logit is taken."""
+
+    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+
+    def play(self, env_id: str, seeds: Iterable[int], instructed: bool = True, **kwargs: Any) -> list[Episode]:
+        """Plays one episode a seed to its end."""
+        episodes = [self._start(gymnasium.make(env_id, **kwargs), seed, instructed) for seed in seeds]
+        while running := [episode for episode in episodes if not episode.over]:
+            for episode, action_id in zip(running, self._choose(running), strict=True):
+                self._step(episode, action_id)
+        return episodes
+
+    def _start(self, env: gymnasium.Env[Any, Any], seed: int, instructed: bool) -> Episode:
+        observation, info = env.reset(seed=seed)
+        description = describe(env)
+        actions = {self._encode(action)[0]: action for action in description.action_space["actions"]}
+        token_ids = [self._id(BEGIN)]
+        if instructed:
+            token_ids += self._turn(SYSTEM, description.instructions)
+        token_ids += [*self._turn(USER, description.observation(observation, info)), self._id(ASSISTANT)]
+        return Episode(env, description, token_ids, actions)
+
+    def _choose(self, episodes: list[Episode]) -> list[int]:
+        """The token of each episode's greedy action."""
+        chosen: list[int] = []
+        for first in range(0, len(episodes), 64):
+            chunk = episodes[first : first + 64]
+            logits = self._next_logits([episode.token_ids for episode in chunk])
+            for episode, row in zip(chunk, logits, strict=True):
+                legal = list(episode.action_ids)
+                chosen.append(legal[int(row[legal].argmax())])
+        return chosen
+
+    @torch.inference_mode()
+    def _next_logits(self, rows: list[list[int]]) -> torch.Tensor:
+        longest = max(map(len, rows))
+        tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = torch.tensor(row)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self._model.model(input_ids=tokens, use_cache=False).last_hidden_state
+            last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+            return self._model.lm_head(last).float()
+
+    def _step(self, episode: Episode, action_id: int) -> None:
+        action = episode.description.action(episode.action_ids[action_id])
+        observation, reward, terminated, truncated, info = episode.env.step(action)
+        episode.episode_return += float(reward)
+        episode.num_steps += 1
+        episode.over = terminated or truncated
+        if episode.over:
+            episode.success = episode.description.success(float(reward), terminated, truncated, episode.episode_return)
+            return
+        text = episode.description.observation(observation, info)
+        episode.token_ids += [action_id, self._id(END), *self._turn(USER, text), self._id(ASSISTANT)]
+
+    def _turn(self, role: str, text: str) -> list[int]:
+        return [self._id(role), *self._encode(text), self._id(END)]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def _id(self, token: str) -> int:
+        return self._tokenizer.convert_tokens_to_ids(token)
+
+
+def basic_strategy_return(seeds: Iterable[int]) -> float:
+    """The mean return of the optimal Blackjack policy over the same deals."""
+    env = gymnasium.make("Blackjack-v1")
+    returns: list[float] = []
+    for seed in seeds:
+        (player, dealer, ace), _ = env.reset(seed=seed)
+        over, reward = False, 0.0
+        while not over:
+            hand: Hand = (player, dealer, bool(ace))
+            (player, dealer, ace), reward, over, _, _ = env.step(int(hit_value(hand) > stick_value(hand)))
+        returns.append(float(reward))
+    return sum(returns) / len(returns)
+
+
+def report(
+    policy: Annotated[Path, typer.Argument(help="Folder of the policy.")] = Path("service/policies/toy-text"),
+    num_episodes: Annotated[int, typer.Option("--episodes", min=1)] = 500,
+    instructed: Annotated[bool, typer.Option(help="Put the environment's instructions in front.")] = True,
+) -> None:
+    """Plays held-out episodes of each environment greedily and prints a table."""
+    player = Player(AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy))
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + num_episodes)
+    table = Table("environment", "episodes", "success", "mean return", "mean steps")
+    for env_id, kwargs in ENVIRONMENTS.items():
+        episodes = player.play(env_id, seeds, instructed, **kwargs)
+        success = sum(episode.success for episode in episodes) / num_episodes
+        mean_return = sum(episode.episode_return for episode in episodes) / num_episodes
+        mean_steps = sum(episode.num_steps for episode in episodes) / num_episodes
+        table.add_row(env_id, str(num_episodes), f"{success:.1%}", f"{mean_return:.3f}", f"{mean_steps:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"Blackjack by basic strategy on the same deals: {basic_strategy_return(seeds):.3f}")
+
+
+if __name__ == "__main__":
+    typer.run(report)
