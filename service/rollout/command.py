@@ -27,7 +27,7 @@ def rollout_command(
     seed: Annotated[int, typer.Option(min=0, help="Episode i is reset with seed + i.")] = 0,
     env_kwargs: Annotated[str, typer.Option(help="A JSON object of arguments for the environment.")] = "{}",
     max_episode_steps: Annotated[
-        int | None, typer.Option(min=1, help="Truncate episodes here. [default: the environment's limit, else 200]")
+        int | None, typer.Option(min=1, help="Truncate episodes here; unset, at the environment's limit, else at 200.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     url: Annotated[str, typer.Option(help="Where the service is.")] = DEFAULT_URL,
@@ -125,6 +125,8 @@ def print_table(report: Report) -> None:
     console = Console()
     console.print(table)
     console.print("[dim]Intervals: 95%, Wilson's for the rate, Student's t for the mean.[/dim]")
+    for reason, count in report.cut.items():
+        console.print(f"{count} cut short: {reason}", style="yellow", markup=False)
     for error, count in Counter(failure.error for failure in report.failures).most_common(_MAX_ERRORS):
         console.print(f"{count} failed: {error}", style="red", markup=False)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -59,6 +60,7 @@ async def rollout(
         p50_s=percentile(games.latencies_s, 50),
         p99_s=percentile(games.latencies_s, 99),
         wall_s=wall_s,
+        cut=dict(Counter(outcome.cut for outcome in games.outcomes if outcome.cut is not None)),
         failures=tuple(sorted(games.failures, key=lambda failure: failure.seed)),
     )
 
@@ -112,9 +114,10 @@ class _Games:
                 await episode.act(shown, reward=reward, terminated=terminated, truncated=truncated, success=success)
                 return Outcome(seed, episode_return, length, success)
             act = await self._act(episode, shown, reward)
-        if not act.done:  # no action came out of the completion: there is nothing to play
-            await episode.end(truncated=True, success=False)
-        return Outcome(seed, episode_return, length, completed=False)
+        if act.done:
+            return Outcome(seed, episode_return, length, False, "the service ended the episode")
+        await episode.end(truncated=True, success=False)
+        return Outcome(seed, episode_return, length, False, "the completion was no action")
 
     async def _begin(self, worker: TextEnvironment, seed: int) -> AsyncEpisode:
         return await self.client.episode(

@@ -4,19 +4,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from service.rollout.intervals import Interval, mean_interval, wilson
+
+Cut = Literal["the completion was no action", "the service ended the episode"]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """An episode that was played to its end; `length` in steps of the environment."""
+    """An episode that was played; `length` in steps of the environment. One `cut` short by the policy or the service,
+    before the environment ended it, is not completed.
+    """
 
     seed: int
     episode_return: float
     length: int
     completed: bool
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class Report:
     p50_s: float | None
     p99_s: float | None
     wall_s: float
+    cut: dict[Cut, int]
+    """How many of the policy's episodes were cut short, by reason."""
     failures: tuple[Failure, ...]
 
     def as_json(self) -> dict[str, Any]:

@@ -166,6 +166,7 @@ async def test_an_episode_that_the_service_ends_is_not_completed(fake: FakeServi
     fake.script("/act", answer(done()), answer(done()))
     report = await play(url, "CartPole-v1", episodes=2, concurrency=1)
     assert (report.policy.completion_rate, report.policy.mean_length) == (0.0, 0.0)
+    assert report.as_json()["cut"] == {"the service ended the episode": 2}
     assert report.failures == ()
 
 
@@ -178,6 +179,7 @@ async def test_a_completion_that_is_no_action_ends_the_episode(fake: FakeService
     fake.script("/act", answer(JSONResponse({"episode_id": "e", "step": 0, "parse_failure": failure})))
     report = await play(url, "CartPole-v1", episodes=1)
     assert (report.policy.completion_rate, report.policy.episodes) == (0.0, 1)
+    assert report.cut == {"the completion was no action": 1}
     assert [episode.success for episode in fake.episodes.values()] == [False]
 
 
