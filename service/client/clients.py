@@ -179,7 +179,7 @@ class AsyncClient:
         self._transport = transport
         self._requests = httpx.AsyncClient(transport=transport, **self._options)
         # One httpx client for each request in flight: httpcore's pool looks at its every connection on every request,
-        # which at 32 of them costs three times what the rest of a request does.
+        # which at 32 of them makes a request cost three times as much.
         self._idle = [self._requests]
         self._all = [self._requests]
 
