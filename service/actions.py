@@ -6,12 +6,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, cast
 
+import jsonschema.validators
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError
 from jsonschema.protocols import Validator
-from jsonschema.validators import extend
 
 from service.engine.base import Constraint
 from service.trajectory import JsonValue, ParseFailure, Sampling
@@ -78,8 +79,27 @@ class DiscreteSpace:
 ActionSpace = TextSpace | RegexSpace | JsonSpace | DiscreteSpace
 
 
-# The grammar holds completions to patterns; Python's backtracking matcher must not see them.
-_Validator = extend(Draft202012Validator, {"pattern": None, "patternProperties": None})  # type: ignore[arg-type]
+def _left_to_the_grammar(*_: Any) -> None:
+    """Passes: the grammar holds completions to patterns, and Python's backtracking matcher must not see them."""
+
+
+def _additional_properties(validator: Any, allowed: Any, instance: Any, schema: dict[str, Any]) -> Any:
+    """The keyword's own check, but where patterns say which properties are additional."""
+    if "patternProperties" in schema:
+        return ()
+    check = cast("Any", Draft202012Validator.VALIDATORS)["additionalProperties"]
+    return check(validator, allowed, instance, schema)
+
+
+_Validator: Any = cast("Any", jsonschema.validators).extend(
+    Draft202012Validator,
+    {
+        "pattern": _left_to_the_grammar,
+        "patternProperties": _left_to_the_grammar,
+        "additionalProperties": _additional_properties,
+        "unevaluatedProperties": _left_to_the_grammar,  # it matches the patterns of all it evaluated
+    },
+)
 
 
 def json_space(schema: dict[str, Any]) -> JsonSpace:
@@ -152,7 +172,7 @@ class DecisionTrie:
         rows = sorted(((*encode(action), terminator), action) for action in actions)
         self.actions: tuple[str, ...] = tuple(action for _, action in rows)
         self.sequences: tuple[tuple[int, ...], ...] = tuple(ids for ids, _ in rows)
-        for (ids, action), (other, twin) in zip(rows, rows[1:], strict=False):
+        for (ids, action), (other, twin) in pairwise(rows):
             if other[: len(ids)] == ids:
                 raise ActionSpaceError(f"the policy's tokenizer cannot tell {action!r} and {twin!r} apart")
         self.branches: tuple[Branch, ...] = tuple(self._branches())
@@ -170,7 +190,7 @@ class DecisionTrie:
             starts = [i for i in range(low, high) if i == low or self._at(i, depth) != self._at(i - 1, depth)]
             bounds = (*starts, high)
             found.append(Branch(self.sequences[low][:depth], tuple(self._at(i, depth) for i in starts), bounds))
-            pending.extend((depth + 1, a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b - a > 1)
+            pending.extend((depth + 1, a, b) for a, b in pairwise(bounds) if b - a > 1)
         return found
 
     def _at(self, row: int, depth: int) -> int:

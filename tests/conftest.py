@@ -1,0 +1,31 @@
+"""What the tests of every layer share: the packaged policy's tokenizer, its path, and quiet settings."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import service
+from service.engine.tokenizer import HFTokenizer
+
+POLICY = Path(service.__file__).parent / "policies" / "toy-text"
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer() -> Any:
+    """The packaged policy's Hugging Face tokenizer. A test that changes its template loads its own."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(POLICY)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(hf_tokenizer: Any) -> HFTokenizer:
+    return HFTokenizer(hf_tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("EPISODIC_")]:
+        monkeypatch.delenv(name)

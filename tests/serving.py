@@ -1,0 +1,120 @@
+"""The service behind a real socket, in the test's own event loop: what a test needs to be its caller."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.engine.base import Completion, Constraint, Engine, Scores
+from service.engine.scripted import ScriptedEngine
+from service.settings import Settings
+from service.store.base import Store
+from service.trajectory import Sampling
+
+DISCRETE = {"type": "discrete", "actions": ["left", "right", "left turn", "go to the kitchen"]}
+
+
+class HeldEngine(ScriptedEngine):
+    """Answers nothing until `release` is set, so that a test decides what happens while an act is in flight."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.release = asyncio.Event()
+        self.num_held = 0
+
+    async def generate(
+        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+    ) -> Completion:
+        await self._hold()
+        return await super().generate(prompt_token_ids, sampling, constraint)
+
+    async def score(self, prompt_token_ids: list[int], candidates: Any) -> Scores:
+        await self._hold()
+        return await super().score(prompt_token_ids, candidates)
+
+    async def _hold(self) -> None:
+        self.num_held += 1
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.num_aborted += 1
+            raise
+
+
+@dataclass
+class Served:
+    """A running service: its app, where it listens, and a client of it."""
+
+    app: FastAPI
+    url: str
+    client: httpx.AsyncClient
+
+    @property
+    def engine(self) -> Any:
+        return self.app.state.sessions.agent.engine
+
+    async def open(self, episode_id: str = "e", **fields: Any) -> dict[str, Any]:
+        answer = await self.client.post("/episode", json={"episode_id": episode_id, **fields})
+        assert answer.status_code == 201, answer.text
+        return answer.json()
+
+    async def post_act(
+        self, episode_id: str = "e", observation: Any = "look", headers: Any = None, **fields: Any
+    ) -> httpx.Response:
+        body = {"episode_id": episode_id, **({} if observation is None else {"observation": observation}), **fields}
+        return await self.client.post("/act", json=body, headers=headers)
+
+    async def act(self, episode_id: str = "e", observation: Any = "look", **fields: Any) -> dict[str, Any]:
+        answer = await self.post_act(episode_id, observation, **fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def trajectory(self, episode_id: str = "e", format: str = "steps") -> dict[str, Any]:
+        answer = await self.client.get(f"/episode/{episode_id}/trajectory", params={"format": format})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def get(self, episode_id: str = "e") -> dict[str, Any]:
+        answer = await self.client.get(f"/episode/{episode_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the test runner's
+
+
+@asynccontextmanager
+async def serve(
+    folder: Path, engine: Engine | None, *, store: Store | None = None, ready: bool = True, **settings: Any
+) -> AsyncIterator[Served]:
+    """The service on a free port with its data in `folder`; ends it as SIGTERM would."""
+    app = create_app(Settings(data=folder, **settings), engine=engine, store=store)
+    server = _Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=10))
+    running = asyncio.create_task(server.serve())
+    await until(lambda: server.started or running.done())
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    async with httpx.AsyncClient(base_url=url, timeout=30, limits=httpx.Limits(max_connections=None)) as client:
+        if ready:
+            await until(lambda: app.state.sessions.unready_reason != "loading")
+        yield Served(app, url, client)
+    server.should_exit = True
+    await running
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Returns once the condition holds; gives up, loudly, long after it should."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what it waits for is somebody else's state, not an event
+            await asyncio.sleep(0.002)
