@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from training.tokenizer import ASSISTANT, BEGIN, END, PAD, SYSTEM, USER
@@ -21,8 +20,8 @@ Behaviour = Literal["random", "explore", "expert"]
 class Batch:
     """Transcripts of one world: `tokens` (B, T), and for B episodes of N steps where each action is and what is best.
 
-    `action_at` (N,) is the index in T of each step's action token, the same in every row; `labels` (B, N, A) is the expert's
-    distribution; `alive` (B, N) says which steps took place. Rows that ended early are padded on the right.
+    `action_at` (N,) is the index in T of each step's action token, the same in every row; `labels` (B, N, A) is the
+    expert's distribution; `alive` (B, N) says which steps took place. Rows that ended early are padded on the right.
     """
 
     tokens: Ints
@@ -37,7 +36,9 @@ class Transcripts:
     def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast) -> None:
         self.world = world
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-        self._special = {token: tokenizer.convert_tokens_to_ids(token) for token in (BEGIN, END, SYSTEM, USER, ASSISTANT, PAD)}
+        self._special = {
+            token: tokenizer.convert_tokens_to_ids(token) for token in (BEGIN, END, SYSTEM, USER, ASSISTANT, PAD)
+        }
         self._instructions = np.array(encode(world.instructions))
         self._states = np.array([encode(text) for text in world.states])
         self._first = np.array([encode(text) for text in world.first], dtype=np.int64)
@@ -70,7 +71,14 @@ class Transcripts:
         """User turn and assistant turn of every step: (B, N, block)."""
         special, shape = self._special, walk.states.shape
         mark = lambda token: np.full((*shape, 1), special[token])  # noqa: E731
-        parts = [mark(USER), self._states[walk.states], mark(END), mark(ASSISTANT), self.actions[walk.actions][..., None], mark(END)]
+        parts = [
+            mark(USER),
+            self._states[walk.states],
+            mark(END),
+            mark(ASSISTANT),
+            self.actions[walk.actions][..., None],
+            mark(END),
+        ]
         return np.where(walk.alive[..., None], np.concatenate(parts, axis=-1), special[PAD])
 
 
@@ -115,8 +123,3 @@ def _scores(rng: np.random.Generator, expert: Floats, visits: Ints, guided: Floa
     follow = rng.random((len(expert), 1)) < guided
     explore = noise if behaviour == "random" else noise - visits * (rng.random((len(expert), 1)) < 0.7)
     return np.where(follow, noise + 100.0 * (expert > 0), explore).astype(np.float32)
-
-
-def padding(tokens: Ints, pad: int) -> npt.NDArray[np.bool_]:
-    """Where a row is over."""
-    return tokens == pad

@@ -1,4 +1,4 @@
-"""Greedy play of a policy in the real Gymnasium environments, in process: what training reports and the model card says."""
+"""Greedy play of a policy in the real Gymnasium environments, in process."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class Episode:
 
 
 class Player:
-    """Plays many episodes in lockstep, each step one padded forward pass; the legal action of highest logit is taken."""
+    """Plays many episodes in lockstep, one padded forward pass a step; takes the legal action of highest logit."""
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         self._model = model

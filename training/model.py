@@ -9,7 +9,7 @@ from training.tokenizer import MAX_POSITIONS
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A fresh model; the vocabulary is padded to a multiple of 64, and heads are 64 wide, which vLLM's CPU kernels support."""
+    """A fresh model; the vocabulary is padded to a multiple of 64, heads are 64 wide, as vLLM's CPU kernels need."""
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=256,
@@ -39,3 +39,5 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     )
     served.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
+    for file in folder.iterdir():
+        file.chmod(0o644)

@@ -19,8 +19,9 @@ BEGIN, END, SYSTEM, USER, ASSISTANT, PAD = SPECIAL_TOKENS = (
 MAX_POSITIONS = 8192
 VOCAB_SIZE = 1024
 
-# A word takes the comma and the space before it along; numbers are pieces of up to three digits.
-PIECES = r",? ?\p{L}+|,? ?\p{N}{1,3}|\n| ?[^\s\p{L}\p{N}]+|\s+"
+# A grid position is one piece, so one token: half the tokens of a step. A word takes the comma and the space before it
+# along; other numbers are pieces of up to three digits.
+PIECES = r"row \p{N}+, column \p{N}+|,? ?\p{L}+|,? ?\p{N}{1,3}|\n| ?[^\s\p{L}\p{N}]+|\s+"
 
 CHAT_TEMPLATE = (
     "{{- bos_token }}"

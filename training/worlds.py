@@ -28,7 +28,8 @@ class World:
 
     `outcomes` (W, S, A, K) are equally likely next states, `ends` (W, S, A, K) whether the episode ends with them,
     `expert` (W, S, A) the distribution over optimal actions, `starts` (W, S) the distribution of training starts, and
-    `weights` (W,) how often an instance is drawn. `first` says what an instance's first observation holds before the state's text.
+    `weights` (W,) how often an instance is drawn. `first` is what an instance's first observation holds before the
+    state's text.
     """
 
     name: str
@@ -81,7 +82,7 @@ def _lake_moves() -> Ints:
 
 @cache
 def frozen_lake(held_out: bool = False, frozen: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)) -> World:
-    """Every solvable 4x4 map of one side of the split, drawn as a mix over the probabilities `frozen` of a frozen tile."""
+    """Every solvable 4x4 map of one side of the split, drawn as a mix over probabilities of a frozen tile."""
     maps = lake_maps()
     holes = np.array([[cell == "H" for row in rows for cell in row] for rows in maps])
     moves = np.broadcast_to(_lake_moves(), (len(maps), 16, 4))
@@ -179,7 +180,12 @@ Hand = tuple[int, int, bool]
 
 def blackjack_hands() -> list[Hand]:
     """Every observation in which the player is not bust."""
-    return [(player, dealer, ace) for ace in (False, True) for dealer in range(1, 11) for player in range(12 if ace else 4, 22)]
+    return [
+        (player, dealer, ace)
+        for ace in (False, True)
+        for dealer in range(1, 11)
+        for player in range(12 if ace else 4, 22)
+    ]
 
 
 def hit(hand: Hand, card: int) -> Hand | None:

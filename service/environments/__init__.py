@@ -29,7 +29,7 @@ _DESCRIPTIONS: dict[tuple[str | None, str], Describe] = {
 
 
 def register() -> None:
-    """Registers the package's environments with Gymnasium; again is a no-op. Gymnasium's plugin entry point calls it."""
+    """Registers the package's environments with Gymnasium, whose plugin entry point calls this; again is a no-op."""
     if FROZEN_LAKE_RANDOM not in registry:
         register_with_gymnasium(
             id=FROZEN_LAKE_RANDOM,

@@ -8,7 +8,7 @@ JsonObject = dict[str, Any]
 
 
 class TextDescription(Protocol):
-    """How one environment speaks to a policy that reads and writes text. One instance serves one environment instance."""
+    """How one environment instance speaks to a policy that reads and writes text, over all of its episodes."""
 
     instructions: str
     """The episode's system prompt: what the task is and which actions there are."""

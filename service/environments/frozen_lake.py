@@ -1,4 +1,4 @@
-"""FrozenLake in text, and FrozenLakeRandom: a new solvable map each episode, so that a policy must use what it has read."""
+"""FrozenLake in text, and FrozenLakeRandom: a new solvable map each episode, which a policy must read and remember."""
 
 import hashlib
 from typing import Any, ClassVar, Literal, get_args
@@ -27,7 +27,8 @@ class FrozenLakeRandom(Env[int, int]):
     """FrozenLake, not slippery, on a new solvable map at each reset; `reset(seed=...)` decides the map.
 
     `size` is the side of the square map, `p` the probability that a tile is frozen rather than a hole, and `maps` the
-    part of the map space to draw from: "all", "train" or "held_out". Observations, actions and rewards are FrozenLake's.
+    part of the map space to draw from: "all", "train" or "held_out". All else is FrozenLake's: observations, actions,
+    rewards.
     Raises ValueError for arguments outside their range.
     """
 

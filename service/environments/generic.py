@@ -120,13 +120,11 @@ def _convert(space: Space, value: Any) -> Any:
         case spaces.Text():
             return value
         case _:
-            array = np.asarray(value, dtype=space.dtype)
-            # A bound such as float32(0.1) is written in more digits than it has; reading it back may overstep by one unit.
-            return np.clip(array, space.low, space.high) if isinstance(space, spaces.Box) else array
+            return np.asarray(value, dtype=space.dtype)
 
 
 def to_json(value: Any) -> Any:
-    """A JSON value for an observation: arrays as lists, floats to 6 significant digits, infinities and NaN as strings."""
+    """A JSON value for an observation: arrays as lists, floats to 6 significant digits, infinity and NaN as strings."""
     match value:
         case np.ndarray() | np.generic():
             return to_json(value.tolist())
