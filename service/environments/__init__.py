@@ -1,11 +1,9 @@
 """Environments in text: registers the package's own with Gymnasium and finds the description of any environment."""
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from gymnasium.core import Env
-from gymnasium.envs.registration import parse_env_id, registry
-from gymnasium.envs.registration import register as register_with_gymnasium
+from gymnasium.envs import registration
 
 from service.environments.base import Describe, TextDescription
 from service.environments.frozen_lake import FrozenLakeText
@@ -29,9 +27,13 @@ _DESCRIPTIONS: dict[tuple[str | None, str], Describe] = {
 
 
 def register() -> None:
-    """Registers the package's environments with Gymnasium, whose plugin entry point calls this; again is a no-op."""
-    if FROZEN_LAKE_RANDOM not in registry:
-        register_with_gymnasium(
+    """Registers the package's environments with Gymnasium; again is a no-op.
+
+    Importing this package does it. Gymnasium 1 loads no plugins by itself, but imports what stands before a colon:
+    `gymnasium.make("service.environments:episodic/FrozenLakeRandom-v0")`.
+    """
+    if FROZEN_LAKE_RANDOM not in registration.registry:
+        registration.register(  # pyright: ignore[reportUnknownMemberType]: Gymnasium leaves kwargs open
             id=FROZEN_LAKE_RANDOM,
             entry_point="service.environments.frozen_lake:FrozenLakeRandom",
             max_episode_steps=100,
@@ -43,17 +45,13 @@ def describe(env: Env[Any, Any]) -> TextDescription:
 
     Raises ValueError when the environment has a space that text cannot carry.
     """
-    own = getattr(env.unwrapped, "text_description", None)
+    own: Any = getattr(env.unwrapped, "text_description", None)
     if own is not None:
-        return cast(TextDescription, own(env) if _is_describe(own) else own)
+        return own if isinstance(getattr(own, "action_space", None), dict) and not isinstance(own, type) else own(env)
     if env.spec is None:
         return GenericText(env)
-    namespace, name, _version = parse_env_id(env.spec.id)
+    namespace, name, _version = registration.parse_env_id(env.spec.id)
     return _DESCRIPTIONS.get((namespace, name), GenericText)(env)
-
-
-def _is_describe(own: object) -> bool:
-    return isinstance(own, type) or (isinstance(own, Callable) and not hasattr(own, "action_space"))
 
 
 register()

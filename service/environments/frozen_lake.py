@@ -1,7 +1,7 @@
 """FrozenLake in text, and FrozenLakeRandom: a new solvable map each episode, which a policy must read and remember."""
 
 import hashlib
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ def is_held_out(rows: list[str]) -> bool:
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
-class FrozenLakeRandom(Env[int, int]):
+class FrozenLakeRandom(Env[np.int64, np.int64]):
     """FrozenLake, not slippery, on a new solvable map at each reset; `reset(seed=...)` decides the map.
 
     `size` is the side of the square map, `p` the probability that a tile is frozen rather than a hole, and `maps` the
@@ -32,13 +32,14 @@ class FrozenLakeRandom(Env[int, int]):
     Raises ValueError for arguments outside their range.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium declares it so)
 
     def __init__(self, size: int = 4, p: float = 0.8, maps: Maps = "all", render_mode: None = None) -> None:
-        if not 3 <= size <= 32:
-            raise ValueError(f"size must be from 3 to 32, not {size}")
-        if not 0.2 <= p < 1.0:
-            raise ValueError(f"p must be at least 0.2 and below 1, not {p}")
+        if not 3 <= size <= 16:
+            raise ValueError(f"size must be from 3 to 16, not {size}")
+        # Outside these bounds a solvable map, or one of the side of the split asked for, may take forever to draw.
+        if not 0.5 <= p <= 0.99:
+            raise ValueError(f"p must be from 0.5 to 0.99, not {p}")
         if maps not in get_args(Maps):
             raise ValueError(f"maps must be one of {', '.join(get_args(Maps))}, not {maps!r}")
         if render_mode is not None:
@@ -47,7 +48,7 @@ class FrozenLakeRandom(Env[int, int]):
         self.render_mode = None
         self.observation_space = spaces.Discrete(size * size)
         self.action_space = spaces.Discrete(4)
-        self._lake = FrozenLakeEnv(desc=["S" + "F" * (size - 2) + "G"], is_slippery=False)
+        self._lake: Any = FrozenLakeEnv(desc=["S" + "F" * (size - 2) + "G"], is_slippery=False)
 
     @property
     def desc(self) -> Grid:
@@ -59,17 +60,18 @@ class FrozenLakeRandom(Env[int, int]):
         """The last action, None right after a reset."""
         return self._lake.lastaction
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self._lake = FrozenLakeEnv(desc=self._draw_map(), is_slippery=False)
         return self._lake.reset()
 
-    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         return self._lake.step(action)
 
     def _draw_map(self) -> list[str]:
+        rng: Any = self.np_random
         while True:
-            rows = generate_random_map(self.size, self.p, seed=int(self.np_random.integers(2**31)))
+            rows = generate_random_map(self.size, self.p, seed=int(rng.integers(2**31)))
             if self.maps == "all" or is_held_out(rows) == (self.maps == "held_out"):
                 return rows
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from gymnasium import spaces
@@ -67,7 +67,7 @@ def schema(space: Space) -> JsonObject:
         case spaces.Text():
             return {"type": "string", "minLength": space.min_length, "maxLength": space.max_length}
         case spaces.Tuple():
-            return _items([schema(part) for part in space.spaces])
+            return _items([schema(part) for part in _parts(space)])
         case spaces.Dict():
             parts = {name: schema(part) for name, part in space.spaces.items()}
             return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
@@ -114,7 +114,7 @@ def _convert(space: Space, value: Any) -> Any:
         case spaces.Discrete():
             return space.dtype.type(value)
         case spaces.Tuple():
-            return tuple(_convert(part, item) for part, item in zip(space.spaces, value, strict=True))
+            return tuple(_convert(part, item) for part, item in zip(_parts(space), value, strict=True))
         case spaces.Dict():
             return {name: _convert(part, value[name]) for name, part in space.spaces.items()}
         case spaces.Text():
@@ -127,17 +127,22 @@ def to_json(value: Any) -> Any:
     """A JSON value for an observation: arrays as lists, floats to 6 significant digits, infinity and NaN as strings."""
     match value:
         case np.ndarray() | np.generic():
-            return to_json(value.tolist())
+            return to_json(cast(Any, value).tolist())
         case bool() | int() | str() | None:
             return value
         case float():
             return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if np.isfinite(value) else str(value)
         case dict():
-            return {str(name): to_json(part) for name, part in value.items()}
+            return {str(name): to_json(part) for name, part in cast(dict[Any, Any], value).items()}
         case Iterable():
-            return [to_json(part) for part in value]
+            return [to_json(part) for part in cast(Iterable[Any], value)]
         case _:
             raise ValueError(f"an observation of type {type(value).__name__} cannot be written as text")
+
+
+def _parts(space: Any) -> tuple[Space, ...]:
+    # Gymnasium leaves the type of its parts open.
+    return space.spaces
 
 
 def _summary(space: Space) -> str:
@@ -146,7 +151,7 @@ def _summary(space: Space) -> str:
         case spaces.Discrete():
             return f"an integer from {int(space.start)} to {int(space.start + space.n) - 1}"
         case spaces.Tuple():
-            return "[" + ", ".join(_summary(part) for part in space.spaces) + "]"
+            return "[" + ", ".join(_summary(part) for part in _parts(space)) + "]"
         case spaces.Dict():
             return "{" + ", ".join(f"{name}: {_summary(part)}" for name, part in space.spaces.items()) + "}"
         case spaces.Text():

@@ -1,5 +1,7 @@
 """FrozenLakeRandom: seeded solvable maps, a fixed split of them, and the map in the first observation only."""
 
+import subprocess
+import sys
 from typing import Any
 
 import gymnasium
@@ -69,7 +71,7 @@ def test_the_split_never_moves():
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"size": 2}, {"size": 33}, {"p": 0.1}, {"p": 1.0}, {"maps": "test"}, {"render_mode": "human"}]
+    "kwargs", [{"size": 2}, {"size": 17}, {"p": 0.4}, {"p": 1.0}, {"maps": "test"}, {"render_mode": "human"}]
 )
 def test_arguments_out_of_range_are_refused(kwargs: dict[str, Any]):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
@@ -115,3 +117,9 @@ def test_success_is_reaching_the_goal():
     assert description.success(1.0, True, False, 1.0)
     assert not description.success(0.0, True, False, 0.0)
     assert not description.success(0.0, False, True, 0.0)
+
+
+def test_gymnasium_finds_the_environment_by_module_and_id():
+    code = f"import gymnasium; print(gymnasium.make('service.environments:{ENV_ID}').spec.id)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ENV_ID
