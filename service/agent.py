@@ -104,6 +104,9 @@ class Agent:
 
 
 async def _together(calls: Iterable[Coroutine[None, None, Scores]]) -> list[Scores]:
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(call) for call in calls]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as failures:  # several passes of one decision fail for one reason
+        raise failures.exceptions[0] from failures
     return [task.result() for task in tasks]

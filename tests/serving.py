@@ -56,34 +56,44 @@ class Served:
     app: FastAPI
     url: str
     client: httpx.AsyncClient
+    name: str = "e"
+    """The episode that is meant where a call names none."""
 
     @property
     def engine(self) -> Any:
         return self.app.state.sessions.agent.engine
 
-    async def open(self, episode_id: str = "e", **fields: Any) -> dict[str, Any]:
-        answer = await self.client.post("/episode", json={"episode_id": episode_id, **fields})
+    @property
+    def path(self) -> str:
+        return f"/episode/{self.name}"
+
+    async def open(self, episode_id: str | None = None, **fields: Any) -> dict[str, Any]:
+        answer = await self.client.post("/episode", json={"episode_id": episode_id or self.name, **fields})
         assert answer.status_code == 201, answer.text
         return answer.json()
 
     async def post_act(
-        self, episode_id: str = "e", observation: Any = "look", headers: Any = None, **fields: Any
+        self, episode_id: str | None = None, observation: Any = "look", headers: Any = None, **fields: Any
     ) -> httpx.Response:
-        body = {"episode_id": episode_id, **({} if observation is None else {"observation": observation}), **fields}
+        body = {
+            "episode_id": episode_id or self.name,
+            **({} if observation is None else {"observation": observation}),
+            **fields,
+        }
         return await self.client.post("/act", json=body, headers=headers)
 
-    async def act(self, episode_id: str = "e", observation: Any = "look", **fields: Any) -> dict[str, Any]:
+    async def act(self, episode_id: str | None = None, observation: Any = "look", **fields: Any) -> dict[str, Any]:
         answer = await self.post_act(episode_id, observation, **fields)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    async def trajectory(self, episode_id: str = "e", format: str = "steps") -> dict[str, Any]:
-        answer = await self.client.get(f"/episode/{episode_id}/trajectory", params={"format": format})
+    async def trajectory(self, episode_id: str | None = None, format: str = "steps") -> dict[str, Any]:
+        answer = await self.client.get(f"/episode/{episode_id or self.name}/trajectory", params={"format": format})
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    async def get(self, episode_id: str = "e") -> dict[str, Any]:
-        answer = await self.client.get(f"/episode/{episode_id}")
+    async def get(self, episode_id: str | None = None) -> dict[str, Any]:
+        answer = await self.client.get(f"/episode/{episode_id or self.name}")
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -96,25 +106,35 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serve(
-    folder: Path, engine: Engine | None, *, store: Store | None = None, ready: bool = True, **settings: Any
+    folder: Path, engine: Engine | None, *, store: Store | None = None, loading: bool = False, **settings: Any
 ) -> AsyncIterator[Served]:
-    """The service on a free port with its data in `folder`; ends it as SIGTERM would."""
+    """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
     app = create_app(Settings(data=folder, **settings), engine=engine, store=store)
-    server = _Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=10))
+    config = uvicorn.Config(
+        app,
+        port=0,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        lifespan="off" if loading else "on",
+    )
+    server = _Server(config)
     running = asyncio.create_task(server.serve())
     await until(lambda: server.started or running.done())
-    port = server.servers[0].sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    async with httpx.AsyncClient(base_url=url, timeout=30, limits=httpx.Limits(max_connections=None)) as client:
-        if ready:
-            await until(lambda: app.state.sessions.unready_reason != "loading")
-        yield Served(app, url, client)
-    server.should_exit = True
-    await running
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    limits = httpx.Limits(max_connections=None)
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
+            if not loading:
+                await until(lambda: app.state.sessions.unready_reason != "loading")
+            yield Served(app, url, client)
+    finally:
+        server.should_exit = True
+        await running
 
 
 async def until(condition: Callable[[], Any]) -> None:
     """Returns once the condition holds; gives up, loudly, long after it should."""
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what it waits for is somebody else's state, not an event
+        while not condition():  # noqa: ASYNC110 - it waits for somebody else's state, which no event tells
             await asyncio.sleep(0.002)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from typing import Any, NoReturn, TypeVar
+import math
+from typing import Any, NoReturn, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -18,9 +19,10 @@ _NOT_DIGESTED = ("episode_id", "step", "timeout_s")
 
 async def read(request: Request, model: type[Model]) -> tuple[Model, bytes]:
     """The body as `model`, and its 16-byte digest. Raises BadRequest, TooLarge, Unprocessable."""
-    document = _parse(await _bytes(request))
-    if not isinstance(document, dict):
+    parsed = _parse(await _bytes(request))
+    if not isinstance(parsed, dict):
         raise Unprocessable("the body must be a JSON object")
+    document = cast("dict[str, Any]", parsed)
     digest = _digest(document)
     try:
         return model.model_validate(document), digest
@@ -54,7 +56,7 @@ def _too_large(limit: int) -> TooLarge:
 
 def _parse(body: bytes) -> Any:
     try:
-        return json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError as error:
         raise BadRequest("malformed_json", "The JSON nests too deeply.") from error
     except ValueError as error:
@@ -66,6 +68,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("an object has a key twice")
     return found
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):
+        raise ValueError(f"{literal[:20]} is too large a number")
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:
