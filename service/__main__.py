@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from service import logs
 from service.app import create_app
 from service.rollout import rollout_command
 from service.settings import Settings
+from service.store.sql import SQLStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A stateful agent service over vLLM.")
 app.command("rollout")(rollout_command)
@@ -39,10 +40,31 @@ def serve(
     raise typer.Exit(_serve(settings))
 
 
+@app.command()
+def migrate(store: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the store.")] = None) -> None:
+    """Brings the store's schema up to date; serve does so too."""
+    settings = _settings({"store": store}, {})
+    asyncio.run(_migrate(SQLStore(settings.store_url)))
+    typer.echo("The store's schema is up to date.")
+
+
+@app.command("settings")
+def show_settings() -> None:
+    """Prints every setting as a Markdown table."""
+    typer.echo(Settings.markdown())
+
+
+async def _migrate(store: SQLStore) -> None:
+    await store.open()
+    await store.close()
+
+
 def _settings(given: dict[str, Any], engine: dict[str, str]) -> Settings:
     named = {name: value for name, value in given.items() if value is not None}
+    if engine:
+        named["engine"] = engine
     try:
-        return Settings(**named, **({"engine": engine} if engine else {}))
+        return Settings(**named)
     except (ValidationError, OSError, ValueError) as error:
         typer.secho(f"settings: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
@@ -74,7 +96,7 @@ class _Server(uvicorn.Server):
     """Ends with exit code 0 on SIGTERM and SIGINT; readiness drops before connections are refused."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> Generator[None]:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -100,6 +122,7 @@ def _serve(settings: Settings) -> int:
         port=settings.port,
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=int(settings.drain_s),
     )
     server = _Server(config)

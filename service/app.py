@@ -2,7 +2,8 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+import gc
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -31,7 +32,7 @@ def create_app(
     sessions = Sessions(kept, max_live_episodes=settings.max_live_episodes)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         async with AsyncExitStack() as stack:
             await kept.open()
             stack.push_async_callback(kept.close)
@@ -53,12 +54,14 @@ async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessi
     """Loads the engine while /healthz answers already, then watches it. Its failure is the process's."""
     try:
         loaded = engine or await _load(settings)
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever it is, the process must not live on without a policy
         _log.exception("the engine cannot be loaded", model=settings.model)
         on_fatal()
         return
     try:
         report = sessions.serve(loaded)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: the collector need not walk it again
         _log.info("ready", policy=loaded.info.model, policy_version=loaded.info.version, **dataclasses.asdict(report))
         if not report.append_only:
             _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")
@@ -67,9 +70,7 @@ async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessi
         await loaded.watch()
         _log.critical("the engine died")
         on_fatal()
-    except asyncio.CancelledError:
-        raise
-    except Exception:
+    except Exception:  # noqa: BLE001 - as above
         _log.exception("the engine cannot be served", model=settings.model)
         on_fatal()
     finally:

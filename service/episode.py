@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from service.actions import (
@@ -49,9 +49,10 @@ class Options:
     @classmethod
     def of(cls, request: dict[str, Any], info: EngineInfo) -> "Options":
         """Raises ActionSpaceError for a space that cannot be, Unprocessable for limits that leave no room."""
-        context = request.get("context") or {}
+        context: dict[str, Any] = request.get("context") or {}
+        given: dict[str, Any] = request.get("sampling") or {}
         limit = min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
-        asked: dict[str, Any] = {k: v for k, v in (request.get("sampling") or {}).items() if v is not None}
+        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if asked.get("max_tokens", 0) >= limit:
             raise Unprocessable(f"max_tokens must be below the context's {limit} tokens", "sampling", "max_tokens")
         asked["stop"] = tuple(asked.get("stop", ()))
@@ -259,10 +260,18 @@ def _answer(episode_id: str, index: int, policy_version: str, decision: Decision
         "action_probs": decision.action_probs if decision else None,
         "logprob": decision.logprob if decision else None,
         "finish_reason": decision.finish_reason if decision else None,
-        "parse_failure": asdict(failure) if failure else None,
+        "parse_failure": {"kind": failure.kind, "detail": failure.detail} if failure else None,
         "done": decision is None,
         "policy_version": policy_version,
-        "usage": asdict(decision.usage if decision else Usage()),
+        "usage": _usage(decision.usage if decision else Usage()),
+    }
+
+
+def _usage(usage: Usage) -> dict[str, JsonValue]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
     }
 
 

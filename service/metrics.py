@@ -16,7 +16,7 @@ TOKENS = Counter("agent_tokens", "Tokens by kind: prompt, cached (of the prompt)
 PARSE_FAILURES = Counter("agent_parse_failures", "Completions that gave no action, by kind.", ["kind"])
 STORE_COMMITS = Counter("agent_store_commits", "Commits to the store; concurrent acts share one.")
 STORE_COMMIT_SECONDS = Histogram("agent_store_commit_seconds", "Seconds of a commit.", buckets=_LATENCY_S)
-STORE_BATCH_SIZE = Histogram("agent_store_batch_size", "Acts that shared a commit.", buckets=_BATCH)
+STORE_BATCH_SIZE = Histogram("agent_store_batch_size", "Acts and new episodes in one commit.", buckets=_BATCH)
 
 _PARTS = {part: ACT_SECONDS.labels(part) for part in ("queue_s", "engine_s", "store_s", "total_s")}
 _TOKENS = {f"{kind}_tokens": TOKENS.labels(kind) for kind in ("prompt", "cached", "completion")}

@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import cast
 
 from service.actions import DecisionTrie
 from service.engine.base import Tokenizer
@@ -126,7 +128,7 @@ def observation_text(observation: JsonValue) -> str:
     if isinstance(observation, str):
         return observation
     if isinstance(observation, list):
-        return "\n".join(part["text"] for part in observation)  # pyright: ignore[reportUnknownVariableType]
+        return "\n".join(part["text"] for part in cast("Messages", observation))
     return json.dumps(observation, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -169,7 +171,7 @@ def _grows(tokenizer: Tokenizer) -> bool:
     """Whether each longer conversation begins with the whole text of the shorter one."""
     messages = _conversation(system=False)
     texts = [tokenizer.render(messages[:n], add_generation_prompt=True) for n in (1, 3, 5)]
-    return all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
+    return all(longer.startswith(shorter) for shorter, longer in pairwise(texts))
 
 
 def _text_terminator(tokenizer: Tokenizer, closing: str) -> int:

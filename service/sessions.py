@@ -25,7 +25,7 @@ from service.errors import (
     episode_not_found,
 )
 from service.prompt import Prompt, TemplateReport
-from service.store.base import Commit, StepTaken, Store, StoreUnavailable
+from service.store.base import Commit, EpisodeExists, StepTaken, Store, StoreUnavailable
 from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, JsonValue, Status, Step, StopReason
 
 Answer = dict[str, JsonValue]
@@ -72,17 +72,17 @@ class Sessions:
         now, info = time.time(), self.agent.engine.info
         config = EpisodeConfig(episode_id, {**request, "policy": info.model}, digest, info.version, now)
         record = EpisodeRecord(config, EpisodeHead(updated_at=now))
-        known = await self.store.create(record)
-        if known is None:
-            self._keep(Episode(record, options))
-            metrics.EPISODES_STARTED.inc()
-            metrics.ACTIVE_EPISODES.inc()
-            return record, True
-        if known.deleted:
-            raise episode_deleted(episode_id)
-        if known.config.digest != digest:
-            raise Conflict("idempotency_mismatch", f"Episode {episode_id!r} exists with another body.")
-        return known, False
+        try:
+            await self.store.create(record)
+        except EpisodeExists:
+            known = await self._record(episode_id)
+            if known.config.digest != digest:
+                raise Conflict("idempotency_mismatch", f"Episode {episode_id!r} exists with another body.") from None
+            return known, False
+        self._keep(Episode(record, options))
+        metrics.EPISODES_STARTED.inc()
+        metrics.ACTIVE_EPISODES.inc()
+        return record, True
 
     async def get(self, episode_id: str) -> EpisodeRecord:
         """Raises NotFound, Gone."""
@@ -205,8 +205,8 @@ class Sessions:
     async def _commit(self, episode: Episode, step: Step, stop_reason: StopReason | None) -> Step:
         """The committed step: this one, or an equal one that another replica committed first."""
         head = episode.head_after(step, stop_reason)
-        assert episode.flight is not None
-        episode.flight.committing = True
+        if episode.flight:
+            episode.flight.committing = True
         try:
             await self.store.commit(Commit(step, head))
             episode.record(step, head)

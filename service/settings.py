@@ -1,8 +1,8 @@
-"""Owns the settings: a TOML file, then EPISODIC_* variables, then the command line, later ones win. Reads them alone."""
+"""Owns the settings, and alone reads them: a TOML file, EPISODIC_* variables, the command line; the later ones win."""
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -39,7 +39,9 @@ class Settings(BaseSettings):
     @classmethod
     def _read_engine_options(cls, value: Any) -> Any:
         """Values from the environment and the command line are text; numbers, booleans and JSON are read as such."""
-        return {name.lower(): _json_or_text(item) for name, item in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return {name.lower(): _json_or_text(item) for name, item in cast("dict[str, Any]", value).items()}
 
     @property
     def store_url(self) -> str:
@@ -50,6 +52,16 @@ class Settings(BaseSettings):
         """What the engine loads: a packaged policy's folder, or `model` as it stands."""
         packaged = _POLICIES / self.model
         return str(packaged) if "/" not in self.model and packaged.is_dir() else self.model
+
+    @classmethod
+    def markdown(cls) -> str:
+        """The settings as a Markdown table."""
+        rows = ["| variable | default | what it sets |", "|---|---|---|"]
+        for name, field in cls.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            shown = "" if default in (None, {}) else f"`{default}`"
+            rows.append(f"| `EPISODIC_{name.upper()}` | {shown} | {field.description} |")
+        return "\n".join(rows)
 
     @classmethod
     def settings_customise_sources(

@@ -32,8 +32,8 @@ def as_messages(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
 
 
 def as_tokens(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
-    """Segments of steps that share a window. A segment's token_ids are all the policy saw and drew in it; loss_mask is 1
-    where it drew a token in one of the segment's own steps; logprobs are those of the drawn tokens, else 0."""
+    """Segments of steps that share a window. token_ids are all the policy saw and drew in it; loss_mask is 1 where it
+    drew a token in one of the segment's own steps; logprobs are those of the drawn tokens, else 0."""
     decided = [row for row in rows if not row.closing]
     segments = [
         _segment(decided, start, list(members)) for start, members in groupby(decided, key=lambda row: row.window_start)

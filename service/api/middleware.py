@@ -2,7 +2,8 @@
 
 import re
 import time
-from uuid import uuid4
+from itertools import count
+from secrets import token_hex
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +12,7 @@ from service import logs
 
 _log = logs.get(__name__)
 
+_PROBES = ("/healthz", "/readyz", "/metrics")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -22,6 +24,8 @@ class RequestContext:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._prefix = token_hex(6)  # of this process; a random id for each request would cost a system call
+        self._numbers = count()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -29,7 +33,7 @@ class RequestContext:
             return
         began = time.perf_counter()
         sent, episode_id = _ids(scope)
-        request_id = sent or uuid4().hex.encode()
+        request_id = sent or f"{self._prefix}-{next(self._numbers)}".encode()
         scope["request_id"] = request_id.decode()
         context = {"request_id": scope["request_id"]}
         if episode_id:
@@ -47,8 +51,11 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            status = 500  # rendered further out
+            raise
         finally:
-            quiet = scope["path"] in ("/act", "/healthz", "/readyz", "/metrics") and status < 400
+            quiet = scope["path"] in _PROBES or (scope["path"] == "/act" and status < 400)
             (_log.debug if quiet else _log.info)(
                 "request",
                 method=scope["method"],

@@ -41,7 +41,7 @@ async def version(request: Request) -> Response:
     """The service's version, the policy's, and how its chat template behaves; null while it loads."""
     sessions = request.app.state.sessions
     if sessions.unready_reason == "loading":
-        policy = dict.fromkeys(("policy", "policy_version", "max_model_len", "template"))
+        policy: dict[str, object] = {name: None for name in ("policy", "policy_version", "max_model_len", "template")}
     else:
         info = sessions.agent.engine.info
         policy = {

@@ -3,6 +3,7 @@
 from typing import Any
 
 import orjson
+from fastapi.exceptions import RequestValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from starlette.responses import Response
 from service import logs
 from service.api.schemas import Problem
 from service.engine.base import EngineUnavailable
-from service.errors import EpisodicError, Unavailable
+from service.errors import EpisodicError, Unavailable, Unprocessable
 from service.store.base import StoreUnavailable
 
 _log = logs.get(__name__)
@@ -51,6 +52,7 @@ def install(app: Starlette) -> None:
     app.add_exception_handler(EpisodicError, _expected)
     app.add_exception_handler(EngineUnavailable, _engine_unavailable)
     app.add_exception_handler(StoreUnavailable, _store_unavailable)
+    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
 
@@ -86,6 +88,13 @@ async def _store_unavailable(request: Request, error: Exception) -> Response:
     return response(request, Unavailable("store_unavailable", detail, retry_after_s=_RETRY_AFTER_S))
 
 
+async def _invalid(request: Request, error: Exception) -> Response:
+    """A path or query parameter; bodies are read by `body.read`."""
+    assert isinstance(error, RequestValidationError)
+    errors: list[dict[str, Any]] = [{"loc": list(item["loc"]), "msg": item["msg"]} for item in error.errors()]
+    return response(request, Unprocessable(f"{errors[0]['loc'][-1]}: {errors[0]['msg']}", errors=errors))
+
+
 class _Http(EpisodicError):
     """What routing refuses: an unknown path or method."""
 
@@ -102,4 +111,6 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     _log.error("unexpected failure", path=request.url.path, exc_info=error)
-    return response(request, EpisodicError("internal_error", "An unexpected failure; the log has it by request_id."))
+    answer = response(request, EpisodicError("internal_error", "An unexpected failure; the log has it by request_id."))
+    answer.headers["X-Request-ID"] = request.scope.get("request_id", "")  # this answer passes by the middleware
+    return answer

@@ -37,7 +37,7 @@ _CPU_OPTIONS: dict[str, Any] = {
 _OPTIONS: dict[str, Any] = {
     "enable_prefix_caching": True,
     "logprobs_mode": "processed_logprobs",  # of the behaviour policy: after temperature, masks and filters
-    "structured_outputs_config": {"backend": "xgrammar"},
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     "disable_log_stats": False,
 }
 _STATS_INTERVAL_S = 10.0
@@ -73,7 +73,9 @@ class VLLMEngine:
         """
         llm, info_json = await asyncio.to_thread(_build, model, options)
         tokenizer = HFTokenizer(llm.get_tokenizer())
-        return cls(llm, _info(llm, model, name), tokenizer, GrammarChecker(info_json, limit_s=grammar_limit_s))
+        engine = cls(llm, _info(llm, model, name), tokenizer, GrammarChecker(info_json, limit_s=grammar_limit_s))
+        await engine._warm_up()
+        return engine
 
     @property
     def healthy(self) -> bool:
@@ -92,7 +94,7 @@ class VLLMEngine:
             stop=list(sampling.stop),
             logprobs=0,
             flat_logprobs=True,
-            structured_outputs=constraint and self._structured(**{constraint.kind: constraint.spec}),
+            structured_outputs=constraint and self._structure(constraint),
             output_kind=self._final,
             skip_clone=True,
         )
@@ -119,7 +121,7 @@ class VLLMEngine:
         from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
         await self._grammar.check(constraint)
-        params = self._params(structured_outputs=self._structured(**{constraint.kind: constraint.spec}))
+        params = self._params(structured_outputs=self._structure(constraint))
         try:
             await asyncio.to_thread(validate_xgrammar_grammar, params)
         except ValueError as error:
@@ -137,6 +139,16 @@ class VLLMEngine:
     async def close(self) -> None:
         await self._grammar.close()
         await asyncio.to_thread(self._llm.shutdown)
+
+    async def _warm_up(self) -> None:
+        """One call of each kind: the first ones import and allocate for seconds."""
+        prompt = self.tokenizer.encode("warm up") or [0]
+        await self.score(prompt, prompt[:1])
+        await self.generate(prompt, Sampling(temperature=0.0, max_tokens=1), None)
+
+    def _structure(self, constraint: Constraint) -> Any:
+        spec: dict[str, Any] = {constraint.kind: constraint.spec}
+        return self._structured(**spec)
 
     async def _score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
         params = self._params(
@@ -183,14 +195,15 @@ def _build(model: str, options: dict[str, Any]) -> tuple[Any, str]:
         raise EngineOptionError(
             f"vLLM has no engine option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    merged = {"model": model, **_OPTIONS, **(_CPU_OPTIONS if on_cpu else {}), **options}
+    merged: dict[str, Any] = {"model": model, **_OPTIONS, **(_CPU_OPTIONS if on_cpu else {}), **options}
     args = AsyncEngineArgs(**merged)
     config = args.create_model_config()
     if config.hf_config.is_encoder_decoder:
         raise EngineOptionError(f"{model} is an encoder-decoder model; vLLM 0.32 would run its encoder alone")
     llm = AsyncLLM.from_engine_args(args)
     vocab_size = llm.model_config.get_vocab_size()
-    info = xgrammar.TokenizerInfo.from_huggingface(llm.get_tokenizer(), vocab_size=vocab_size)
+    tokenizer: Any = llm.get_tokenizer()
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
     return llm, info.serialize_json()
 
 

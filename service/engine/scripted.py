@@ -4,8 +4,15 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
-from service.engine.base import Completion, Constraint, ConstraintRefused, EngineInfo, EngineUnavailable, Scores
-from service.engine.base import Tokenizer
+from service.engine.base import (
+    Completion,
+    Constraint,
+    ConstraintRefused,
+    EngineInfo,
+    EngineUnavailable,
+    Scores,
+    Tokenizer,
+)
 from service.trajectory import Sampling
 
 Reply = Callable[[str], str]

@@ -10,6 +10,10 @@ class StepTaken(Exception):
     """The episode already has a step with this index, or has ended: somebody else committed it."""
 
 
+class EpisodeExists(Exception):
+    """There is an episode with this id already, a tombstone perhaps."""
+
+
 class StoreUnavailable(Exception):
     """The store cannot be reached or cannot write."""
 
@@ -22,6 +26,10 @@ class Commit:
     head: EpisodeHead
 
 
+Change = EpisodeRecord | Commit
+"""What one transaction may hold many of: new episodes and acts."""
+
+
 class Store(Protocol):
     """Every method raises StoreUnavailable when the store cannot be used."""
 
@@ -31,8 +39,8 @@ class Store(Protocol):
 
     async def close(self) -> None: ...
 
-    async def create(self, record: EpisodeRecord) -> EpisodeRecord | None:
-        """Adds an episode. Returns the one that has this id already, or None."""
+    async def create(self, record: EpisodeRecord) -> None:
+        """Adds an episode. Raises EpisodeExists."""
         ...
 
     async def episode(self, episode_id: str) -> EpisodeRecord | None:

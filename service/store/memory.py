@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from service.store.base import Commit, StepTaken
+from service.store.base import Commit, EpisodeExists, StepTaken
 from service.trajectory import EpisodeRecord, Status, Step
 
 
@@ -19,12 +19,11 @@ class MemoryStore:
     async def close(self) -> None:
         pass
 
-    async def create(self, record: EpisodeRecord) -> EpisodeRecord | None:
-        known = self._episodes.get(record.config.episode_id)
-        if known is None:
-            self._episodes[record.config.episode_id] = record
-            self._steps[record.config.episode_id] = []
-        return known
+    async def create(self, record: EpisodeRecord) -> None:
+        if record.config.episode_id in self._episodes:
+            raise EpisodeExists
+        self._episodes[record.config.episode_id] = record
+        self._steps[record.config.episode_id] = []
 
     async def episode(self, episode_id: str) -> EpisodeRecord | None:
         return self._episodes.get(episode_id)

@@ -1,7 +1,7 @@
-"""Owns the SQL store: SQLite by default, any SQLAlchemy async URL by setting, with commits shared by concurrent acts."""
+"""Owns the SQL store: SQLite by default, any async SQLAlchemy URL by setting; concurrent acts share a commit."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from service.store.base import Commit, StepTaken, StoreUnavailable
-from service.store.group_commit import GroupCommit
+from service.store.base import Change, Commit, EpisodeExists, StepTaken, StoreUnavailable
+from service.store.group_commit import GroupCommit, OnCommit
 from service.store.schema import episode_record, episode_row, episodes, head_row, step_row, step_value, steps
-from service.trajectory import EpisodeRecord, Status, Step
+from service.trajectory import EpisodeHead, EpisodeRecord, Status, Step
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -29,14 +29,18 @@ _ADVANCE = (
         episodes.c.status == "active",
         episodes.c.deleted_at.is_(None),
     )
-    .values({name: bindparam(name) for name in head_row(EpisodeRecord.__dataclass_fields__["head"].default_factory())})
+    .values({name: bindparam(name) for name in head_row(EpisodeHead())})
 )
+
+
+def _ignore(num_acts: int, seconds: float) -> None:
+    pass
 
 
 class SQLStore:
     """Episodes in a SQL database. `on_commit(num_acts, seconds)` is called after each shared commit."""
 
-    def __init__(self, url: str, on_commit: Any = lambda num_acts, seconds: None) -> None:
+    def __init__(self, url: str, on_commit: OnCommit = _ignore) -> None:
         self._url = make_url(url)
         self._engine: AsyncEngine = create_async_engine(self._url, **_engine_options(self._url.get_backend_name()))
         if self._url.get_backend_name() == "sqlite":
@@ -56,15 +60,8 @@ class SQLStore:
         await self._writer.stop()
         await self._engine.dispose()
 
-    async def create(self, record: EpisodeRecord) -> EpisodeRecord | None:
-        async with self._transaction() as connection:
-            try:
-                await connection.execute(insert(episodes), episode_row(record))
-            except IntegrityError:
-                await connection.rollback()
-            else:
-                return None
-        return await self.episode(record.config.episode_id)
+    async def create(self, record: EpisodeRecord) -> None:
+        await self._writer.submit(record)
 
     async def episode(self, episode_id: str) -> EpisodeRecord | None:
         async with self._transaction() as connection:
@@ -104,31 +101,34 @@ class SQLStore:
             await connection.execute(delete(steps).where(steps.c.episode_id == episode_id))
         return found.rowcount > 0
 
-    async def _write(self, commits: Sequence[Commit]) -> list[StepTaken | None]:
+    async def _write(self, changes: Sequence[Change]) -> list[Exception | None]:
         """One transaction for all; if any of them is refused, one for each, so that it spoils no other."""
         try:
-            await self._write_together(commits)
-        except StepTaken:
-            if len(commits) == 1:
-                return [StepTaken()]
-            return [result for commit in commits for result in await self._write([commit])]
-        return [None] * len(commits)
+            await self._write_together(changes)
+        except (StepTaken, EpisodeExists) as error:
+            if len(changes) == 1:
+                return [error]
+            return [result for change in changes for result in await self._write([change])]
+        return [None] * len(changes)
 
-    async def _write_together(self, commits: Sequence[Commit]) -> None:
-        advances = [
-            {"id": commit.step.episode_id, "expected": commit.step.index, **head_row(commit.head)} for commit in commits
-        ]
+    async def _write_together(self, changes: Sequence[Change]) -> None:
+        opened = [episode_row(change) for change in changes if isinstance(change, EpisodeRecord)]
+        acted = [change for change in changes if isinstance(change, Commit)]
+        advances = [{"id": act.step.episode_id, "expected": act.step.index, **head_row(act.head)} for act in acted]
         try:
             async with self._transaction() as connection:
-                advanced = await connection.execute(_ADVANCE, advances)
-                if advanced.rowcount != len(commits):
-                    raise StepTaken
-                await connection.execute(insert(steps), [step_row(commit.step) for commit in commits])
+                if opened:
+                    await connection.execute(insert(episodes), opened)
+                if acted:
+                    advanced = await connection.execute(_ADVANCE, advances)
+                    if advanced.rowcount != len(acted):
+                        raise StepTaken
+                    await connection.execute(insert(steps), [step_row(act.step) for act in acted])
         except IntegrityError as error:
-            raise StepTaken from error
+            raise (EpisodeExists if opened else StepTaken) from error
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+    async def _transaction(self) -> AsyncGenerator[AsyncConnection]:
         try:
             async with self._engine.begin() as connection:
                 yield connection
