@@ -1,0 +1,62 @@
+"""Measures what idle episodes cost in memory: opens many over one store, acts once on each, and reads the RSS."""
+
+import asyncio
+import gc
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+from transformers import AutoTokenizer
+
+from service.engine.scripted import ScriptedEngine
+from service.engine.tokenizer import HFTokenizer
+from service.episode import Call
+from service.sessions import Sessions
+from service.settings import Settings
+from service.store.sql import SQLStore
+from service.trajectory import Message
+
+_SPACE = {"type": "discrete", "actions": ["left", "down", "right", "up"]}
+_CONCURRENCY = 256
+
+
+async def _play(sessions: Sessions, first: int, count: int) -> None:
+    async def one(number: int) -> None:
+        episode_id = f"episode-{number}"
+        await sessions.create(episode_id, {"instructions": "Walk.", "action_space": _SPACE}, b"0" * 16)
+        await sessions.act(episode_id, Call(Message(observation=f"row {number % 4}, column 0"), b"1" * 16))
+
+    for start in range(first, first + count, _CONCURRENCY):
+        await asyncio.gather(*(one(number) for number in range(start, min(start + _CONCURRENCY, first + count))))
+
+
+async def _measure(num_episodes: int) -> None:
+    settings = Settings()
+    tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(settings.model_path))
+    engine = ScriptedEngine(tokenizer)
+    process = psutil.Process()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        store = SQLStore(f"sqlite+aiosqlite:///{Path(folder) / 'idle.db'}")
+        await store.open()
+        sessions = Sessions(store, max_live_episodes=settings.max_live_episodes)
+        sessions.serve(engine)
+        await _play(sessions, 0, 512)  # what the first episodes allocate once
+        gc.collect()
+        before = process.memory_info().rss
+        await _play(sessions, 512, num_episodes)
+        engine.prompts.clear()
+        gc.collect()
+        grown = process.memory_info().rss - before
+        await store.close()
+    typer.echo(f"{num_episodes} idle episodes: RSS grew by {grown / 1e6:.1f} MB ({settings.max_live_episodes} live)")
+
+
+def main(num_episodes: Annotated[int, typer.Option()] = 100_000) -> None:
+    """Prints by how much the resident set grew."""
+    asyncio.run(_measure(num_episodes))
+
+
+if __name__ == "__main__":
+    typer.run(main)
