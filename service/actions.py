@@ -7,20 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, cast
-
-import jsonschema.validators
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, ValidationError
-from jsonschema.protocols import Validator
+from typing import Any
 
 from service.engine.base import Constraint
+from service.json_schema import Schema, SchemaMismatch, SchemaRefused
 from service.trajectory import JsonValue, ParseFailure, Sampling
 
 MAX_ACTIONS = 1024
-MAX_SCHEMA_BYTES = 64 * 1024
 MAX_PATTERN_CHARS = 4096
-MAX_NESTING = 32
 
 
 class ActionSpaceError(ValueError):
@@ -54,16 +48,16 @@ class JsonSpace:
     """An action is a JSON value valid under the schema; the engine holds completions to its grammar."""
 
     constraint: Constraint
-    validator: Validator
+    schema: Schema
 
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
         if finish_reason != "stop":
             return None, ParseFailure("length", "The completion was cut before the JSON value was complete.")
         try:
             value = json.loads(text)
-            self.validator.validate(value)
-        except ValidationError as error:
-            return None, ParseFailure("schema", error.message[:500])
+            self.schema.validate(value)
+        except SchemaMismatch as error:
+            return None, ParseFailure("schema", str(error))
         except (ValueError, RecursionError) as error:
             return None, ParseFailure("json", str(error)[:500])
         return value, None
@@ -79,43 +73,13 @@ class DiscreteSpace:
 ActionSpace = TextSpace | RegexSpace | JsonSpace | DiscreteSpace
 
 
-def _left_to_the_grammar(*_: Any) -> None:
-    """Passes: the grammar holds completions to patterns, and Python's backtracking matcher must not see them."""
-
-
-def _additional_properties(validator: Any, allowed: Any, instance: Any, schema: dict[str, Any]) -> Any:
-    """The keyword's own check, but where patterns say which properties are additional."""
-    if "patternProperties" in schema:
-        return ()
-    check = cast("Any", Draft202012Validator.VALIDATORS)["additionalProperties"]
-    return check(validator, allowed, instance, schema)
-
-
-_Validator: Any = cast("Any", jsonschema.validators).extend(
-    Draft202012Validator,
-    {
-        "pattern": _left_to_the_grammar,
-        "patternProperties": _left_to_the_grammar,
-        "additionalProperties": _additional_properties,
-        "unevaluatedProperties": _left_to_the_grammar,  # it matches the patterns of all it evaluated
-    },
-)
-
-
 def json_space(schema: dict[str, Any]) -> JsonSpace:
     """Raises ActionSpaceError for a schema that is too large, too deep, not a schema, or refers outside itself."""
-    spec = json.dumps(schema, separators=(",", ":"))
-    if len(spec) > MAX_SCHEMA_BYTES:
-        raise ActionSpaceError(f"the schema is {len(spec)} bytes long; at most {MAX_SCHEMA_BYTES} are allowed")
-    if _deeper_than(schema, MAX_NESTING):
-        raise ActionSpaceError(f"the schema nests more than {MAX_NESTING} levels deep")
-    if _remote_reference(schema):
-        raise ActionSpaceError("the schema refers to another document; only references within it (#...) are allowed")
     try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        raise ActionSpaceError(f"not a JSON schema: {error.message[:300]}") from error
-    return JsonSpace(Constraint("json", spec), cast("Validator", _Validator(schema)))
+        checked = Schema(schema)
+    except SchemaRefused as error:
+        raise ActionSpaceError(str(error)) from error
+    return JsonSpace(Constraint("json", checked.text), checked)
 
 
 def regex_space(pattern: str) -> RegexSpace:
@@ -255,32 +219,3 @@ def _filtered(probs: list[float], sampling: Sampling) -> list[float]:
         kept.add(row)
         mass += probs[row]
     return [prob / mass if row in kept else 0.0 for row, prob in enumerate(probs)]
-
-
-def _deeper_than(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [child for node in level for child in _children(node)]
-        if not level:
-            return False
-    return True
-
-
-def _children(node: Any) -> list[Any]:
-    if isinstance(node, dict):
-        return list(cast("dict[str, Any]", node).values())
-    return cast("list[Any]", node) if isinstance(node, list) else []
-
-
-def _remote_reference(schema: Any) -> bool:
-    pending = [schema]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            mapping = cast("dict[str, Any]", node)
-            for key in ("$ref", "$dynamicRef"):
-                target = mapping.get(key)
-                if isinstance(target, str) and not target.startswith("#"):
-                    return True
-        pending.extend(_children(node))
-    return False

@@ -112,7 +112,7 @@ class Flight:
 class Episode:
     """An episode in memory; the store's copy is the truth, and this one is dropped whenever the two may differ."""
 
-    __slots__ = ("config", "flight", "head", "keys", "log", "options")
+    __slots__ = ("_flight", "config", "head", "keys", "log", "options")
 
     def __init__(self, record: EpisodeRecord, options: Options, steps: Iterable[Step] = ()) -> None:
         rows = [step for step in steps if not step.closing]
@@ -121,7 +121,12 @@ class Episode:
         self.options = options
         self.log = TokenLog((row.span for row in rows), start=rows[-1].window_start if rows else 1)
         self.keys: dict[str, int] = {step.idempotency_key: step.index for step in steps if step.idempotency_key}
-        self.flight: Flight | None = None
+        self._flight: Flight | None = None
+
+    @property
+    def flight(self) -> Flight | None:
+        """The act in flight. One that all its callers left is on its way out, and nobody may join it."""
+        return None if self._flight is None or self._flight.task.cancelling() else self._flight
 
     @property
     def episode_id(self) -> str:
@@ -130,12 +135,13 @@ class Episode:
     def launch(self, call: Call, work: Coroutine[None, None, Landing]) -> Flight:
         """Starts the one act in flight; it clears itself before any waiter hears of its end."""
         task = asyncio.create_task(work)
-        self.flight = Flight(call, task)
+        self._flight = flight = Flight(call, task)
         task.add_done_callback(self._landed)
-        return self.flight
+        return flight
 
     def _landed(self, task: "asyncio.Task[Landing]") -> None:
-        self.flight = None
+        if self._flight and self._flight.task is task:
+            self._flight = None
         if not task.cancelled():
             task.exception()  # retrieved: the last waiter may be gone
 

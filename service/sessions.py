@@ -7,8 +7,9 @@ differ from the store's copy, and the next touch reads it again.
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from service import metrics
 from service.actions import ActionSpaceError, DiscreteSpace
@@ -28,7 +29,10 @@ from service.prompt import Prompt, TemplateReport
 from service.store.base import Commit, EpisodeExists, StepTaken, Store, StoreUnavailable
 from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, JsonValue, Status, Step, StopReason
 
+T = TypeVar("T")
 Answer = dict[str, JsonValue]
+
+_NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0)
 
 
 class Sessions:
@@ -86,8 +90,6 @@ class Sessions:
 
     async def get(self, episode_id: str) -> EpisodeRecord:
         """Raises NotFound, Gone."""
-        if episode := self._live.get(episode_id):
-            return EpisodeRecord(episode.config, episode.head)
         return await self._record(episode_id)
 
     async def page(self, *, limit: int, before: tuple[float, str] | None, status: Status | None) -> list[EpisodeRecord]:
@@ -115,11 +117,7 @@ class Sessions:
 
     async def end(self, episode_id: str, call: Call, stop_reason: StopReason) -> EpisodeRecord:
         """Ends an episode; an ended one stays as it is. Raises NotFound, Gone, Conflict (episode_busy)."""
-        episode = await self._episode(episode_id)
-        if episode.flight:
-            raise _busy()
-        if episode.head.status == "active":
-            await episode.launch(call, self._end(episode, call, stop_reason)).join(None)
+        await self._twice(episode_id, lambda episode: self._end(episode, call, stop_reason))
         return await self.get(episode_id)
 
     async def delete(self, episode_id: str) -> None:
@@ -136,7 +134,21 @@ class Sessions:
 
     async def _act(self, episode_id: str, call: Call) -> Answer:
         self._refuse_while_draining()
+        return await self._twice(episode_id, lambda episode: self._answer(episode, call))
+
+    async def _twice(self, episode_id: str, attempt: Callable[[Episode], Awaitable[T]]) -> T:
+        """The attempt on the live episode; if another replica took it further meanwhile, on the store's copy."""
         episode = await self._episode(episode_id)
+        try:
+            return await attempt(episode)
+        except Conflict as conflict:
+            if conflict.code != "step_conflict":
+                raise
+        if self._live.get(episode_id) is episode and not episode.flight:
+            self._drop(episode_id)
+        return await attempt(await self._episode(episode_id))
+
+    async def _answer(self, episode: Episode, call: Call) -> Answer:
         if replayed := await self._replay(episode, call):
             metrics.ACTS.labels("replayed").inc()
             return replayed
@@ -198,21 +210,32 @@ class Sessions:
         _count(step, timing)
         return step, timing
 
-    async def _end(self, episode: Episode, call: Call, stop_reason: StopReason) -> Landing:
+    async def _end(self, episode: Episode, call: Call, stop_reason: StopReason) -> None:
+        flight = episode.flight
+        if flight is None and episode.head.status == "active":
+            flight = episode.launch(call, self._close(episode, call, stop_reason))
+        elif flight and flight.call.digest != call.digest:
+            raise _busy()
+        if flight:
+            await flight.join(None)
+
+    async def _close(self, episode: Episode, call: Call, stop_reason: StopReason) -> Landing:
         step = episode.closing_step(call, episode.config.policy_version)
-        return await self._commit(episode, step, stop_reason), {}
+        return await self._commit(episode, step, stop_reason), dict(_NO_TIME)
 
     async def _commit(self, episode: Episode, step: Step, stop_reason: StopReason | None) -> Step:
-        """The committed step: this one, or an equal one that another replica committed first."""
+        """The committed step: this one, or one that another replica committed first for a retry of the same call."""
         head = episode.head_after(step, stop_reason)
-        if episode.flight:
-            episode.flight.committing = True
+        flight = episode.flight
+        if flight:
+            flight.committing = True
         try:
             await self.store.commit(Commit(step, head))
             episode.record(step, head)
         except StepTaken:
             self._drop(episode.episode_id)
-            return await self._winner(step)
+            named = step.closing or step.idempotency_key is not None or (flight and flight.call.step is not None)
+            return await self._winner(step, is_retry=bool(named))
         except BaseException:
             self._drop(episode.episode_id)  # the outcome is unknown: the next touch asks the store
             raise
@@ -221,9 +244,9 @@ class Sessions:
             metrics.ACTIVE_EPISODES.dec()
         return step
 
-    async def _winner(self, step: Step) -> Step:
+    async def _winner(self, step: Step, *, is_retry: bool) -> Step:
         rows = await self.store.steps(step.episode_id, step.index)
-        if rows and rows[0].digest == step.digest:
+        if is_retry and rows and rows[0].digest == step.digest:
             return rows[0]
         head = (await self._record(step.episode_id)).head
         detail = f"Another act took step {step.index}; the next is {head.step}."
@@ -291,7 +314,7 @@ def _replayed(step: Step) -> Answer:
     return {
         **step.answer,
         "replayed": True,
-        "timing": dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0),
+        "timing": dict(_NO_TIME),
     }
 
 

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.actions import (
-    MAX_NESTING,
     MAX_PATTERN_CHARS,
-    MAX_SCHEMA_BYTES,
     ActionSpaceError,
     DecisionTrie,
     TextSpace,
@@ -22,6 +20,7 @@ from service.actions import (
     log_softmax,
     regex_space,
 )
+from service.json_schema import MAX_NESTING, MAX_SCHEMA_BYTES
 from service.trajectory import Sampling
 
 END = 0

@@ -112,8 +112,11 @@ class VLLMEngine:
         ]
         if len(chunks) == 1:
             return await self._score(prompt_token_ids, candidates)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._score(prompt_token_ids, chunk)) for chunk in chunks]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._score(prompt_token_ids, chunk)) for chunk in chunks]
+        except ExceptionGroup as failures:  # the chunks of one pass fail for one reason
+            raise failures.exceptions[0] from failures
         parts = [task.result() for task in tasks]
         return Scores(tuple(value for part in parts for value in part.logprobs), parts[0].cached_tokens)
 
