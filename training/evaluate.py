@@ -67,18 +67,19 @@ class Player:
         return Episode(env, description, token_ids, actions)
 
     def _choose(self, episodes: list[Episode]) -> list[int]:
-        """The token of each episode's greedy action."""
-        chosen: list[int] = []
-        for first in range(0, len(episodes), 64):
-            chunk = episodes[first : first + 64]
-            logits = self._next_logits([episode.token_ids for episode in chunk])
-            for episode, row in zip(chunk, logits, strict=True):
-                legal = list(episode.action_ids)
-                chosen.append(legal[int(row[legal].argmax())])
-        return chosen
+        """The token of each episode's greedy action; episodes with the same transcript share a forward pass."""
+        transcripts = list({tuple(episode.token_ids) for episode in episodes})
+        logits: dict[tuple[int, ...], torch.Tensor] = {}
+        for first in range(0, len(transcripts), 64):
+            chunk = transcripts[first : first + 64]
+            logits |= zip(chunk, self._next_logits(chunk), strict=True)
+        return [
+            max(episode.action_ids, key=lambda token: float(logits[tuple(episode.token_ids)][token]))
+            for episode in episodes
+        ]
 
     @torch.inference_mode()
-    def _next_logits(self, rows: list[list[int]]) -> torch.Tensor:
+    def _next_logits(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
         longest = max(map(len, rows))
         tokens = torch.zeros(len(rows), longest, dtype=torch.long)
         for index, row in enumerate(rows):

@@ -1,7 +1,7 @@
 """Trains the packaged policy from scratch: `python -m training.toy_text`.
 
 Two stages on one schedule: pretraining on random play (loss on every token, so that the model learns the text and the
-worlds' dynamics), then fine-tuning on the expert's action in every visited state (loss on action tokens alone).
+worlds' dynamics), then fine-tuning on the expert's action in every visited state (loss on actions and ends of turns).
 """
 
 import time
@@ -55,7 +55,7 @@ def other_shares(tokenizer: PreTrainedTokenizerFast) -> list[Share]:
     """The worlds that can be learned by heart; the optimizer steps take them in turn."""
     return [
         Share(Transcripts(worlds.taxi(), tokenizer), 5, 20),
-        Share(Transcripts(worlds.blackjack(), tokenizer), 24, 2),
+        Share(Transcripts(worlds.blackjack(), tokenizer), 32, 2),
         Share(Transcripts(worlds.cliff_walking(), tokenizer), 4, 20),
     ]
 
@@ -67,13 +67,17 @@ def transcript_loss(model: LlamaForCausalLM, batch: Batch, pad: int) -> torch.Te
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad)
 
 
-def expert_loss(model: LlamaForCausalLM, batch: Batch, actions: torch.Tensor) -> torch.Tensor:
-    """Fine-tuning: mean cross-entropy of the policy under the expert's distribution, over live action positions."""
-    last = int(batch.action_at[-1])
-    hidden = model.model(input_ids=torch.from_numpy(batch.tokens[:, :last]), use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden[:, torch.from_numpy(batch.action_at - 1)]).float()
-    log_probs = logits.log_softmax(dim=-1)[..., actions]
-    losses = -(torch.from_numpy(batch.labels) * log_probs).sum(dim=-1)
+def expert_loss(model: LlamaForCausalLM, batch: Batch, actions: torch.Tensor, end: int) -> torch.Tensor:
+    """Fine-tuning: mean cross-entropy of the policy's actions under the expert's distribution, and of the turn's end.
+
+    Only live action positions count, and the position after each, where the turn ends.
+    """
+    action_at = torch.from_numpy(batch.action_at)
+    tokens = torch.from_numpy(batch.tokens[:, : batch.action_at[-1] + 1])
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    act = model.lm_head(hidden[:, action_at - 1]).float().log_softmax(dim=-1)[..., actions]
+    stop = model.lm_head(hidden[:, action_at]).float().log_softmax(dim=-1)[..., end]
+    losses = -(torch.from_numpy(batch.labels) * act).sum(dim=-1) - stop
     alive = torch.from_numpy(batch.alive)
     return (losses * alive).sum() / alive.sum()
 
@@ -135,7 +139,8 @@ class Trainer:
         self.num_tokens += batch.tokens.size
         if pretraining:
             return transcript_loss(self.model, batch, self.tokenizer.pad_token_id)
-        return expert_loss(self.model, batch, torch.from_numpy(share.transcripts.actions))
+        actions = torch.from_numpy(share.transcripts.actions)
+        return expert_loss(self.model, batch, actions, self.tokenizer.eos_token_id)
 
     def validate(self, num_episodes: int) -> float:
         """The share of FrozenLake episodes on held-out maps that reach the goal; not the final evaluation's seeds."""
@@ -159,7 +164,7 @@ def ticks(steps: int, minutes: float | None) -> Iterator[float]:
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("training/out"),
     seed: int = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 800,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to the clock instead of to --steps.")] = None,
     pretrain: Annotated[float, typer.Option(min=0, max=1, help="Share of the schedule on random play.")] = 0.08,
     peak: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,

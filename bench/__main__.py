@@ -1,0 +1,143 @@
+"""`python -m bench`: plays the grid on each contender in turn and writes results.json and results.png."""
+
+import asyncio
+import json
+import signal
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from rich.console import Console
+
+from bench import report
+from bench.contenders import CONTENDERS, ROOT, Contender, Failed
+from bench.policy import endless
+from bench.results import AGAIN, CellResult, bars
+from bench.workloads import WORKLOADS, Cell, grid
+from service.settings import Settings
+
+SETTLE_S = 0.4  # OpenMP's threads spin for 0.2 s after their last work
+_console = Console(width=150, highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to play: `budget_s` is how long a contender may take for one cell before its further rounds are dropped."""
+
+    cells: list[Cell]
+    contenders: list[str]
+    rounds: int
+    budget_s: float
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each cell; the medians over them are reported.")] = 3,
+    quick: Annotated[bool, typer.Option(help="A small grid and one round: does everything work?")] = False,
+    cells: Annotated[
+        list[str] | None, typer.Option(help='Only cells whose name contains this, e.g. "choice1 32x".')
+    ] = None,
+    contenders: Annotated[list[str] | None, typer.Option(help="Only these: service, openai, engine.")] = None,
+    budget_s: Annotated[
+        float, typer.Option(help="Seconds of a contender in a cell after which rounds are dropped.")
+    ] = 30,
+    model: Annotated[str, typer.Option(help="As EPISODIC_MODEL.")] = "toy-text",
+    engine: Annotated[list[str] | None, typer.Option(help="An engine option for all contenders, NAME=VALUE.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = ROOT / "bench",
+) -> None:
+    """Measures the service (a), vLLM's own OpenAI server (b) and the bare AsyncLLM (c) under one load."""
+    named = contenders or list(CONTENDERS)
+    if unknown := set(named) - set(CONTENDERS):
+        raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(CONTENDERS)}", param_hint="--contenders")
+    wanted = [cell for cell in grid(quick=quick) if not cells or any(part in cell.name for part in cells)]
+    if not wanted:
+        raise typer.BadParameter("no cell has such a name", param_hint="--cells")
+    options = dict(_option(pair) for pair in engine or [])
+    plan = Plan(wanted, named, 1 if quick else rounds, budget_s)
+    facts = report.machine()
+    began = time.perf_counter()
+    try:
+        results = uvloop.run(_run(plan, _path(model), options))
+    except Failed as error:
+        _console.print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    found = bars(results)
+    report.show(results, found, _console)
+    said = {"model": model, "engine": options, "rounds": plan.rounds, "budget_s": budget_s}
+    output.mkdir(parents=True, exist_ok=True)
+    report.write_json(output / "results.json", facts, said, results, found)
+    report.plot(output / "results.png", results, facts)
+    _console.print(f"{(time.perf_counter() - began) / 60:.1f} minutes. Wrote results.json and results.png.")
+
+
+def _path(model: str) -> str:
+    """The weights that the service would load for this name."""
+    given: dict[str, Any] = {"model": model}
+    return Settings(**given).model_path
+
+
+def _option(pair: str) -> tuple[str, Any]:
+    name, equals, value = pair.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--engine")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+async def _run(plan: Plan, model: str, options: dict[str, Any]) -> list[CellResult]:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
+    (ROOT / "data").mkdir(exist_ok=True)  # where the service keeps its data by default, so on a disk
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=ROOT / "data")))
+        policy = str(endless(Path(model), folder / "policy"))
+        running: dict[str, Contender] = {}
+        for name in plan.contenders:
+            running[name] = CONTENDERS[name](policy, options, folder)
+            stack.push_async_callback(running[name].stop)
+            began = time.perf_counter()
+            await running[name].start()
+            await _warm_up(running[name])
+            _console.print(f"{report.LABELS[name]}: up and warm after {time.perf_counter() - began:.0f} s")
+        return [await _play(cell, plan, running) for cell in plan.cells]
+
+
+async def _warm_up(contender: Contender) -> None:
+    for workload in WORKLOADS:
+        await contender.play(Cell(workload, num_episodes=16, num_steps=3), run=0)
+
+
+async def _play(cell: Cell, plan: Plan, running: dict[str, Contender]) -> CellResult:
+    """Rounds of every contender in turn, another one first each time, then the service once more for the noise."""
+    result = CellResult(cell)
+    names = [name for name in running if name == "service" or not cell.service_only]
+    spent = dict.fromkeys(names, 0.0)
+    for turn in range(plan.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if spent[name] < plan.budget_s:
+                sample = await _sample(running[name], cell, turn + 1)
+                result.samples.setdefault(name, []).append(sample)
+                spent[name] += sample.seconds
+    if "service" in names:
+        result.samples[AGAIN] = [await _sample(running["service"], cell, plan.rounds + 1)]
+    _console.print(_progress(result))
+    return result
+
+
+async def _sample(contender: Contender, cell: Cell, run: int) -> Any:
+    await asyncio.sleep(SETTLE_S)
+    return await contender.play(cell, run)
+
+
+def _progress(result: CellResult) -> str:
+    rates = (f"{name} {result.median(name, 'steps_per_s'):.0f}" for name in result.samples)
+    return f"{result.cell.name}: " + ", ".join(rates) + " steps/s"
+
+
+if __name__ == "__main__":
+    typer.run(main)

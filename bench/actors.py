@@ -1,0 +1,69 @@
+"""Owns an episode's calls to each HTTP contender: POST /act to the service, the whole conversation to vLLM's server."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.http_client import Connection
+from bench.measure import Reply
+from bench.workloads import INSTRUCTIONS, Workload
+
+
+class ServiceActor:
+    """Sends an observation a step; the service keeps the rest."""
+
+    def __init__(self, connection: Connection, episode_id: str, workload: Workload) -> None:
+        self._connection = connection
+        self._id = episode_id
+        self._headers = f"X-Episode-Id: {episode_id}\r\n"
+        space: dict[str, Any] = {"type": "discrete", "actions": workload.actions}
+        self._request = {
+            "episode_id": episode_id,
+            "instructions": INSTRUCTIONS,
+            "action_space": space if workload.actions else {"type": "text"},
+            "sampling": workload.sampling,
+        }
+        self._observations: Sequence[str] = ()
+
+    async def open(self, observations: Sequence[str]) -> None:
+        self._observations = observations
+        await self._connection.open()
+        await self._connection.post("/episode", self._request, self._headers)
+
+    async def act(self, step: int) -> Reply:
+        sent = self._connection.bytes_sent
+        asked = {"episode_id": self._id, "observation": self._observations[step], "step": step}
+        answer = await self._connection.post("/act", asked, self._headers)
+        usage = answer["usage"]
+        sent = self._connection.bytes_sent - sent
+        return Reply(answer["text"], usage["prompt_tokens"], usage["completion_tokens"], sent, answer["timing"])
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class ChatActor:
+    """Keeps the conversation on its own side and sends all of it a step, as a client of a chat API must."""
+
+    def __init__(self, connection: Connection, model: str, workload: Workload) -> None:
+        self._connection = connection
+        self._messages = [{"role": "system", "content": INSTRUCTIONS}]
+        self._request: dict[str, Any] = {"model": model, "messages": self._messages, **workload.sampling}
+        if workload.actions:
+            self._request["structured_outputs"] = {"choice": workload.actions}
+        self._observations: Sequence[str] = ()
+
+    async def open(self, observations: Sequence[str]) -> None:
+        self._observations = observations
+        await self._connection.open()
+
+    async def act(self, step: int) -> Reply:
+        sent = self._connection.bytes_sent
+        self._messages.append({"role": "user", "content": self._observations[step]})
+        answer = await self._connection.post("/v1/chat/completions", self._request)
+        text = answer["choices"][0]["message"]["content"] or ""
+        self._messages.append({"role": "assistant", "content": text})
+        usage = answer["usage"]
+        return Reply(text, usage["prompt_tokens"], usage["completion_tokens"], self._connection.bytes_sent - sent)
+
+    def close(self) -> None:
+        self._connection.close()

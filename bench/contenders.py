@@ -1,0 +1,209 @@
+"""Owns the contenders as processes: starts each with the same weights and options, plays cells on it, ends it."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+import orjson
+
+from bench.actors import ChatActor, ServiceActor
+from bench.http_client import Connection, UnexpectedStatus
+from bench.measure import Sample, WrongAction, measure, process_clock
+from bench.workloads import Cell
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+START_LIMIT_S = 600.0
+STOP_LIMIT_S = 30.0
+
+Command = list[str]
+
+
+class Failed(RuntimeError):
+    """A contender did not start, or died; the message ends with the tail of its log."""
+
+
+class Contender(Protocol):
+    """A running contender."""
+
+    async def start(self) -> None:
+        """Returns when it serves. Raises Failed."""
+        ...
+
+    async def play(self, cell: Cell, run: int) -> Sample: ...
+
+    async def stop(self) -> None: ...
+
+
+class _Program:
+    """A process whose output goes to a log file."""
+
+    def __init__(self, command: Command, log: Path, environment: dict[str, str]) -> None:
+        self._command = command
+        self._log = log
+        self._environment = environment
+        self._process: Process | None = None
+
+    @property
+    def process(self) -> Process:
+        assert self._process, "start() comes first"
+        return self._process
+
+    async def start(self, *, piped: bool = False) -> Process:
+        pipe = PIPE if piped else None
+        with self._log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, cwd=ROOT, env=self._environment, stdin=pipe, stdout=pipe or log, stderr=log
+            )
+        return self._process
+
+    async def stop(self) -> None:
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_LIMIT_S)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+    def failure(self, what: str) -> Failed:
+        lines = self._log.read_text(errors="replace").splitlines()[-25:]
+        return Failed(f"{what}; the end of its log:\n" + "\n".join(lines))
+
+
+class _Server:
+    """A contender behind HTTP."""
+
+    def __init__(self, program: _Program, port: int, ready_path: str) -> None:
+        self._program = program
+        self._port = port
+        self._ready_path = ready_path
+
+    async def start(self) -> None:
+        process = await self._program.start()
+        deadline = time.monotonic() + START_LIMIT_S
+        while not await self._ready():
+            if process.returncode is not None or time.monotonic() > deadline:
+                raise self._program.failure(f"{type(self).__name__} did not start")
+            await asyncio.sleep(0.25)
+
+    async def stop(self) -> None:
+        await self._program.stop()
+
+    async def play(self, cell: Cell, run: int) -> Sample:
+        actors: list[ServiceActor | ChatActor] = []
+
+        def make(_: int) -> ServiceActor | ChatActor:
+            actors.append(self._actor(cell))
+            return actors[-1]
+
+        try:
+            return await measure(cell, run, make, process_clock(self._program.process.pid))
+        except (ConnectionError, UnexpectedStatus, WrongAction) as error:
+            raise self._program.failure(f"{type(self).__name__}: {error}") from error
+        finally:
+            for actor in actors:
+                actor.close()
+
+    def _connection(self) -> Connection:
+        return Connection(HOST, self._port)
+
+    def _actor(self, cell: Cell) -> ServiceActor | ChatActor:
+        raise NotImplementedError
+
+    async def _ready(self) -> bool:
+        connection = self._connection()
+        try:
+            await connection.open()
+            return (await connection.request("GET", self._ready_path)).status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+
+class Service(_Server):
+    """(a) `episodic serve` with its default settings: every step is on disk before it is answered."""
+
+    def __init__(self, model: str, options: dict[str, Any], folder: Path) -> None:
+        port = _free_port()
+        command = [sys.executable, "-m", "service", "serve", "--model", model, "--port", str(port)]
+        for name, value in options.items():
+            command += ["--engine", f"{name}={orjson.dumps(value).decode()}"]
+        environment = {**_environment(), "EPISODIC_DATA": str(folder)}
+        super().__init__(_Program(command, folder / "service.log", environment), port, "/readyz")
+
+    def _actor(self, cell: Cell) -> ServiceActor:
+        return ServiceActor(self._connection(), uuid4().hex, cell.workload)
+
+
+class OpenAIServer(_Server):
+    """(b) vLLM's own server: chat completions with `structured_outputs.choice`, the whole conversation in each call."""
+
+    def __init__(self, model: str, options: dict[str, Any], folder: Path) -> None:
+        port = _free_port()
+        command = [sys.executable, "-m", "bench.openai_server", model, orjson.dumps(options).decode(), str(port)]
+        super().__init__(_Program(command, folder / "openai.log", _environment()), port, "/health")
+
+    def _actor(self, cell: Cell) -> ChatActor:
+        return ChatActor(self._connection(), "bench", cell.workload)
+
+
+class BareEngine:
+    """(c) AsyncLLM alone, in a process that plays the cells itself."""
+
+    def __init__(self, model: str, options: dict[str, Any], folder: Path) -> None:
+        command = [sys.executable, "-m", "bench.bare", model, orjson.dumps(options).decode()]
+        self._program = _Program(command, folder / "bare.log", _environment())
+
+    async def start(self) -> None:
+        await self._program.start(piped=True)
+        await self._answer()
+
+    async def play(self, cell: Cell, run: int) -> Sample:
+        asked = {
+            "workload": cell.workload.name,
+            "num_episodes": cell.num_episodes,
+            "num_steps": cell.num_steps,
+            "num_sets": cell.num_sets,
+            "run": run,
+        }
+        assert self._program.process.stdin
+        self._program.process.stdin.write(orjson.dumps(asked) + b"\n")
+        return Sample(**await self._answer())
+
+    async def stop(self) -> None:
+        await self._program.stop()
+
+    async def _answer(self) -> dict[str, Any]:
+        assert self._program.process.stdout
+        line = await self._program.process.stdout.readline()
+        if not line:
+            raise self._program.failure("BareEngine ended")
+        return orjson.loads(line)
+
+
+CONTENDERS: dict[str, type[Service] | type[OpenAIServer] | type[BareEngine]] = {
+    "service": Service,
+    "openai": OpenAIServer,
+    "engine": BareEngine,
+}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _environment() -> dict[str, str]:
+    """The caller's, without settings of the service: all contenders get the same, from the command line."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("EPISODIC_")}

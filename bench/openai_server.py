@@ -1,0 +1,38 @@
+"""Starts vLLM's own OpenAI server with the environment and the engine options that the service gives its engine.
+
+`python -m bench.openai_server MODEL OPTIONS_JSON PORT` becomes that server: it is the same process, without a wrapper.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+from service.engine import async_llm
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    """Engine options as the command line takes them."""
+    found: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            no = [] if flag.startswith("disable-") else [f"--no-{flag}"]  # vLLM's "disable" flags have no opposite
+            found += [f"--{flag}"] if value else no
+        else:
+            found += [f"--{flag}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+    return found
+
+
+def main() -> None:
+    model, options, port = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    on_cpu = async_llm._prepare_environment()  # pyright: ignore[reportPrivateUsage]
+    theirs = async_llm._CPU_OPTIONS if on_cpu else {}  # pyright: ignore[reportPrivateUsage]
+    merged = {**async_llm._OPTIONS, **theirs, **options}  # pyright: ignore[reportPrivateUsage]
+    serving = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "bench", "--disable-uvicorn-access-log"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    os.execv(command[0], [*command, *serving, *arguments(merged)])  # noqa: S606
+
+
+if __name__ == "__main__":
+    main()
