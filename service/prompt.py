@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import cast
 
 from service.actions import DecisionTrie
@@ -21,6 +20,10 @@ Messages = list[dict[str, str]]
 
 # Letters and digits alone: no template trims, escapes or splits them.
 _MARKS = {name: f"Zq{name}qZ" for name in ("System", "UserA", "ReplyA", "UserB", "ReplyB", "UserC")}
+
+
+# Templates of models that think drop it from earlier turns.
+_THOUGHT = "<think>\nZqThoughtqZ\n</think>\n\n"
 
 
 class TemplateError(ValueError):
@@ -168,10 +171,16 @@ def _cut(tokenizer: Tokenizer, *, system: bool) -> list[str]:
 
 
 def _grows(tokenizer: Tokenizer) -> bool:
-    """Whether each longer conversation begins with the whole text of the shorter one."""
-    messages = _conversation(system=False)
+    """Whether each longer conversation begins with the shorter one and its reply, the thinking in a reply included."""
+    plain = _conversation(system=False)
+    thinking = [{**m, "content": _THOUGHT + m["content"]} if m["role"] == "assistant" else m for m in plain]
+    return _keeps(tokenizer, plain) and _keeps(tokenizer, thinking)
+
+
+def _keeps(tokenizer: Tokenizer, messages: Messages) -> bool:
     texts = [tokenizer.render(messages[:n], add_generation_prompt=True) for n in (1, 3, 5)]
-    return all(longer.startswith(shorter) for shorter, longer in pairwise(texts))
+    with_reply = [text + messages[n]["content"] for text, n in zip(texts, (1, 3), strict=False)]
+    return all(longer.startswith(shorter) for shorter, longer in zip(with_reply, texts[1:], strict=True))
 
 
 def _text_terminator(tokenizer: Tokenizer, closing: str) -> int:

@@ -1,0 +1,263 @@
+"""What each store promises: conditional commits, paging, tombstones, and values that come back equal."""
+
+import asyncio
+import math
+from array import array
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.store.base import Commit, EpisodeExists, StepTaken, Store
+from service.store.memory import MemoryStore
+from service.store.schema import episode_record, episode_row, step_row, step_value
+from service.store.sql import SQLStore
+from service.trajectory import (
+    EpisodeConfig,
+    EpisodeHead,
+    EpisodeRecord,
+    Message,
+    Span,
+    Step,
+    StopReason,
+)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    opened: Store = MemoryStore() if request.param == "memory" else SQLStore(f"sqlite+aiosqlite:///{tmp_path}/db")
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+def record(name: str = "e", created_at: float = 1.0, **request: Any) -> EpisodeRecord:
+    config = EpisodeConfig(name, {"policy": "p", **request}, b"d" * 16, "v1", created_at)
+    return EpisodeRecord(config, EpisodeHead(updated_at=created_at))
+
+
+def step(index: int, name: str = "e", *, closing: bool = False, **fields: Any) -> Step:
+    span = Span(array("i", [index, 2, 3]), b"\x00\x01\x01", array("f", [0.0, -0.5, -1.5]))
+    answer = {"episode_id": name, "step": index, "action": None if closing else f"action {index}"}
+    values: dict[str, Any] = {
+        "message": Message(f"observation {index}", reward=1.0),
+        "closing": closing,
+        "span": span,
+        "window_start": 1,
+        "answer": answer,
+        "digest": b"x" * 16,
+        "created_at": 2.0 + index,
+        **fields,
+    }
+    return Step(name, index, **values)
+
+
+def commit(index: int, name: str = "e", *, ends: StopReason | None = None, **fields: Any) -> Commit:
+    head = EpisodeHead(
+        step=index + (not ends),
+        status="ended" if ends else "active",
+        stop_reason=ends,
+        success=True if ends else None,
+        episode_return=float(index),
+        num_tokens=3 * (index + 1),
+        updated_at=2.0 + index,
+        ended_at=2.0 + index if ends else None,
+    )
+    return Commit(step(index, name, closing=ends is not None, **fields), head)
+
+
+async def test_what_was_created_is_found(store: Store):
+    await store.create(record(goal="win", metadata={"a": [1, None, "ü\u0000"]}))
+    assert await store.episode("e") == record(goal="win", metadata={"a": [1, None, "ü\u0000"]})
+    assert await store.episode("f") is None
+    assert await store.steps("e") == await store.steps("f") == []
+
+
+async def test_an_id_is_created_once(store: Store):
+    await store.create(record(goal="first"))
+    with pytest.raises(EpisodeExists):
+        await store.create(record(goal="second"))
+    found = await store.episode("e")
+    assert found is not None
+    assert found.config.request["goal"] == "first"
+
+
+async def test_ids_differ_by_case(store: Store):
+    await store.create(record("e"))
+    await store.create(record("E", goal="other"))
+    found = await store.episode("E")
+    assert found is not None
+    assert found.config.request["goal"] == "other"
+
+
+async def test_commits_come_back_in_order_with_the_head(store: Store):
+    await store.create(record())
+    for index in range(12):
+        await store.commit(commit(index))
+    await store.commit(commit(12, ends=StopReason.TERMINATED))
+    assert await store.steps("e") == [*map(step, range(12)), step(12, closing=True)]
+    assert await store.steps("e", 7) == [step(7)]
+    assert await store.steps("e", 13) == []
+    found = await store.episode("e")
+    assert found is not None
+    assert found.head == commit(12, ends=StopReason.TERMINATED).head
+    assert found.config == record().config
+
+
+@pytest.mark.parametrize("index", [0, 1, 3, 4])
+async def test_a_commit_needs_exactly_the_steps_before_it(store: Store, index: int):
+    await store.create(record())
+    for earlier in range(2):
+        await store.commit(commit(earlier))
+    with pytest.raises(StepTaken):
+        await store.commit(commit(index))
+    assert [row.index for row in await store.steps("e")] == [0, 1]
+    found = await store.episode("e")
+    assert found is not None
+    assert found.head == commit(1).head
+
+
+async def test_nothing_is_committed_behind_the_end(store: Store):
+    await store.create(record())
+    await store.commit(commit(0, ends=StopReason.ABORTED))
+    for index in (0, 1):
+        with pytest.raises(StepTaken):
+            await store.commit(commit(index))
+    assert len(await store.steps("e")) == 1
+
+
+async def test_nothing_is_committed_where_no_episode_is(store: Store):
+    with pytest.raises(StepTaken):
+        await store.commit(commit(0, "nobody"))
+    assert await store.steps("nobody") == []
+
+
+async def test_of_those_that_race_for_a_step_one_wins(store: Store):
+    await store.create(record())
+    racers = [commit(0, message=Message(f"racer {number}")) for number in range(10)]
+    results = await asyncio.gather(*(store.commit(racer) for racer in racers), return_exceptions=True)
+    assert sorted(map(str, map(type, results))) == sorted([str(type(None))] + [str(StepTaken)] * 9)
+    (kept,) = await store.steps("e")
+    assert kept.message == racers[results.index(None)].step.message
+
+
+async def test_a_refused_commit_spoils_no_other(store: Store):
+    names = [f"e{number}" for number in range(20)]
+    for name in names:
+        await store.create(record(name))
+    await store.commit(commit(0, "e5"))
+    commits = [store.commit(commit(0, name)) for name in names]
+    creates = [store.create(record("e3")), store.create(record("new"))]
+    results = await asyncio.gather(*commits, *creates, return_exceptions=True)
+    assert [type(result) for result in results] == [StepTaken if name == "e5" else type(None) for name in names] + [
+        EpisodeExists,
+        type(None),
+    ]
+    assert [len(await store.steps(name)) for name in names] == [1] * 20
+    assert await store.episode("new") == record("new")
+
+
+async def test_a_deleted_episode_leaves_a_tombstone(store: Store):
+    await store.create(record(goal="secret"))
+    await store.commit(commit(0))
+    assert await store.delete("e")
+    assert not await store.delete("e")
+    assert not await store.delete("nobody")
+    assert await store.steps("e") == []
+    found = await store.episode("e")
+    assert found is not None
+    assert found.deleted
+    assert found.config.request == {}
+    assert await store.episodes(limit=10, before=None, status=None) == []
+    with pytest.raises(StepTaken):
+        await store.commit(commit(1))
+    with pytest.raises(EpisodeExists):
+        await store.create(record())
+
+
+async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Store):
+    for number in range(25):
+        await store.create(record(f"e{number:02}", created_at=float(number // 3)))  # several at one time
+    await store.commit(commit(0, "e07", ends=StopReason.TRUNCATED))
+    found: list[EpisodeRecord] = []
+    before = None
+    while page := await store.episodes(limit=4, before=before, status=None):
+        assert len(page) <= 4
+        found += page
+        before = (page[-1].config.created_at, page[-1].config.episode_id)
+    places = [(row.config.created_at, row.config.episode_id) for row in found]
+    assert places == sorted(places, reverse=True)
+    assert {name for _, name in places} == {f"e{number:02}" for number in range(25)}
+    assert len(places) == 25
+    ended = await store.episodes(limit=100, before=None, status="ended")
+    assert [row.config.episode_id for row in ended] == ["e07"]
+    assert len(await store.episodes(limit=100, before=None, status="active")) == 24
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab\0\n'%:", max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+MESSAGES = st.builds(
+    Message,
+    observation=JSON,
+    reward=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    terminated=st.booleans(),
+    truncated=st.booleans(),
+    success=st.none() | st.booleans(),
+    info=st.none() | st.dictionaries(st.text("ab", max_size=2), JSON, max_size=2),
+    legal_actions=st.none() | st.lists(st.text(max_size=3, alphabet="ab'"), max_size=3).map(tuple),
+)
+FLOAT32 = st.floats(width=32, allow_nan=False, max_value=0)
+STEPS = st.builds(
+    Step,
+    episode_id=st.just("e"),
+    index=st.just(0),
+    message=MESSAGES,
+    closing=st.booleans(),
+    span=st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1), FLOAT32), max_size=9).map(
+        lambda rows: Span(array("i", [r[0] for r in rows]), bytes(r[1] for r in rows), array("f", [r[2] for r in rows]))
+    ),
+    window_start=st.integers(1, 10_000),
+    answer=st.dictionaries(st.text("ab", max_size=2), JSON, max_size=3),
+    digest=st.binary(min_size=16, max_size=16),
+    created_at=st.floats(0, 1e10),
+    idempotency_key=st.none() | st.text("ab'\"\\", min_size=1, max_size=9),
+)
+
+
+@given(STEPS)
+def test_a_step_survives_being_a_row(value: Step):
+    assert step_value(step_row(value)) == value  # pyright: ignore[reportArgumentType]
+
+
+@given(
+    st.dictionaries(st.text("ab", max_size=2), JSON, max_size=3),
+    st.sampled_from([None, *StopReason]),
+    st.none() | st.booleans(),
+)
+def test_an_episode_survives_being_a_row(request_: dict[str, Any], reason: StopReason | None, success: bool | None):
+    kept = replace(record(**request_), head=EpisodeHead(stop_reason=reason, success=success, episode_return=math.pi))
+    row: Any = {**episode_row(kept), "deleted_at": None}
+    assert episode_record(row) == kept
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=STEPS, number=st.uuids())
+async def test_a_step_survives_the_store(store: Store, value: Step, number: Any):
+    name = str(number)
+    if await store.episode(name):
+        return
+    await store.create(record(name))
+    value = replace(value, episode_id=name)
+    await store.commit(Commit(value, EpisodeHead(step=1)))
+    assert await store.steps(name) == [value]
