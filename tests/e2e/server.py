@@ -1,0 +1,67 @@
+"""A real `episodic serve` process: the packaged policy on vLLM on the CPU, over one data folder."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+START_LIMIT_S = 240.0
+
+
+class Server:
+    """One process at a time on a fixed port; `start` again after `kill` goes on with the same data."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("EPISODIC_")}
+        named = {f"EPISODIC_{name.upper()}": value for name, value in settings.items()}
+        self._environment = {**kept, "EPISODIC_PORT": str(self.port), "EPISODIC_DATA": str(folder / "data"), **named}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "serve.log").read_text(errors="replace")
+
+    def start(self) -> "Server":
+        with (self.folder / "serve.log").open("ab") as log:
+            command = [sys.executable, "-m", "service", "serve"]
+            self.process = subprocess.Popen(
+                command, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log[-3000:]
+            try:
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(f"not ready: {self.log[-3000:]}")
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        assert self.process is not None
+        return self.process.wait(timeout=60)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all it started, as when a machine goes down."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=30)
+
+    def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.wait()
