@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from service import logs, metrics
-from service.api import acts, episodes, operations, problems
+from service.api import acts, episodes, openapi, operations, problems
 from service.api.middleware import RequestContext
 from service.engine.base import Engine
 from service.sessions import Sessions
@@ -36,6 +36,7 @@ def create_app(
         async with AsyncExitStack() as stack:
             await kept.open()
             stack.push_async_callback(kept.close)
+            metrics.ACTIVE_EPISODES.set(await kept.num_active())
             supervisor = asyncio.create_task(_run_engine(settings, engine, sessions, on_fatal), name="engine")
             stack.push_async_callback(_stop, supervisor)
             yield
@@ -46,6 +47,7 @@ def create_app(
     for module in (acts, episodes, operations):
         app.include_router(module.router)
     problems.install(app)
+    openapi.install(app)
     app.add_middleware(RequestContext)
     return app
 

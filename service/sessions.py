@@ -111,8 +111,11 @@ class Sessions:
             except EpisodicError as error:
                 metrics.ACTS.labels(error.code).inc()
                 raise
-            except (EngineUnavailable, StoreUnavailable) as error:
-                metrics.ACTS.labels(type(error).__name__).inc()
+            except EngineUnavailable:
+                metrics.ACTS.labels("engine_unavailable").inc()
+                raise
+            except StoreUnavailable:
+                metrics.ACTS.labels("store_unavailable").inc()
                 raise
 
     async def end(self, episode_id: str, call: Call, stop_reason: StopReason) -> EpisodeRecord:

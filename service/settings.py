@@ -74,6 +74,8 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Command line (as keyword arguments), environment, then the file that either of them names."""
         path = {**env_settings(), **init_settings()}.get("config")
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}")  # the source below would pass over it in silence
         file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
         return (init_settings, env_settings, file) if file else (init_settings, env_settings)
 

@@ -8,13 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api import body, problems
+from service.api.openapi import request_body
 from service.api.schemas import Act, ActRequest
 from service.episode import Call
 from service.errors import Unprocessable
 
 router = APIRouter(tags=["acts"])
 
-_JSON_BODY = {"required": True, "content": {"application/json": {"schema": ActRequest.model_json_schema()}}}
 _KEY = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -27,7 +27,7 @@ _KEY = {
     "/act",
     response_model=Act,
     responses=problems.documented(400, 404, 409, 410, 413, 422, 503, 504),
-    openapi_extra={"requestBody": _JSON_BODY, "parameters": [_KEY]},
+    openapi_extra={"requestBody": request_body(ActRequest), "parameters": [_KEY]},
 )
 async def act(request: Request) -> Response:
     """Takes an observation to the policy's action. The step is durable before the answer leaves."""

@@ -11,6 +11,7 @@ from uuid_utils import uuid7
 
 from service.api import body, problems
 from service.api.formats import FORMATS
+from service.api.openapi import request_body
 from service.api.schemas import EndRequest, Episode, EpisodePage, EpisodeRequest
 from service.episode import Call, resource
 from service.errors import Unprocessable
@@ -20,9 +21,6 @@ router = APIRouter(prefix="/episode", tags=["episodes"])
 
 EpisodeIdPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
 
-_CREATE_BODY = {"required": True, "content": {"application/json": {"schema": EpisodeRequest.model_json_schema()}}}
-_END_BODY = {"required": True, "content": {"application/json": {"schema": EndRequest.model_json_schema()}}}
-
 
 @router.post(
     "",
@@ -30,7 +28,7 @@ _END_BODY = {"required": True, "content": {"application/json": {"schema": EndReq
     response_model=Episode,
     responses={200: {"model": Episode, "description": "The episode exists with the same body."}}
     | problems.documented(400, 409, 410, 413, 422, 503),
-    openapi_extra={"requestBody": _CREATE_BODY},
+    openapi_extra={"requestBody": request_body(EpisodeRequest)},
 )
 async def create(request: Request) -> Response:
     """Opens an episode."""
@@ -65,7 +63,7 @@ async def read(request: Request, episode_id: EpisodeIdPath) -> Response:
     "/{episode_id}/end",
     response_model=Episode,
     responses=problems.documented(400, 404, 409, 410, 413, 422, 503),
-    openapi_extra={"requestBody": _END_BODY},
+    openapi_extra={"requestBody": request_body(EndRequest)},
 )
 async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Ends the episode; an ended one stays as it is."""

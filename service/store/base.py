@@ -61,6 +61,10 @@ class Store(Protocol):
         """The episode's rows in order, the closing one included; or the one with this index."""
         ...
 
+    async def num_active(self) -> int:
+        """How many episodes have not ended."""
+        ...
+
     async def delete(self, episode_id: str) -> bool:
         """Drops the steps and leaves a tombstone; False if there was nothing to delete."""
         ...

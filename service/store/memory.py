@@ -47,6 +47,9 @@ class MemoryStore:
         rows = self._steps.get(episode_id, [])
         return list(rows) if index is None else rows[index : index + 1]
 
+    async def num_active(self) -> int:
+        return sum(record.head.status == "active" for record in self._episodes.values())
+
     async def delete(self, episode_id: str) -> bool:
         record = self._episodes.get(episode_id)
         if record is None or record.deleted:

@@ -8,7 +8,7 @@ from typing import Any
 
 import alembic.command
 import alembic.config
-from sqlalchemy import and_, bindparam, delete, event, insert, or_, select, update
+from sqlalchemy import and_, bindparam, delete, event, func, insert, or_, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -91,6 +91,11 @@ class SQLStore:
             query = query.where(steps.c.step == index)
         async with self._transaction() as connection:
             return [step_value(row) for row in (await connection.execute(query)).mappings()]
+
+    async def num_active(self) -> int:
+        query = select(func.count()).select_from(episodes).where(episodes.c.status == "active")
+        async with self._transaction() as connection:
+            return (await connection.execute(query)).scalar_one()
 
     async def delete(self, episode_id: str) -> bool:
         tombstone = update(episodes).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_(None))

@@ -179,6 +179,16 @@ async def test_a_deleted_episode_leaves_a_tombstone(store: Store):
         await store.create(record())
 
 
+async def test_active_episodes_are_counted(store: Store):
+    assert await store.num_active() == 0
+    for name in ("acting", "ended", "deleted", "new"):
+        await store.create(record(name))
+    await store.commit(commit(0, "acting"))
+    await store.commit(commit(0, "ended", ends=StopReason.TERMINATED))
+    await store.delete("deleted")
+    assert await store.num_active() == 2
+
+
 async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Store):
     for number in range(25):
         await store.create(record(f"e{number:02}", created_at=float(number // 3)))  # several at one time

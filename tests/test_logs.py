@@ -1,0 +1,116 @@
+"""Logs: each event one line with its ids, valid JSON where asked, and no line of a caller's own making."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import structlog
+
+from service import logs
+from service.engine.scripted import ScriptedEngine
+from service.engine.tokenizer import HFTokenizer
+from tests.api.test_problems import BrokenEngine
+from tests.serving import DISCRETE, serve
+
+Format = Literal["console", "json"]
+FORMATS: list[Format] = ["console", "json"]
+
+
+@pytest.fixture
+def log(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Configures logging in a format; gives the lines written since. Puts the root logger back afterwards."""
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+
+    def configure(log_format: Format, level: str = "info") -> Any:
+        structlog.reset_defaults()
+        logs.configure(log_format, level)
+
+        def lines() -> list[str]:
+            return capsys.readouterr().err.splitlines()
+
+        return lines
+
+    yield configure
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    structlog.reset_defaults()
+
+
+async def test_json_lines_carry_the_request_and_episode_ids(log: Any, tmp_path: Path, tokenizer: HFTokenizer):
+    lines = log("json", "debug")
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        await api.open()
+        await api.post_act(headers={"X-Request-ID": "r-1", "X-Episode-Id": "e"})
+        await api.post_act("nobody", headers={"X-Request-ID": "r-2", "X-Episode-Id": "nobody"})
+    events = [json.loads(line) for line in lines()]
+    assert {"event", "level", "logger", "timestamp"} <= set.intersection(*map(set, events))
+    requests = {event["request_id"]: event for event in events if event["event"] == "request"}
+    assert requests["r-1"].items() >= {"episode_id": "e", "method": "POST", "path": "/act", "status": 200}.items()
+    assert requests["r-2"].items() >= {"episode_id": "nobody", "status": 404, "level": "info"}.items()
+    assert [event["append_only"] for event in events if event["event"] == "ready"] == [True]
+
+
+async def test_a_served_act_is_told_at_debug_level_only(log: Any, tmp_path: Path, tokenizer: HFTokenizer):
+    lines = log("json", "info")
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        await api.open()
+        await api.act()
+        await api.client.get("/healthz")
+    assert [json.loads(line).get("path") for line in lines() if '"request"' in line] == ["/episode"]
+
+
+HOSTILE = 'x\n2026-01-01 [critical] the engine died\r\n{"event": "forged", "level": "critical"}\u2028\x1b[2J'
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+async def test_a_caller_writes_no_line_of_its_own(log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format):
+    lines = log(log_format, "debug")
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        await api.client.get("/" + "".join(f"%{byte:02x}" for byte in HOSTILE.encode()))
+        await api.client.get("/healthz", headers={"X-Request-ID": "a b", "X-Episode-Id": "\x1b[2Jforged"})
+        await api.client.post("/act", content=json.dumps({"episode_id": HOSTILE, HOSTILE: 1}).encode())
+        await api.client.post("/episode", json={"goal": HOSTILE, "action_space": {"type": HOSTILE}})
+    written = lines()
+    assert sum("event" in line or "[" in line for line in written) == len(written)
+    if log_format == "json":
+        assert all(json.loads(line)["event"] != "forged" for line in written)
+    else:
+        assert all(line.startswith("20") and not line.startswith("2026-01-01") for line in written)
+    assert not any("\x1b[2J" in line for line in written)
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+async def test_an_unexpected_failure_is_told_with_its_trace_and_request(
+    log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format
+):
+    lines = log(log_format)
+    async with serve(tmp_path, BrokenEngine(tokenizer)) as api:
+        await api.open(action_space=DISCRETE)
+        await api.post_act(observation="a secret word", headers={"X-Request-ID": "find-me"})
+    written = lines()
+    text = "\n".join(written)
+    assert "ZeroDivisionError" in text
+    assert "find-me" in text
+    assert "a secret word" not in text, "the trace shows no local variables"
+    if log_format == "json":
+        events = [json.loads(line) for line in written]
+        (failure,) = [event for event in events if event["event"] == "unexpected failure"]
+        assert failure["request_id"] == "find-me"
+        assert "ZeroDivisionError" in failure["exception"]
+        assert [event["status"] for event in events if event["event"] == "request"][-1] == 500
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+def test_a_librarys_record_looks_like_ours(log: Any, log_format: Format):
+    lines = log(log_format)
+    logging.getLogger("some.library").warning("%s happened", "something", extra={"count": 3})
+    logging.getLogger("httpx").info("noise")
+    (line,) = lines()
+    assert "something happened" in line
+    assert "some.library" in line
+    if log_format == "json":
+        assert json.loads(line)["count"] == 3
