@@ -1,0 +1,44 @@
+"""The README and docs/ name what there is: every setting, error code and metric, and no module that is gone."""
+
+import re
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+
+from service import metrics
+from service.api.problems import CODES
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+
+
+def test_the_readmes_settings_table_is_the_generated_one() -> None:
+    table = re.search(r"<!-- settings -->\n(.*)<!-- /settings -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert table is not None
+    assert table[1].strip() == Settings.markdown().strip(), "paste the output of `episodic settings`"
+
+
+def test_every_error_code_is_in_the_reference() -> None:
+    for status, codes in CODES.items():
+        row = next(line for line in REFERENCE.splitlines() if line.startswith(f"| {status} |"))
+        assert set(re.findall(r"`(\w+)`", row)) == set(codes)
+
+
+def test_every_metric_of_ours_is_in_the_reference() -> None:
+    assert metrics.ACTS is not None
+    ours = {family.name for family in REGISTRY.collect() if family.name.startswith("agent_")}
+    assert ours == set(re.findall(r"^\| `(agent_\w+)`", REFERENCE, re.MULTILINE))
+
+
+def test_the_files_that_the_docs_point_to_exist() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_architecture_stays_under_60_lines_and_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert text.count("\n") < 60
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (ROOT / name).exists(), name
