@@ -3,7 +3,8 @@
 import asyncio
 
 from alembic import context
-from sqlalchemy import Connection
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -16,12 +17,24 @@ def _run(connection: Connection) -> None:
         context.run_migrations()
 
 
-async def _migrate() -> None:
-    engine = create_async_engine(context.config.attributes["url"], poolclass=NullPool)
-    async with engine.connect() as connection:
-        await connection.run_sync(_run)
-        await connection.commit()
-    await engine.dispose()
+def _migrate_sqlite(url: URL) -> None:
+    """Without asyncio: aiosqlite's thread outlives a loop in which it could not open the file."""
+    engine = create_engine(url.set(drivername="sqlite"), poolclass=NullPool)
+    with engine.begin() as connection:
+        _run(connection)
 
 
-asyncio.run(_migrate())
+async def _migrate(url: URL) -> None:
+    engine = create_async_engine(url, poolclass=NullPool)
+    try:
+        async with engine.begin() as connection:
+            await connection.run_sync(_run)
+    finally:
+        await engine.dispose()
+
+
+_url: URL = context.config.attributes["url"]
+if _url.get_backend_name() == "sqlite":
+    _migrate_sqlite(_url)
+else:
+    asyncio.run(_migrate(_url))
