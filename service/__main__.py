@@ -123,6 +123,7 @@ def _serve(settings: Settings) -> int:
         log_config=None,
         access_log=False,
         proxy_headers=False,
+        timeout_keep_alive=75,  # an environment may take a while to step
         timeout_graceful_shutdown=int(settings.drain_s),
     )
     server = _Server(config)
