@@ -9,6 +9,7 @@ from typing import Any, cast
 import jsonschema.validators
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError
+from referencing.exceptions import Unresolvable
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_NESTING = 32
@@ -33,13 +34,15 @@ class Schema:
             raise SchemaRefused(f"the schema is {len(self.text)} bytes long; at most {MAX_SCHEMA_BYTES} are allowed")
         if _deeper_than(schema, MAX_NESTING):
             raise SchemaRefused(f"the schema nests more than {MAX_NESTING} levels deep")
+        if _names_dialect(schema):
+            raise SchemaRefused("a schema within the schema names a dialect of its own ($schema)")
         if _refers_elsewhere(schema):
             raise SchemaRefused("the schema refers to another document; only references within it (#...) are allowed")
         try:
             Draft202012Validator.check_schema(schema)
         except SchemaError as error:
             raise SchemaRefused(f"not a JSON schema: {error.message[:300]}") from error
-        self._validator = _Validator(schema)
+        self._validator = _Validator({name: value for name, value in schema.items() if name != "$schema"})
 
     def validate(self, value: Any) -> None:
         """Raises SchemaMismatch, also when telling would take too long."""
@@ -50,6 +53,8 @@ class Schema:
             raise SchemaMismatch("comparing the value with the schema takes too long") from error
         except ValidationError as error:
             raise SchemaMismatch(error.message[:500]) from error
+        except Unresolvable as error:
+            raise SchemaMismatch(f"the schema refers to what it does not hold: {error.ref}"[:500]) from error
 
 
 class _TooMuchWork(Exception):
@@ -120,15 +125,21 @@ def _children(node: Any) -> list[Any]:
     return cast("list[Any]", node) if isinstance(node, list) else []
 
 
-def _refers_elsewhere(schema: Any) -> bool:
-    pending = [schema]
+def _objects(value: Any) -> Generator[dict[str, Any]]:
+    """The value and all it holds, as far as they are objects."""
+    pending = [value]
     while pending:
         node = pending.pop()
         if isinstance(node, dict):
-            mapping = cast("dict[str, Any]", node)
-            for key in ("$ref", "$dynamicRef"):
-                target = mapping.get(key)
-                if isinstance(target, str) and not target.startswith("#"):
-                    return True
+            yield cast("dict[str, Any]", node)
         pending.extend(_children(node))
-    return False
+
+
+def _refers_elsewhere(schema: Any) -> bool:
+    targets = (node.get(key) for node in _objects(schema) for key in ("$ref", "$dynamicRef"))
+    return any(isinstance(target, str) and not target.startswith("#") for target in targets)
+
+
+def _names_dialect(schema: dict[str, Any]) -> bool:
+    """Under a dialect of its own, a schema within would be checked by the library's validator instead of ours."""
+    return any(isinstance(node.get("$schema"), str) for node in _objects(schema) if node is not schema)

@@ -1,0 +1,71 @@
+"""JSON schemas of callers: what is refused, what is valid, and that no schema makes checking a value take long."""
+
+from typing import Any
+
+import pytest
+
+from service.json_schema import MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused
+
+
+def test_the_text_is_the_schema_as_compact_json():
+    assert Schema({"type": "object", "required": ["a"]}).text == '{"type":"object","required":["a"]}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        ({"type": "integer", "minimum": 3}, 3, 2),
+        ({"enum": ["a", None]}, None, "b"),
+        ({"properties": {"a": {"const": 1}}, "additionalProperties": False}, {"a": 1}, {"a": 1, "b": 2}),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, None, 1),
+        ({"$defs": {"n": {"type": "number"}}, "items": {"$ref": "#/$defs/n"}}, [1, 2.5], ["x"]),
+        ({"not": {"type": "string"}}, 1, "x"),
+        ({"if": {"type": "string"}, "then": {"minLength": 2}}, "ab", "a"),
+        ({"uniqueItems": True}, [1, 2], [1, 1]),
+    ],
+)
+def test_values_are_held_to_the_schema(schema: dict[str, Any], valid: Any, invalid: Any):
+    Schema(schema).validate(valid)
+    with pytest.raises(SchemaMismatch):
+        Schema(schema).validate(invalid)
+
+
+def alternatives(depth: int) -> dict[str, Any]:
+    """Each level asks the level below twice: 2**depth comparisons."""
+    schema: dict[str, Any] = {"$defs": {"l0": {"type": "null"}}, "$ref": f"#/$defs/l{depth}"}
+    for level in range(depth):
+        below = {"$ref": f"#/$defs/l{level}"}
+        schema["$defs"][f"l{level + 1}"] = {"allOf": [below, below]}
+    return schema
+
+
+def test_a_schema_that_asks_exponentially_much_is_given_up():
+    Schema(alternatives(3)).validate(None)
+    with pytest.raises(SchemaMismatch, match="too long"):
+        Schema(alternatives(28)).validate(None)
+    Schema(alternatives(3)).validate(None)
+
+
+def test_a_dialect_does_not_bring_back_the_matcher_that_is_left_out():
+    evil = {"$schema": "https://json-schema.org/draft/2020-12/schema", "pattern": "^(a+)+$"}
+    with pytest.raises(SchemaRefused, match="dialect"):
+        Schema({"items": evil})
+    hostile = "a" * 40 + "!"
+    Schema(evil).validate(hostile)
+    Schema({**evil, "items": {"$ref": "#"}}).validate([hostile])
+    Schema({"properties": {"$schema": {"type": "string"}}}).validate({"$schema": "a property of that name"})
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#/nowhere"}, {"$ref": "#"}, {"$dynamicRef": "#nowhere"}])
+def test_a_reference_that_leads_nowhere_is_a_mismatch(schema: dict[str, Any]):
+    with pytest.raises((SchemaMismatch, RecursionError)):
+        Schema(schema).validate(1)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "nothing"}, {"description": "x" * MAX_SCHEMA_BYTES}, {"$ref": "https://example.com"}, {"allOf": []}],
+)
+def test_refused(schema: dict[str, Any]):
+    with pytest.raises(SchemaRefused):
+        Schema(schema)
