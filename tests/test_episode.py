@@ -1,0 +1,111 @@
+"""One episode's options, what it refuses, and how its head moves."""
+
+from typing import Any
+
+import pytest
+
+from service.engine.base import EngineInfo
+from service.episode import Call, Episode, Options, resource
+from service.errors import Conflict, Unprocessable
+from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, Message, Sampling, StopReason
+
+INFO = EngineInfo("p", "v", 1000, Sampling(temperature=0.7, top_p=0.9, max_tokens=64))
+
+
+def episode(head: EpisodeHead | None = None, **request: Any) -> Episode:
+    config = EpisodeConfig("e", {"policy": "p", **request}, b"", "v", 5.0)
+    return Episode(EpisodeRecord(config, head or EpisodeHead()), Options.of(request, INFO))
+
+
+def test_sampling_falls_back_on_the_policys_defaults():
+    assert Options.of({}, INFO).sampling == INFO.default_sampling
+    asked = {"temperature": 0, "top_k": 5, "min_p": None, "stop": ["\n"], "seed": 1}
+    assert Options.of({"sampling": asked}, INFO).sampling == Sampling(0, 0.9, 5, 0.0, 64, 1, ("\n",))
+    assert Options.of({"sampling": None, "context": None, "action_space": None}, INFO) == Options.of({}, INFO)
+
+
+@pytest.mark.parametrize(
+    ("request_", "limit", "max_tokens"),
+    [
+        ({}, 1000, 64),
+        ({"context": {"max_tokens": 100}}, 100, 50),
+        ({"context": {"max_tokens": 5000}}, 1000, 64),
+        ({"context": {"max_tokens": None}}, 1000, 64),
+        ({"sampling": {"max_tokens": 900}}, 1000, 500),
+    ],
+)
+def test_a_reply_takes_at_most_half_of_the_context(request_: dict[str, Any], limit: int, max_tokens: int):
+    options = Options.of(request_, INFO)
+    assert (options.max_context_tokens, options.sampling.max_tokens) == (limit, max_tokens)
+
+
+def test_a_reply_as_long_as_the_context_is_refused():
+    with pytest.raises(Unprocessable):
+        Options.of({"context": {"max_tokens": 100}, "sampling": {"max_tokens": 100}}, INFO)
+
+
+DISCRETE = {"action_space": {"type": "discrete", "actions": ["a", "b", "c"]}}
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, Message()),
+        ({}, Message("x", success=True)),
+        ({}, Message("x", legal_actions=("a",))),
+        (DISCRETE, Message("x", legal_actions=())),
+        (DISCRETE, Message("x", legal_actions=("a", "a"))),
+        (DISCRETE, Message("x", legal_actions=("a", "z"))),
+    ],
+)
+def test_a_message_that_the_episode_cannot_take(request_: dict[str, Any], message: Message):
+    with pytest.raises(Unprocessable):
+        episode(**request_).check_message(message)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, Message("")),
+        ({}, Message(terminated=True, success=False)),
+        (DISCRETE, Message("x", legal_actions=("c", "a"))),
+    ],
+)
+def test_a_message_that_it_can(request_: dict[str, Any], message: Message):
+    episode(**request_).check_message(message)
+
+
+def test_an_ended_episode_says_why():
+    with pytest.raises(Conflict) as conflict:
+        episode(EpisodeHead(status="ended", stop_reason=StopReason.MAX_STEPS)).check_active()
+    assert conflict.value.context["stop_reason"] == "max_steps"
+
+
+@pytest.mark.parametrize(
+    ("overflow", "reason"), [("end", StopReason.CONTEXT_OVERFLOW), ("error", None), ("slide", None)]
+)
+def test_a_full_context_ends_the_episode_only_where_asked_to(overflow: str, reason: StopReason | None):
+    full = episode(context={"overflow": overflow, "max_tokens": 100})
+    assert full.fit(90, 11) is None
+    assert full.fit(89, 11) is not None
+    if reason:
+        assert full.overflow() == reason
+    else:
+        with pytest.raises(Conflict):
+            full.overflow()
+
+
+def test_success_counts_at_the_end_only():
+    playing = episode()
+    closing = playing.closing_step(Call(Message(reward=-1.5, terminated=True, success=True), b""), "v")
+    head = playing.head_after(closing, StopReason.TERMINATED)
+    assert (head.success, head.episode_return, head.step, head.ended_at) == (True, -1.5, 0, closing.created_at)
+    going_on = playing.head_after(closing, None)
+    assert (going_on.success, going_on.ended_at, going_on.status) == (None, None, "active")
+
+
+def test_the_resource_is_the_request_and_the_head():
+    shown = resource(EpisodeRecord(episode(goal="g").config, EpisodeHead(step=3, episode_return=1.5)))
+    assert (
+        shown.items() >= {"goal": "g", "step": 3, "episode_return": 1.5, "created_at": 5.0, "instructions": ""}.items()
+    )
