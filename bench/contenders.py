@@ -67,7 +67,10 @@ class _Program:
     async def stop(self) -> None:
         if self._process is None or self._process.returncode is not None:
             return
-        self._process.send_signal(signal.SIGTERM)
+        if self._process.stdin:
+            self._process.stdin.close()  # the end of its work, and so its engine is closed too
+        else:
+            self._process.send_signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(self._process.wait(), STOP_LIMIT_S)
         except TimeoutError:

@@ -2,9 +2,11 @@
 
 import asyncio
 import random
+import signal
 from typing import Any
 
 import httpx
+import psutil
 
 from service.client import AsyncClient, Retry
 from tests.e2e.server import Server
@@ -61,10 +63,22 @@ def test_no_answered_step_is_lost_or_doubled_by_kill_9(server: Server) -> None:
 def test_sigterm_ends_with_exit_code_0_and_the_engines_death_with_1(server: Server) -> None:
     assert server.stop() == 0
     server.start()
-    import psutil
-
-    assert server.process is not None
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    next(child for child in children if "EngineCore" in " ".join(child.cmdline())).kill()
+    engine = next(child for child in children(server) if "EngineCore" in " ".join(child.cmdline()))
+    engine.kill()
     assert server.wait() == 1
     server.start()
+
+
+def test_kill_9_of_the_server_alone_leaves_no_process_behind(server: Server) -> None:
+    started = children(server)
+    assert any("EngineCore" in " ".join(child.cmdline()) for child in started)
+    server.signal(signal.SIGKILL)
+    server.wait()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert alive == []
+    server.start()
+
+
+def children(server: Server) -> list[psutil.Process]:
+    assert server.process is not None
+    return psutil.Process(server.process.pid).children(recursive=True)
