@@ -1,0 +1,85 @@
+"""Medians, ratios, noise, and a bar that says MISS when it is missed."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import report
+from bench.measure import Sample, percentile
+from bench.results import AGAIN, Bar, CellResult, bars
+from bench.workloads import CHOICE1, CHOICE12, TEXT16, Cell
+
+
+def _sample(steps_per_s: float, cpu_ms: float = 0.5) -> Sample:
+    timing = {"queue_s": 0.1, "engine_s": 5.0, "store_s": 1.0, "total_s": 6.1}
+    return Sample(1.0, steps_per_s, steps_per_s, 7.0, 9.0, cpu_ms, 300.0, 80.0, 2.0, 1.5, timing)
+
+
+def _result(cell: Cell, service: list[float], openai: list[float], engine: list[float], cpu_ms: float) -> CellResult:
+    samples = {
+        "service": [_sample(rate, cpu_ms) for rate in service],
+        "openai": [_sample(rate) for rate in openai],
+        "engine": [_sample(rate) for rate in engine],
+        AGAIN: [_sample(service[0])],
+    }
+    return CellResult(cell, {name: of for name, of in samples.items() if of})
+
+
+def _results() -> list[CellResult]:
+    return [
+        _result(Cell(CHOICE1, 32, 20), [90, 300, 100], [40, 50, 500], [120, 100, 110], 0.9),
+        _result(Cell(CHOICE12, 1, 20), [59, 59, 59], [10, 10, 10], [80, 80, 80], 3.5),
+        _result(Cell(TEXT16, 8, 20), [10, 10, 10], [10, 10, 10], [10, 10, 10], 2.0),
+        _result(Cell(CHOICE1, 32, 200, service_only=True), [80, 80, 80], [], [], 1.2),
+    ]
+
+
+def test_one_slow_or_fast_round_moves_no_median() -> None:
+    first = _results()[0]
+    assert first.median("service", "steps_per_s") == 100
+    assert first.ratio("service", "openai") == 2.0
+    assert first.noise is not None
+    assert round(first.noise, 6) == 0.1
+    assert first.spread("service") == 2.1
+    assert first.median("nobody", "steps_per_s") is None
+
+
+def test_bars_pass_miss_and_are_left_out_where_nothing_was_measured() -> None:
+    verdicts = {bar.what: (bar.value and round(bar.value, 3), bar.passed) for bar in bars(_results())}
+    assert verdicts == {
+        "service/openai steps/s, actions of 1 token, 32x20": (2.0, True),
+        "service/openai steps/s, actions of 12 tokens, 1x20": (5.9, False),
+        "service/openai steps/s, free text of 16 tokens, 8x20": (1.0, True),
+        "service/engine steps/s, actions of 1 token, 32x20": (0.909, True),
+        "API-process CPU ms a step, actions of 1 token, 32x20": (0.9, True),
+        "API-process CPU ms a step, actions of 12 tokens, 1x20": (3.5, False),
+        "API-process CPU a step at 200 steps over 20, 32 episodes": (1.333, False),
+    }
+    assert Bar("x", None, 1.0, at_least=True).passed is None
+
+
+def test_percentiles_are_nearest_rank() -> None:
+    ordered = [float(value) for value in range(100)]
+    assert (percentile(ordered, 0.5), percentile(ordered, 0.99), percentile([3.0], 0.99)) == (50.0, 99.0, 3.0)
+
+
+def test_the_tables_show_every_contender_and_each_bar_with_its_verdict() -> None:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    report.show(_results(), bars(_results()), console)
+    shown = console.export_text()
+    for label in report.LABELS.values():
+        assert label in shown
+    assert (shown.count("PASS"), shown.count("MISS")) == (4, 3)
+
+
+def test_the_file_holds_every_round_and_the_plot_is_drawn(tmp_path: Path) -> None:
+    results, facts = _results(), report.machine()
+    report.write_json(tmp_path / "results.json", facts, {"rounds": 3}, results, bars(results))
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [cell["medians"]["service"]["steps_per_s"] for cell in written["cells"]] == [100, 59, 10, 80]
+    assert [sample["steps_per_s"] for sample in written["cells"][0]["rounds"]["openai"]] == [40, 50, 500]
+    assert [bar["passed"] for bar in written["bars"]] == [bar.passed for bar in bars(results)]
+    assert not {"hostname", "user", "path"} & set(written["machine"])
+    report.plot(tmp_path / "results.png", results, facts)
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
