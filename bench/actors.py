@@ -50,6 +50,8 @@ class ChatActor:
         self._request: dict[str, Any] = {"model": model, "messages": self._messages, **workload.sampling}
         if workload.actions:
             self._request["structured_outputs"] = {"choice": workload.actions}
+        else:  # all that was written, that the history sent back is as long as the service's
+            self._request |= {"skip_special_tokens": False, "spaces_between_special_tokens": False}
         self._observations: Sequence[str] = ()
 
     async def open(self, observations: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ def arguments(options: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     model, options, port = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    on_cpu = async_llm._prepare_environment()  # pyright: ignore[reportPrivateUsage]
+    on_cpu = async_llm.prepare_environment(options)
     theirs = async_llm._CPU_OPTIONS if on_cpu else {}  # pyright: ignore[reportPrivateUsage]
     merged = {**async_llm._OPTIONS, **theirs, **options}  # pyright: ignore[reportPrivateUsage]
     serving = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "bench", "--disable-uvicorn-access-log"]

@@ -29,7 +29,7 @@ MAX_CANDIDATES_A_CALL = 128
 """vLLM's bound on `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
 
 _CPU_OPTIONS: dict[str, Any] = {
-    "enforce_eager": True,  # torch.compile would need a C++ compiler
+    "enforce_eager": True,  # else torch.compile, which needs a C++ compiler
     "block_size": 32,  # vLLM's 128 on CPU gives short episodes no prefix-cache hits
     "kv_cache_memory_bytes": 1 << 30,  # unset, vLLM takes most of the memory there is
     "max_num_seqs": 128,
@@ -94,6 +94,7 @@ class VLLMEngine:
             stop=list(sampling.stop),
             logprobs=0,
             flat_logprobs=True,
+            detokenize=bool(sampling.stop),  # vLLM's is incremental: for a final text it is work at every token
             structured_outputs=constraint and self._structure(constraint),
             output_kind=self._final,
             skip_clone=True,
@@ -103,7 +104,8 @@ class VLLMEngine:
         token_ids = tuple(chosen.token_ids)
         logprobs = tuple(chosen.logprobs.logprobs[start] for start in chosen.logprobs.start_indices)
         cached = output.num_cached_tokens or 0
-        return Completion(token_ids, logprobs, chosen.text, str(chosen.finish_reason), cached)
+        text = chosen.text if sampling.stop else self._text(token_ids, chosen.finish_reason)
+        return Completion(token_ids, logprobs, text, str(chosen.finish_reason), cached)
 
     async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
         chunks = [
@@ -149,6 +151,11 @@ class VLLMEngine:
         await self.score(prompt, prompt[:1])
         await self.generate(prompt, Sampling(temperature=0.0, max_tokens=1), None)
 
+    def _text(self, token_ids: tuple[int, ...], finish_reason: str | None) -> str:
+        """The text as vLLM gives it: without the token that ended it, or a character that was cut in two."""
+        kept = token_ids[:-1] if finish_reason == "stop" else token_ids
+        return self.tokenizer.decode(kept).rstrip("\ufffd")
+
     def _structure(self, constraint: Constraint) -> Any:
         spec: dict[str, Any] = {constraint.kind: constraint.spec}
         return self._structured(**spec)
@@ -187,7 +194,7 @@ class VLLMEngine:
 
 def _build(model: str, options: dict[str, Any]) -> tuple[Any, str]:
     """The engine, and its tokenizer as xgrammar serializes it."""
-    on_cpu = _prepare_environment()
+    on_cpu = prepare_environment(options)
     import xgrammar
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -210,8 +217,8 @@ def _build(model: str, options: dict[str, Any]) -> tuple[Any, str]:
     return llm, info.serialize_json()
 
 
-def _prepare_environment() -> bool:
-    """What vLLM reads from the environment when it is imported. Returns whether this is its CPU build."""
+def prepare_environment(options: dict[str, Any]) -> bool:
+    """Sets what vLLM and torch read from the environment on import. Returns whether vLLM is its CPU build."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # our handlers format its records
     try:
@@ -222,6 +229,8 @@ def _prepare_environment() -> bool:
     openmp = Path(sys.prefix, "lib", "libiomp5.so")
     if openmp.exists():
         os.environ.setdefault("LD_PRELOAD", str(openmp))  # read by the engine's process, which starts after this
+    if options.get("enforce_eager", True):
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles a part of its logprobs even so
     return True
 
 

@@ -24,7 +24,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         kept = {name: value for name, value in os.environ.items() if not name.startswith("EPISODIC_")}
         named = {f"EPISODIC_{name.upper()}": value for name, value in settings.items()}
-        self._environment = {**kept, "EPISODIC_PORT": str(self.port), "EPISODIC_DATA": str(folder / "data"), **named}
+        bare = {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}  # as on a bare machine
+        where = {"EPISODIC_PORT": str(self.port), "EPISODIC_DATA": str(folder / "data")}
+        self._environment = {**kept, **bare, **where, **named}
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
