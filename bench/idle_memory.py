@@ -38,7 +38,7 @@ async def _measure(num_episodes: int) -> None:
     engine = ScriptedEngine(tokenizer)
     process = psutil.Process()
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        store = SQLStore(f"sqlite+aiosqlite:///{Path(folder) / 'idle.db'}")
+        store = SQLStore(f"sqlite:///{Path(folder) / 'idle.db'}")
         await store.open()
         sessions = Sessions(store, max_live_episodes=settings.max_live_episodes)
         sessions.serve(engine)

@@ -33,7 +33,7 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for name in ("vllm", "alembic", "httpx", "aiosqlite"):  # their news is not the operator's
+    for name in ("vllm", "alembic", "httpx"):  # their news is not the operator's
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

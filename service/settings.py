@@ -45,7 +45,7 @@ class Settings(BaseSettings):
 
     @property
     def store_url(self) -> str:
-        return self.store or f"sqlite+aiosqlite:///{self.data / 'episodic.db'}"
+        return self.store or f"sqlite:///{self.data / 'episodic.db'}"
 
     @property
     def model_path(self) -> str:

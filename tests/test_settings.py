@@ -26,7 +26,7 @@ def test_the_defaults():
     settings = Settings()
     assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "toy-text")
     assert (settings.log_format, settings.engine) == ("console", {})
-    assert settings.store_url == "sqlite+aiosqlite:///data/episodic.db"
+    assert settings.store_url == "sqlite:///data/episodic.db"
 
 
 def test_the_environment_wins_over_the_file_and_arguments_over_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

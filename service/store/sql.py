@@ -1,24 +1,39 @@
-"""Owns the SQL store: SQLite by default, any async SQLAlchemy URL by setting; concurrent acts share a commit."""
+"""Owns the SQL store: SQLite, in threads of its own; concurrent acts share a commit."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import alembic.command
 import alembic.config
-from sqlalchemy import and_, bindparam, delete, event, func, insert, or_, select, update
-from sqlalchemy.engine import make_url
+from sqlalchemy import (
+    Connection,
+    Engine,
+    and_,
+    bindparam,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    make_url,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from service.store.base import Change, Commit, EpisodeExists, StepTaken, StoreUnavailable
 from service.store.group_commit import GroupCommit, OnCommit
 from service.store.schema import episode_record, episode_row, episodes, head_row, step_row, step_value, steps
 from service.trajectory import EpisodeHead, EpisodeRecord, Status, Step
 
+_T = TypeVar("_T")
+
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_NUM_READERS = 4
 
 # Conditional on the steps that are there: of two that race for one step, the second changes no row.
 _ADVANCE = (
@@ -38,36 +53,48 @@ def _ignore(num_acts: int, seconds: float) -> None:
 
 
 class SQLStore:
-    """Episodes in a SQL database. `on_commit(num_acts, seconds)` is called after each shared commit."""
+    """Episodes in a SQL database. `on_commit(num_acts, seconds)` is called after each shared commit.
+
+    A transaction is one call in a thread: to go there and back for each of its statements, as SQLAlchemy's asyncio
+    extension does, costs more than the statements. There is one thread for writes, as SQLite has one writer.
+    """
 
     def __init__(self, url: str, on_commit: OnCommit = _ignore) -> None:
         self._url = make_url(url)
-        self._engine: AsyncEngine = create_async_engine(self._url, **_engine_options(self._url.get_backend_name()))
-        if self._url.get_backend_name() == "sqlite":
-            event.listen(self._engine.sync_engine, "connect", _set_pragmas)
-        self._writer = GroupCommit(self._write, on_commit)
+        if self._url.get_dialect().is_async:
+            raise ValueError(f"the store's driver must be a synchronous one, and {self._url.drivername} is not")
+        self._engine: Engine = create_engine(self._url, pool_size=1 + _NUM_READERS, connect_args={"timeout": 10})
+        event.listen(self._engine, "connect", _set_pragmas)
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-read")
+        self._writers = ThreadPoolExecutor(1, thread_name_prefix="store-write")
+        self._group = GroupCommit(self._write, on_commit)
 
     async def open(self) -> None:
         try:
-            if self._url.get_backend_name() == "sqlite" and self._url.database:
+            if self._url.database:
                 Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
             await asyncio.to_thread(self._migrate)
         except (SQLAlchemyError, OSError) as error:
             raise StoreUnavailable(f"cannot open the store: {_reason(error)}") from error
-        self._writer.start()
+        self._group.start()
 
     async def close(self) -> None:
-        await self._writer.stop()
-        await self._engine.dispose()
+        await self._group.stop()
+        for threads in (self._writers, self._readers):
+            await asyncio.to_thread(threads.shutdown)
+        self._engine.dispose()
 
     async def create(self, record: EpisodeRecord) -> None:
-        await self._writer.submit(record)
+        await self._group.submit(record)
 
     async def episode(self, episode_id: str) -> EpisodeRecord | None:
-        async with self._transaction() as connection:
-            rows = await connection.execute(select(episodes).where(episodes.c.episode_id == episode_id))
-            row = rows.mappings().first()
-        return None if row is None else episode_record(row)
+        query = select(episodes).where(episodes.c.episode_id == episode_id)
+
+        def read(connection: Connection) -> EpisodeRecord | None:
+            row = connection.execute(query).mappings().first()
+            return None if row is None else episode_record(row)
+
+        return await self._in_transaction(self._readers, read)
 
     async def episodes(
         self, *, limit: int, before: tuple[float, str] | None, status: Status | None
@@ -79,32 +106,44 @@ class SQLStore:
             created, episode_id = episodes.c.created_at, episodes.c.episode_id
             query = query.where(or_(created < before[0], and_(created == before[0], episode_id < before[1])))
         query = query.order_by(episodes.c.created_at.desc(), episodes.c.episode_id.desc()).limit(limit)
-        async with self._transaction() as connection:
-            return [episode_record(row) for row in (await connection.execute(query)).mappings()]
+
+        def read(connection: Connection) -> list[EpisodeRecord]:
+            return [episode_record(row) for row in connection.execute(query).mappings()]
+
+        return await self._in_transaction(self._readers, read)
 
     async def commit(self, commit: Commit) -> None:
-        await self._writer.submit(commit)
+        await self._group.submit(commit)
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
         query = select(steps).where(steps.c.episode_id == episode_id).order_by(steps.c.step)
         if index is not None:
             query = query.where(steps.c.step == index)
-        async with self._transaction() as connection:
-            return [step_value(row) for row in (await connection.execute(query)).mappings()]
+
+        def read(connection: Connection) -> list[Step]:
+            return [step_value(row) for row in connection.execute(query).mappings()]
+
+        return await self._in_transaction(self._readers, read)
 
     async def num_active(self) -> int:
         query = select(func.count()).select_from(episodes).where(episodes.c.status == "active")
-        async with self._transaction() as connection:
-            return (await connection.execute(query)).scalar_one()
+
+        def read(connection: Connection) -> int:
+            return connection.execute(query).scalar_one()
+
+        return await self._in_transaction(self._readers, read)
 
     async def delete(self, episode_id: str) -> bool:
         tombstone = update(episodes).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_(None))
-        async with self._transaction() as connection:
-            found = await connection.execute(
+
+        def write(connection: Connection) -> bool:
+            found = connection.execute(
                 tombstone.values(deleted_at=episodes.c.updated_at, request="{}", status="ended")
             )
-            await connection.execute(delete(steps).where(steps.c.episode_id == episode_id))
-        return found.rowcount > 0
+            connection.execute(delete(steps).where(steps.c.episode_id == episode_id))
+            return found.rowcount > 0
+
+        return await self._in_transaction(self._writers, write)
 
     async def _write(self, changes: Sequence[Change]) -> list[Exception | None]:
         """One transaction for all; if any of them is refused, one for each, so that it spoils no other."""
@@ -119,24 +158,30 @@ class SQLStore:
     async def _write_together(self, changes: Sequence[Change]) -> None:
         opened = [episode_row(change) for change in changes if isinstance(change, EpisodeRecord)]
         acted = [change for change in changes if isinstance(change, Commit)]
-        advances = [{"id": act.step.episode_id, "expected": act.step.index, **head_row(act.head)} for act in acted]
+
+        def write(connection: Connection) -> None:
+            if opened:
+                connection.execute(insert(episodes), opened)
+            if acted:
+                advances = [
+                    {"id": act.step.episode_id, "expected": act.step.index, **head_row(act.head)} for act in acted
+                ]
+                if connection.execute(_ADVANCE, advances).rowcount != len(acted):
+                    raise StepTaken
+                connection.execute(insert(steps), [step_row(act.step) for act in acted])
+
         try:
-            async with self._transaction() as connection:
-                if opened:
-                    await connection.execute(insert(episodes), opened)
-                if acted:
-                    advanced = await connection.execute(_ADVANCE, advances)
-                    if advanced.rowcount != len(acted):
-                        raise StepTaken
-                    await connection.execute(insert(steps), [step_row(act.step) for act in acted])
+            await self._in_transaction(self._writers, write)
         except IntegrityError as error:
             raise (EpisodeExists if opened else StepTaken) from error
 
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncGenerator[AsyncConnection]:
+    async def _in_transaction(self, threads: ThreadPoolExecutor, function: Callable[[Connection], _T]) -> _T:
+        def call() -> _T:
+            with self._engine.begin() as connection:
+                return function(connection)
+
         try:
-            async with self._engine.begin() as connection:
-                yield connection
+            return await asyncio.get_running_loop().run_in_executor(threads, call)
         except IntegrityError:
             raise
         except (SQLAlchemyError, OSError) as error:
@@ -148,12 +193,6 @@ class SQLStore:
         config.set_main_option("path_separator", "os")
         config.attributes["url"] = self._url
         alembic.command.upgrade(config, "head")
-
-
-def _engine_options(backend: str) -> dict[str, Any]:
-    if backend == "sqlite":
-        return {"pool_size": 4, "connect_args": {"timeout": 10}}
-    return {"pool_pre_ping": True}
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:

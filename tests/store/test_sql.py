@@ -18,7 +18,7 @@ from tests.store.test_stores import commit, record
 
 
 def url(folder: Path) -> str:
-    return f"sqlite+aiosqlite:///{folder}/episodic.db"
+    return f"sqlite:///{folder}/episodic.db"
 
 
 async def test_migrations_make_exactly_the_tables_of_the_schema(tmp_path: Path):
@@ -57,9 +57,9 @@ async def test_a_commit_is_on_disk_when_it_returns(tmp_path: Path):
     with sqlite3.connect(tmp_path / "episodic.db") as other:
         assert other.execute("SELECT count(*) FROM steps").fetchone() == (1,)
     other.close()
-    async with store._engine.connect() as connection:
-        assert (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar() == "wal"
-        assert (await connection.exec_driver_sql("PRAGMA synchronous")).scalar() == 2
+    with store._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
     await store.close()
 
 

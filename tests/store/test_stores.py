@@ -29,7 +29,7 @@ from service.trajectory import (
 
 @pytest.fixture(params=["memory", "sqlite"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    opened: Store = MemoryStore() if request.param == "memory" else SQLStore(f"sqlite+aiosqlite:///{tmp_path}/db")
+    opened: Store = MemoryStore() if request.param == "memory" else SQLStore(f"sqlite:///{tmp_path}/db")
     await opened.open()
     yield opened
     await opened.close()
