@@ -276,9 +276,7 @@ async def test_no_task_is_left_behind(tmp_path: Path, tokenizer: HFTokenizer):
     assert asyncio.all_tasks() == before
 
 
-@pytest.mark.parametrize(
-    "make_store", [lambda _: MemoryStore(), lambda path: SQLStore(f"sqlite:///{path}/x")]
-)
+@pytest.mark.parametrize("make_store", [lambda _: MemoryStore(), lambda path: SQLStore(f"sqlite:///{path}/x")])
 async def test_a_conflict_names_the_step_that_is_next(tmp_path: Path, tokenizer: HFTokenizer, make_store: Any):
     store: Store = make_store(tmp_path)
     await store.open()

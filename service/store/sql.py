@@ -137,9 +137,7 @@ class SQLStore:
         tombstone = update(episodes).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_(None))
 
         def write(connection: Connection) -> bool:
-            found = connection.execute(
-                tombstone.values(deleted_at=episodes.c.updated_at, request="{}", status="ended")
-            )
+            found = connection.execute(tombstone.values(deleted_at=episodes.c.updated_at, request="{}", status="ended"))
             connection.execute(delete(steps).where(steps.c.episode_id == episode_id))
             return found.rowcount > 0
 
