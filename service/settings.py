@@ -14,7 +14,12 @@ class Settings(BaseSettings):
     """Everything that can be set. `Settings()` reads the environment; keyword arguments win over it."""
 
     model_config = SettingsConfigDict(
-        env_prefix="EPISODIC_", env_nested_delimiter="__", extra="forbid", toml_file=None, validate_default=True
+        env_prefix="EPISODIC_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        toml_file=None,
+        validate_default=True,
+        hide_input_in_errors=True,  # a URL may hold a password
     )
 
     config: Path | None = Field(None, description="A TOML file with any of these settings.")
@@ -26,7 +31,7 @@ class Settings(BaseSettings):
         description="Any option of vLLM's AsyncEngineArgs, e.g. EPISODIC_ENGINE__MAX_NUM_SEQS=64.",
     )
     data: Path = Field(Path("data"), description="Folder for what is kept.")
-    store: str | None = Field(None, description="SQLAlchemy URL of the store; unset, a SQLite file under `data`.")
+    store: str | None = Field(None, description="`sqlite:///FILE`, a SQLAlchemy URL; unset, a file under `data`.")
     max_live_episodes: int = Field(2048, ge=1, description="Episodes held in memory; the rest rest in the store.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
     max_tokens: int | None = Field(None, ge=1, description="Completion limit where a call names none.")
@@ -42,6 +47,13 @@ class Settings(BaseSettings):
         if not isinstance(value, dict):
             return value
         return {name.lower(): _json_or_text(item) for name, item in cast("dict[str, Any]", value).items()}
+
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, value: str | None) -> str | None:
+        if value is not None and (not value.startswith("sqlite:///") or value in ("sqlite:///", "sqlite:///:memory:")):
+            raise ValueError("the store must be a SQLite file, sqlite:///FILE; there is no other kind yet")
+        return value
 
     @property
     def store_url(self) -> str:

@@ -76,6 +76,17 @@ def test_a_setting_that_cannot_be_is_refused(given: dict[str, Any]):
         Settings(**given)
 
 
+@pytest.mark.parametrize(
+    "store", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+aiosqlite:///x", "postgresql://me:secret@db/x"]
+)
+def test_a_store_that_is_no_sqlite_file_is_refused_without_telling_its_password(store: str):
+    result = serve("--store", store)
+    assert result.exit_code == 2
+    assert "must be a SQLite file" in result.output
+    assert "secret" not in result.output
+    assert Settings(store="sqlite:////var/x").store_url == "sqlite:////var/x"
+
+
 def test_a_misspelt_key_of_the_file_is_refused(tmp_path: Path):
     with pytest.raises(ValidationError, match="prot"):
         Settings(config=write(tmp_path, "prot = 1"))  # pyright: ignore[reportArgumentType]

@@ -53,7 +53,7 @@ def _ignore(num_acts: int, seconds: float) -> None:
 
 
 class SQLStore:
-    """Episodes in a SQL database. `on_commit(num_acts, seconds)` is called after each shared commit.
+    """Episodes in a SQLite file, `url` = sqlite:///FILE. `on_commit(num_acts, seconds)` is called after each shared commit.
 
     A transaction is one call in a thread: to go there and back for each of its statements, as SQLAlchemy's asyncio
     extension does, costs more than the statements. There is one thread for writes, as SQLite has one writer.
@@ -61,8 +61,6 @@ class SQLStore:
 
     def __init__(self, url: str, on_commit: OnCommit = _ignore) -> None:
         self._url = make_url(url)
-        if self._url.get_dialect().is_async:
-            raise ValueError(f"the store's driver must be a synchronous one, and {self._url.drivername} is not")
         self._engine: Engine = create_engine(self._url, pool_size=1 + _NUM_READERS, connect_args={"timeout": 10})
         event.listen(self._engine, "connect", _set_pragmas)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-read")
@@ -71,8 +69,7 @@ class SQLStore:
 
     async def open(self) -> None:
         try:
-            if self._url.database:
-                Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+            Path(str(self._url.database)).parent.mkdir(parents=True, exist_ok=True)
             await asyncio.to_thread(self._migrate)
         except (SQLAlchemyError, OSError) as error:
             raise StoreUnavailable(f"cannot open the store: {_reason(error)}") from error
