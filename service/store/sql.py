@@ -53,7 +53,7 @@ def _ignore(num_acts: int, seconds: float) -> None:
 
 
 class SQLStore:
-    """Episodes in a SQLite file, `url` = sqlite:///FILE. `on_commit(num_acts, seconds)` is called after each shared commit.
+    """Episodes in a SQLite file, `url` = sqlite:///FILE. `on_commit(num_acts, seconds)` is told of each commit.
 
     A transaction is one call in a thread: to go there and back for each of its statements, as SQLAlchemy's asyncio
     extension does, costs more than the statements. There is one thread for writes, as SQLite has one writer.
