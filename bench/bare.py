@@ -40,7 +40,7 @@ class BareActor:
 
     async def open(self, observations: Sequence[str]) -> None:
         first, *later = observations
-        self._turns = [self._prompt.first_turn(INSTRUCTIONS, None, first), *map(self._prompt.next_turn, later)]
+        self._turns = [self._prompt.first_turn(INSTRUCTIONS, first), *map(self._prompt.next_turn, later)]
 
     async def act(self, step: int) -> Reply:
         self._token_ids += self._turns[step]

@@ -13,6 +13,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from service import logs
+from service.api.profiles import ProfileError
 from service.app import create_app
 from service.rollout import rollout_command
 from service.settings import Settings
@@ -37,7 +38,11 @@ def serve(
     settings = _settings(given, dict(_pair(option) for option in engine or []))
     _require_loopback(settings.host)
     logs.configure(settings.log_format, settings.log_level)
-    raise typer.Exit(_serve(settings))
+    try:
+        raise typer.Exit(_serve(settings))
+    except ProfileError as error:
+        typer.secho(f"profiles: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
 
 
 @app.command()

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from service.engine.base import Constraint
-from service.json_schema import Schema, SchemaMismatch, SchemaRefused
+from service.json_schema import Schema, SchemaMismatch, SchemaRefused, inlined
 from service.trajectory import JsonValue, ParseFailure, Sampling
 
 MAX_ACTIONS = 1024
@@ -30,6 +30,10 @@ class TextSpace:
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
         return text, None
 
+    def write(self, action: JsonValue) -> str:
+        """The text of somebody else's action. Raises ActionSpaceError for one that is not of this space."""
+        return _text(action)
+
 
 @dataclass(frozen=True, slots=True)
 class RegexSpace:
@@ -41,6 +45,10 @@ class RegexSpace:
         if finish_reason != "stop":
             return None, ParseFailure("length", "The completion was cut before the pattern matched in full.")
         return text, None
+
+    def write(self, action: JsonValue) -> str:
+        """As TextSpace.write; whether the pattern matches is the engine's to say."""
+        return _text(action)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +70,26 @@ class JsonSpace:
             return None, ParseFailure("json", str(error)[:500])
         return value, None
 
+    def write(self, action: JsonValue) -> str:
+        """As TextSpace.write. Patterns within the schema are not looked at."""
+        try:
+            self.schema.validate(action)
+        except SchemaMismatch as error:
+            raise ActionSpaceError(str(error)) from error
+        return json.dumps(action, ensure_ascii=False)
+
 
 @dataclass(frozen=True, slots=True)
 class DiscreteSpace:
     """An action is one of `actions`, 2 to 1,024 distinct strings."""
 
     actions: tuple[str, ...]
+
+    def write(self, action: JsonValue) -> str:
+        """As TextSpace.write."""
+        if action not in self.actions:
+            raise ActionSpaceError(f"{str(action)[:100]!r} is not in the action space")
+        return action
 
 
 ActionSpace = TextSpace | RegexSpace | JsonSpace | DiscreteSpace
@@ -80,6 +102,36 @@ def json_space(schema: dict[str, Any]) -> JsonSpace:
     except SchemaRefused as error:
         raise ActionSpaceError(str(error)) from error
     return JsonSpace(Constraint("json", checked.text), checked)
+
+
+def tools_space(tools: Sequence[dict[str, Any]]) -> JsonSpace:
+    """An action is {"name", "arguments"}, valid under that tool's schema. Raises ActionSpaceError for names that clash,
+    and for parameters that are no object's, refer to themselves, or cannot be a schema (json_space)."""
+    names = [tool["name"] for tool in tools]
+    if twins := sorted({name for name in names if names.count(name) > 1}):
+        raise ActionSpaceError(f"two tools are named {twins[0]!r}")
+    return json_space({"anyOf": [_call_schema(tool) for tool in tools]})
+
+
+def _call_schema(tool: dict[str, Any]) -> dict[str, Any]:
+    try:
+        parameters = inlined(tool.get("parameters") or {"type": "object", "properties": {}})
+    except SchemaRefused as error:
+        raise ActionSpaceError(f"tool {tool['name']!r}: {error}") from error
+    if parameters.get("type") != "object":
+        raise ActionSpaceError(f"tool {tool['name']!r}: the parameters must be of type object")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool["name"]}, "arguments": parameters},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _text(action: JsonValue) -> str:
+    if not isinstance(action, str):
+        raise ActionSpaceError("an action of this space is a string")
+    return action
 
 
 def regex_space(pattern: str) -> RegexSpace:

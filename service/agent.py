@@ -7,9 +7,10 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 
 from service.actions import DiscreteSpace, JsonSpace, RegexSpace, TextSpace
-from service.engine.base import Engine, Scores
-from service.episode import Call, Episode
+from service.engine.base import Engine, OnText, Scores
+from service.episode import Call, Episode, Recorded
 from service.prompt import Prompt
+from service.thought import Thought, think
 from service.token_log import closed_span
 from service.trajectory import Decision, Message, Span, Step, StopReason, Usage
 
@@ -30,31 +31,57 @@ class Agent:
         message, version = call.message, self.engine.info.version
         if stop_reason := message.ends or (StopReason.MAX_STEPS if episode.max_steps_reached else None):
             return episode.closing_step(call, version), stop_reason
-        turn = self._observe(episode, message)
-        start = episode.fit(len(turn), self._reserve(episode, message))
+        thinks = episode.options.reasoning is not None and call.recorded is None
+        turn = self._observe(episode, message, thinks=thinks)
+        start = episode.fit(len(turn), self._reserve(episode, call))
         if start is None:
             return episode.closing_step(call, version), episode.overflow()
-        decision = await self._decide(episode, message, episode.log.window(start) + turn)
+        prompt = episode.log.window(start) + turn
+        if call.recorded:
+            decision = self._record(episode.options.action_space.write(call.recorded.action), call.recorded)
+        elif thinks:
+            thought = await self._think(episode, prompt, call)
+            decision = thought.before(await self._decide(episode, call, [*prompt, *thought.span.token_ids]))
+        else:
+            decision = await self._decide(episode, call, prompt)
         span = closed_span(turn, decision.completion, self.prompt.terminator)
-        return episode.next_step(call, decision, span, start, version), None
+        return episode.next_step(call, decision, span, len(turn), start, version), None
 
-    def _observe(self, episode: Episode, message: Message) -> list[int]:
+    def _observe(self, episode: Episode, message: Message, *, thinks: bool) -> list[int]:
         if episode.log.num_steps:
-            return self.prompt.next_turn(message.observation)
-        return self.prompt.first_turn(episode.options.instructions, episode.options.goal, message.observation)
+            return self.prompt.next_turn(message.observation, thinks=thinks)
+        return self.prompt.first_turn(episode.options.system, message.observation, thinks=thinks)
 
-    def _reserve(self, episode: Episode, message: Message) -> int:
-        """Tokens that the reply may take, its terminator included."""
-        space = episode.options.action_space
+    def _reserve(self, episode: Episode, call: Call) -> int:
+        """Tokens that the reply may take, its thought and its terminator included."""
+        options, space = episode.options, episode.options.action_space
+        if call.recorded:
+            return len(self.prompt.tokenizer.encode(space.write(call.recorded.action))) + 1
+        tags = self.prompt.think_tags
+        thought = options.reasoning.max_tokens + len(tags.end) + len(tags.separator) if options.reasoning else 0
         if isinstance(space, DiscreteSpace):
-            return self.prompt.trie(message.legal_actions or space.actions).max_len
-        return episode.options.sampling.max_tokens + 1
+            return thought + self.prompt.trie(call.message.legal_actions or space.actions).max_len
+        return thought + options.sampling.max_tokens + 1
 
-    async def _decide(self, episode: Episode, message: Message, prompt: list[int]) -> Decision:
+    async def _think(self, episode: Episode, prompt: list[int], call: Call) -> Thought:
+        options = episode.options
+        assert options.reasoning is not None
+        sampling = replace(options.sampling, max_tokens=options.reasoning.max_tokens)
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=self._generator(episode, "thought").getrandbits(32))
+        return await think(self.engine, self.prompt, prompt, sampling, on_text=call.listener("reasoning"))
+
+    def _record(self, text: str, recorded: Recorded) -> Decision:
+        """Somebody else's action as the policy would have written it; it drew none of its tokens."""
+        ids = self.prompt.tokenizer.encode(text)
+        completion = Span(array("i", ids), bytes(len(ids)), array("f", bytes(4 * len(ids))))
+        return Decision(recorded.action, text, completion, None, "recorded", Usage())
+
+    async def _decide(self, episode: Episode, call: Call, prompt: list[int]) -> Decision:
         space, generator = episode.options.action_space, self._generator(episode)
         if isinstance(space, DiscreteSpace):
-            return await self._choose(message.legal_actions or space.actions, prompt, episode, generator)
-        return await self._write(space, prompt, episode, generator)
+            return await self._choose(call.message.legal_actions or space.actions, prompt, episode, generator)
+        return await self._write(space, prompt, episode, generator, call.listener("text"))
 
     async def _choose(
         self, actions: tuple[str, ...], prompt: list[int], episode: Episode, generator: random.Random
@@ -80,12 +107,13 @@ class Agent:
         prompt: list[int],
         episode: Episode,
         generator: random.Random,
+        on_text: OnText | None,
     ) -> Decision:
         """Free or constrained text: the engine draws token by token."""
         sampling = episode.options.sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=generator.getrandbits(32))
-        completion = await self.engine.generate(prompt, sampling, space.constraint)
+        completion = await self.engine.generate(prompt, sampling, space.constraint, on_text=on_text)
         action, failure = space.parse(completion.text, completion.finish_reason)
         num_drawn = len(completion.token_ids)
         return Decision(
@@ -98,9 +126,9 @@ class Agent:
             parse_failure=failure,
         )
 
-    def _generator(self, episode: Episode) -> random.Random:
+    def _generator(self, episode: Episode, purpose: str = "") -> random.Random:
         seed = episode.options.sampling.seed
-        return self._random if seed is None else random.Random(f"{seed}:{episode.head.step}")  # noqa: S311
+        return self._random if seed is None else random.Random(f"{seed}:{episode.head.step}{purpose}")  # noqa: S311
 
 
 async def _together(calls: Iterable[Coroutine[None, None, Scores]]) -> list[Scores]:

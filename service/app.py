@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from service import logs, metrics
-from service.api import acts, episodes, openapi, operations, problems
+from service.api import acts, episodes, export, openapi, operations, problems, profiles
 from service.api.middleware import RequestContext
 from service.engine.base import Engine
 from service.sessions import Sessions
@@ -29,7 +29,7 @@ def create_app(
     """The application. `engine` and `store` take the place of those that the settings name; `on_fatal` is called when
     the engine cannot be loaded or has died, for the process to end loudly."""
     kept = store or SQLStore(settings.store_url, metrics.record_commit)
-    sessions = Sessions(kept, max_live_episodes=settings.max_live_episodes)
+    sessions = Sessions(kept, max_live_episodes=settings.max_live_episodes, defaults=settings.episode_defaults)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -44,7 +44,8 @@ def create_app(
     app = FastAPI(title="Episodic", summary="A stateful agent service.", lifespan=lifespan)
     app.state.settings = settings
     app.state.sessions = sessions
-    for module in (acts, episodes, operations):
+    app.state.profiles = profiles.Profiles(settings.profiles)
+    for module in (acts, episodes, profiles, export, operations):
         app.include_router(module.router)
     problems.install(app)
     openapi.install(app)
@@ -69,7 +70,11 @@ async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessi
             _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")
         if not report.canonical:
             _log.warning("the chat template's own tokenization differs from the episode's")
-        await loaded.watch()
+        sweeper = asyncio.create_task(sessions.sweep(), name="sweeper")
+        try:
+            await loaded.watch()
+        finally:
+            await _stop(sweeper)
         _log.critical("the engine died")
         on_fatal()
     except Exception:  # noqa: BLE001 - as above

@@ -1,21 +1,26 @@
 """Owns one live episode: its options, its token log, its head, and the one act that may be in flight."""
 
 import asyncio
+import random
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 from service.actions import (
     ActionSpace,
+    ActionSpaceError,
     DiscreteSpace,
     TextSpace,
     discrete_space,
     json_space,
     regex_space,
+    tools_space,
 )
-from service.engine.base import EngineInfo
+from service.engine.base import EngineInfo, OnText
 from service.errors import Conflict, Unprocessable
+from service.prompt import system_text
 from service.token_log import TokenLog
 from service.trajectory import (
     EMPTY_SPAN,
@@ -35,16 +40,25 @@ from service.trajectory import (
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A thought before each action, of at most `max_tokens` tokens; `keep`: later prompts hold it too."""
+
+    max_tokens: int
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """What POST /episode asked for, made ready: defaults filled in, the action space built. Limits are in tokens."""
 
-    instructions: str
-    goal: str | None
+    system: str
     action_space: ActionSpace
     sampling: Sampling
+    reasoning: Reasoning | None
     overflow: Overflow
     max_context_tokens: int
     max_steps: int | None
+    idle_ttl_s: float | None
 
     @classmethod
     def of(cls, request: dict[str, Any], info: EngineInfo) -> "Options":
@@ -57,27 +71,55 @@ class Options:
             raise Unprocessable(f"max_tokens must be below the context's {limit} tokens", "sampling", "max_tokens")
         asked["stop"] = tuple(asked.get("stop", ()))
         sampling = replace(info.default_sampling, **asked)
+        thought: dict[str, Any] | None = request.get("reasoning")
+        reasoning = Reasoning(thought["max_tokens"], thought.get("history") != "drop") if thought else None
+        room = limit - reasoning.max_tokens if reasoning else limit
+        if room <= asked.get("max_tokens", 1):
+            raise Unprocessable(
+                f"the thought must leave room in the context's {limit} tokens", "reasoning", "max_tokens"
+            )
         return cls(
-            instructions=request.get("instructions", ""),
-            goal=request.get("goal"),
+            system=system_text(request),
             action_space=_action_space(request.get("action_space") or {"type": "text"}),
-            sampling=replace(sampling, max_tokens=min(sampling.max_tokens, max(limit // 2, 1))),
+            sampling=replace(sampling, max_tokens=min(sampling.max_tokens, max(room // 2, 1))),
+            reasoning=reasoning,
             overflow=context.get("overflow", "slide"),
             max_context_tokens=limit,
             max_steps=request.get("max_steps"),
+            idle_ttl_s=request.get("idle_ttl_s"),
         )
+
+    def expires_at(self, now: float) -> float | None:
+        return None if self.idle_ttl_s is None else now + self.idle_ttl_s
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An action that somebody other than the policy chose."""
+
+    action: JsonValue
+
+
+Emit = Callable[[Literal["reasoning", "text"], str], None]
+"""Hears what the policy writes as it writes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One POST /act as it arrived: the message, what identifies a retry of it, and its deadline in seconds."""
+    """One act as it arrived: the message, what identifies a retry of it, its deadline in seconds, the action where
+    somebody else chose it, and who hears the tokens as they come. A retry that joins it hears the end alone."""
 
     message: Message
     digest: bytes
     step: int | None = None
     idempotency_key: str | None = None
     timeout_s: float | None = None
+    recorded: Recorded | None = None
+    emit: Emit | None = None
     arrived: float = field(default_factory=time.perf_counter)
+
+    def listener(self, kind: Literal["reasoning", "text"]) -> OnText | None:
+        return None if self.emit is None else partial(self.emit, kind)
 
 
 Landing = tuple[Step, dict[str, float]]
@@ -114,13 +156,18 @@ class Episode:
 
     __slots__ = ("_flight", "config", "head", "keys", "log", "options")
 
-    def __init__(self, record: EpisodeRecord, options: Options, steps: Iterable[Step] = ()) -> None:
+    def __init__(self, record: EpisodeRecord, options: Options, steps: Sequence[Step] = ()) -> None:
         rows = [step for step in steps if not step.closing]
         self.config: EpisodeConfig = record.config
         self.head: EpisodeHead = record.head
         self.options = options
-        self.log = TokenLog((row.span for row in rows), start=rows[-1].window_start if rows else 1)
-        self.keys: dict[str, int] = {step.idempotency_key: step.index for step in steps if step.idempotency_key}
+        self.log = TokenLog(start=rows[-1].window_start if rows else 1)
+        for row in rows:
+            self.log.append(row.span, row.dropped)
+        own = [
+            step for step in steps if step.episode_id == self.episode_id
+        ]  # a fork's callers have not used the others
+        self.keys: dict[str, int] = {step.idempotency_key: step.index for step in own if step.idempotency_key}
         self._flight: Flight | None = None
 
     @property
@@ -154,8 +201,20 @@ class Episode:
             reason = self.head.stop_reason
             raise Conflict("episode_ended", f"The episode ended ({reason}).", stop_reason=reason)
 
+    def check_call(self, call: Call) -> None:
+        """Raises Unprocessable for what this episode's action space cannot take."""
+        self.check_message(call.message)
+        if call.recorded is None:
+            return
+        try:
+            text = self.options.action_space.write(call.recorded.action)
+        except ActionSpaceError as error:
+            raise Unprocessable(str(error), "action") from error
+        if call.message.legal_actions is not None and text not in call.message.legal_actions:
+            raise Unprocessable(f"{text!r} is not among legal_actions", "action")
+
     def check_message(self, message: Message) -> None:
-        """Raises Unprocessable for a message that this episode's action space cannot take."""
+        """Raises Unprocessable for a message that this episode cannot take."""
         legal = message.legal_actions
         if message.observation is None and message.ends is None:
             raise Unprocessable("an observation is required unless the episode ends here", "observation")
@@ -184,10 +243,16 @@ class Episode:
             raise Conflict("context_overflow", "The observation and its action no longer fit into the context.")
         return StopReason.CONTEXT_OVERFLOW
 
-    def next_step(self, call: Call, decision: Decision, span: Span, start: int, policy_version: str) -> Step:
-        """The step in which the policy decided, with a window that begins at `start`."""
+    def next_step(
+        self, call: Call, decision: Decision, span: Span, turn_len: int, start: int, policy_version: str
+    ) -> Step:
+        """The step of a decision: its span, of which the first `turn_len` tokens are the turn, behind a window that
+        begins at `start`."""
         answer = _answer(self.episode_id, self.head.step, policy_version, decision)
-        return self._step(call, answer, span, start, closing=False)
+        step = self._step(call, answer, span, start, closing=False)
+        if self.options.reasoning is None or self.options.reasoning.keep:
+            return step
+        return replace(step, dropped=(turn_len + decision.dropped[0], turn_len + decision.dropped[1]))
 
     def closing_step(self, call: Call, policy_version: str) -> Step:
         """The row of a message that ends the episode: no action is asked for."""
@@ -221,7 +286,39 @@ class Episode:
             num_tokens=head.num_tokens + len(step.span.token_ids),
             updated_at=step.created_at,
             ended_at=step.created_at if stop_reason else None,
+            expires_at=None if stop_reason else self.options.expires_at(step.created_at),
         )
+
+    def forks(self, rows: Sequence[Step], episode_ids: Sequence[str], group: str, digest: bytes) -> "list[Episode]":
+        """Episodes under these ids that share `rows`, this one's first steps, and go on from there."""
+        now = time.time()
+        head = EpisodeHead(
+            step=len(rows),
+            episode_return=sum(row.message.reward or 0.0 for row in rows),
+            num_tokens=sum(len(row.span.token_ids) for row in rows),
+            updated_at=now,
+            expires_at=self.options.expires_at(now),
+        )
+        return [self._fork(rows, head, name, group, digest, place) for place, name in enumerate(episode_ids)]
+
+    def _fork(
+        self, rows: Sequence[Step], head: EpisodeHead, episode_id: str, group: str, digest: bytes, place: int
+    ) -> "Episode":
+        request: dict[str, Any] = {**self.config.request, "group": group}
+        options = self.options
+        if options.sampling.seed is not None and place:
+            seed = random.Random(f"{options.sampling.seed}:{head.step}:{place}").getrandbits(62)  # noqa: S311
+            request["sampling"] = {**(self.config.request["sampling"] or {}), "seed": seed}
+            options = replace(options, sampling=replace(options.sampling, seed=seed))
+        config = replace(
+            self.config,
+            episode_id=episode_id,
+            request=request,
+            digest=digest,
+            created_at=head.updated_at + place * 1e-6,  # so that lists have them in order
+            parent=(self.episode_id, head.step),
+        )
+        return Episode(EpisodeRecord(config, head), options, rows)
 
     def record(self, step: Step, head: EpisodeHead) -> None:
         """Takes over a committed step."""
@@ -229,7 +326,7 @@ class Episode:
         if step.idempotency_key:
             self.keys[step.idempotency_key] = step.index
         if not step.closing:
-            self.log.append(step.span)
+            self.log.append(step.span, step.dropped)
             self.log.start = step.window_start
 
 
@@ -247,7 +344,7 @@ def resource(record: EpisodeRecord) -> dict[str, JsonValue]:
         "episode_return": head.episode_return,
         "num_tokens": head.num_tokens,
         "policy_version": config.policy_version,
-        "parent": None,
+        "parent": config.parent and {"episode_id": config.parent[0], "step": config.parent[1]},
         "created_at": config.created_at,
         "updated_at": head.updated_at,
         "ended_at": head.ended_at,
@@ -262,7 +359,7 @@ def _answer(episode_id: str, index: int, policy_version: str, decision: Decision
         "step": index,
         "action": decision.action if decision else None,
         "text": decision.text if decision else None,
-        "reasoning": None,
+        "reasoning": decision.reasoning if decision else None,
         "action_probs": decision.action_probs if decision else None,
         "logprob": decision.logprob if decision else None,
         "finish_reason": decision.finish_reason if decision else None,
@@ -282,12 +379,15 @@ def _usage(usage: Usage) -> dict[str, JsonValue]:
 
 
 _RESOURCE_DEFAULTS: dict[str, JsonValue] = {
+    "profile": None,
     "instructions": "",
     "goal": None,
     "action_space": {"type": "text"},
     "sampling": {},
+    "reasoning": None,
     "context": {"overflow": "slide"},
     "max_steps": None,
+    "idle_ttl_s": None,
     "tags": [],
     "metadata": {},
     "group": None,
@@ -302,5 +402,7 @@ def _action_space(asked: dict[str, Any]) -> ActionSpace:
             return json_space(asked["schema"])
         case "regex":
             return regex_space(asked["pattern"])
+        case "tools":
+            return tools_space(asked["tools"])
         case _:
             return TextSpace()

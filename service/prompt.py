@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 from service.actions import DecisionTrie
 from service.engine.base import Tokenizer
@@ -21,6 +21,9 @@ Messages = list[dict[str, str]]
 # Letters and digits alone: no template trims, escapes or splits them.
 _MARKS = {name: f"Zq{name}qZ" for name in ("System", "UserA", "ReplyA", "UserB", "ReplyB", "UserC")}
 
+
+_THINK_TAGS = ("<think>", "</think>")
+"""For a model that has none of its own."""
 
 # Templates of models that think drop it from earlier turns.
 _THOUGHT = "<think>\nZqThoughtqZ\n</think>\n\n"
@@ -58,10 +61,25 @@ class Pieces:
 _PLAIN = Pieces("", "\n\nObservation: ", "Observation: ", "\nAction:", "\nObservation: ")
 
 
-class Prompt:
-    """Renders turns for one tokenizer and its template."""
+@dataclass(frozen=True, slots=True)
+class ThinkTags:
+    """What stands around a thought, as token ids: `start` opens it (nothing where the template's reply does so), `end`
+    closes it, `separator` follows; `silence` tells a model with such tags that there is no thought. Drawing a thought
+    ends at one of `stop_token_ids` or, where the tag is no token of its own, at `stop`."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    start: list[int]
+    end: list[int]
+    separator: list[int]
+    silence: list[int]
+    stop_token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    opened_by_template: bool
+
+
+class Prompt:
+    """Renders turns for one tokenizer and its template; `think_tags` are the model's own, if it has any."""
+
+    def __init__(self, tokenizer: Tokenizer, think_tags: tuple[str, str] | None = None) -> None:
         self.tokenizer = tokenizer
         self._pieces, plain, system_role, append_only = _find_pieces(tokenizer)
         self._reply = tokenizer.split(self._pieces.reply)
@@ -71,13 +89,24 @@ class Prompt:
         else:
             self.terminator, self._after_terminator = _text_terminator(tokenizer, self._pieces.closing), closing
         self._system_role = system_role
+        self.think_tags = self._find_think_tags(think_tags)
         self.report = TemplateReport(append_only, plain or self._is_canonical(), system_role, plain)
         self._trie = lru_cache(maxsize=128)(self._build_trie)
 
-    def first_turn(self, instructions: str, goal: str | None, observation: JsonValue) -> list[int]:
-        """Token ids of step 0's turn: instructions, goal, observation, and the opening of the reply."""
+    def first_turn(self, system: str, observation: JsonValue, *, thinks: bool = False) -> list[int]:
+        """Token ids of step 0's turn: the system message, the observation, and the opening of the reply and, where the
+        policy `thinks` first, of its thought."""
+        return self._first_turn(system, observation) + self._opening(thinks=thinks)
+
+    def next_turn(self, observation: JsonValue, *, thinks: bool = False) -> list[int]:
+        """Token ids of a later step's turn: what follows the terminator, the observation, the opening of the reply."""
+        return self._next_turn(observation) + self._opening(thinks=thinks)
+
+    def _opening(self, *, thinks: bool) -> list[int]:
+        return self.think_tags.start if thinks else self.think_tags.silence
+
+    def _first_turn(self, system: str, observation: JsonValue) -> list[int]:
         pieces = self._pieces
-        system = system_text(instructions, goal)
         text = observation_text(observation)
         split = self.tokenizer.split
         if system and self._system_role:
@@ -86,8 +115,7 @@ class Prompt:
             before = [*split(pieces.no_system), f"{system}\n\n" if system else ""]
         return self._join([*before, text, *self._reply])
 
-    def next_turn(self, observation: JsonValue) -> list[int]:
-        """Token ids of a later step's turn: what follows the terminator, the observation, the opening of the reply."""
+    def _next_turn(self, observation: JsonValue) -> list[int]:
         return self._join([*self._after_terminator, observation_text(observation), *self._reply])
 
     def trie(self, actions: tuple[str, ...]) -> DecisionTrie:
@@ -111,19 +139,49 @@ class Prompt:
             ids.append(part)
         return ids + self.tokenizer.encode(text) if text else ids
 
+    def _find_think_tags(self, own: tuple[str, str] | None) -> ThinkTags:
+        start, end = own or _THINK_TAGS
+        opened = self._pieces.reply.rstrip().endswith(start)
+        end_parts = self.tokenizer.split(end)
+        is_token = len(end_parts) == 1 and isinstance(end_parts[0], int)
+        silence = f"\n{end}\n\n" if opened else f"{start}\n\n{end}\n\n" if own else ""
+        return ThinkTags(
+            start=[] if opened else self._ids(f"{start}\n"),
+            end=self._ids(end),
+            separator=self._ids("\n\n"),
+            silence=self._ids(silence),
+            stop_token_ids=tuple(part for part in end_parts if isinstance(part, int)) if is_token else (),
+            stop=() if is_token else (end,),
+            opened_by_template=opened,
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text of ours, the special tokens in it read as such."""
+        return self._join(self.tokenizer.split(text))
+
     def _is_canonical(self) -> bool:
         messages = _conversation(system=self._system_role)
         observations = [m["content"] for m in messages if m["role"] == "user"]
         replies = [m["content"] for m in messages if m["role"] == "assistant"]
-        ids = self.first_turn(messages[0]["content"] if self._system_role else "", None, observations[0])
+        ids = self._first_turn(messages[0]["content"] if self._system_role else "", observations[0])
         for reply, observation in zip(replies, observations[1:], strict=True):
-            ids += [*self.tokenizer.encode(reply), self.terminator, *self.next_turn(observation)]
+            ids += [*self.tokenizer.encode(reply), self.terminator, *self._next_turn(observation)]
         return ids == self.tokenizer.canonical(messages)
 
 
-def system_text(instructions: str, goal: str | None) -> str:
-    """The system message: instructions, then the goal."""
-    return "\n\n".join(part for part in (instructions, f"Goal: {goal}" if goal else "") if part)
+def system_text(request: dict[str, JsonValue]) -> str:
+    """The system message of an episode that was asked for so: instructions, the goal, the tools."""
+    goal, space = request.get("goal"), cast("dict[str, Any]", request.get("action_space") or {})
+    parts = [request.get("instructions", ""), f"Goal: {goal}" if goal else "", _tools_text(space.get("tools", ()))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _tools_text(tools: Sequence[dict[str, JsonValue]]) -> str:
+    if not tools:
+        return ""
+    lines = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+    how = 'Call one tool at a time. Answer with one JSON object: {"name": the tool\'s name, "arguments": its arguments}'
+    return "\n".join(["Tools:", *lines, how])
 
 
 def observation_text(observation: JsonValue) -> str:

@@ -5,14 +5,17 @@ differ from the store's copy, and the next touch reads it again.
 """
 
 import asyncio
+import contextlib
+import hashlib
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from service import metrics
-from service.actions import ActionSpaceError, DiscreteSpace
+from service import logs, metrics
+from service.actions import ActionSpaceError, DiscreteSpace, RegexSpace
 from service.agent import Agent
 from service.engine.base import ConstraintRefused, Engine, EngineUnavailable
 from service.episode import Call, Episode, Flight, Landing, Options
@@ -26,20 +29,39 @@ from service.errors import (
     episode_not_found,
 )
 from service.prompt import Prompt, TemplateReport
-from service.store.base import Commit, EpisodeExists, StepTaken, Store, StoreUnavailable
-from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, JsonValue, Status, Step, StopReason
+from service.store.base import Commit, EpisodeExists, Filter, ParentGone, StepTaken, Store, StoreUnavailable
+from service.trajectory import (
+    EpisodeConfig,
+    EpisodeHead,
+    EpisodeRecord,
+    Feedback,
+    JsonValue,
+    Message,
+    Step,
+    StopReason,
+)
+
+_log = logs.get(__name__)
 
 T = TypeVar("T")
 Answer = dict[str, JsonValue]
 
+_NONE: Mapping[str, JsonValue] = {}
+_SWEEP_BATCH = 256
+_LONGEST_SLEEP_S = 86_400.0
+_SWEEP_RETRY_S = 1.0
 _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0)
 
 
 class Sessions:
     """Episodes over one store and, once `serve` was called, one engine."""
 
-    def __init__(self, store: Store, *, max_live_episodes: int) -> None:
+    def __init__(self, store: Store, *, max_live_episodes: int, defaults: Mapping[str, JsonValue] = _NONE) -> None:
+        """`defaults`: fields of POST /episode where a call names none."""
         self.store = store
+        self._defaults = defaults
+        self._sooner = asyncio.Event()
+        self._next_sweep = math.inf
         self.draining = False
         self._agent: Agent | None = None
         self._max_live = max_live_episodes
@@ -48,7 +70,7 @@ class Sessions:
 
     def serve(self, engine: Engine) -> TemplateReport:
         """Acts are possible from now on. Raises TemplateError for a chat template that cannot carry an episode."""
-        prompt = Prompt(engine.tokenizer)
+        prompt = Prompt(engine.tokenizer, engine.info.think_tags)
         self._agent = Agent(engine, prompt)
         return prompt.report
 
@@ -72,10 +94,11 @@ class Sessions:
         self._refuse_while_draining()
         if request.get("policy", self.agent.engine.info.model) != self.agent.engine.info.model:
             raise Unprocessable(f"the policy served is {self.agent.engine.info.model!r}", "policy")
-        options = await self._checked_options(request)
         now, info = time.time(), self.agent.engine.info
-        config = EpisodeConfig(episode_id, {**request, "policy": info.model}, digest, info.version, now)
-        record = EpisodeRecord(config, EpisodeHead(updated_at=now))
+        request = {**self._defaults, **request, "policy": info.model}
+        options = await self._checked_options(request)
+        config = EpisodeConfig(episode_id, request, digest, info.version, now)
+        record = EpisodeRecord(config, EpisodeHead(updated_at=now, expires_at=options.expires_at(now)))
         try:
             await self.store.create(record)
         except EpisodeExists:
@@ -83,18 +106,98 @@ class Sessions:
             if known.config.digest != digest:
                 raise Conflict("idempotency_mismatch", f"Episode {episode_id!r} exists with another body.") from None
             return known, False
-        self._keep(Episode(record, options))
-        metrics.EPISODES_STARTED.inc()
-        metrics.ACTIVE_EPISODES.inc()
+        self._began([Episode(record, options)])
         return record, True
+
+    async def fork(
+        self, parent_id: str, at_step: int | None, episode_ids: Sequence[str], group: str | None, digest: bytes
+    ) -> tuple[list[EpisodeRecord], bool]:
+        """Opens episodes that go on from the parent as it was before `at_step` (now, if None); returns them and whether
+        they are new. They are of one group: `group`, or the parent's, or else its id. With a seed the first draws as
+        the parent would, each other from a seed of its own. Raises NotFound, Gone, Unprocessable, Conflict.
+        """
+        self._refuse_while_draining()
+        digest = hashlib.blake2b(digest + parent_id.encode(), digest_size=16).digest()
+        parent = await self._episode(parent_id)
+        rows = [row for row in await self.store.steps(parent_id) if not row.closing]
+        step = len(rows) if at_step is None else at_step
+        if step > len(rows):
+            raise Unprocessable(f"the episode has {len(rows)} steps", "at_step")
+        shared_group: str = group or parent.config.request.get("group") or parent_id
+        forks = parent.forks(rows[:step], episode_ids, shared_group, digest)
+        try:
+            await self.store.fork([EpisodeRecord(fork.config, fork.head) for fork in forks])
+        except EpisodeExists:
+            known = [await self.store.episode(episode_id) for episode_id in episode_ids]
+            if any(record is None or record.deleted or record.config.digest != digest for record in known):
+                raise Conflict("idempotency_mismatch", "One of these episodes exists already.") from None
+            return [record for record in known if record is not None], False
+        except ParentGone as error:
+            raise episode_deleted(parent_id) from error
+        self._began(forks)
+        return [EpisodeRecord(fork.config, fork.head) for fork in forks], True
 
     async def get(self, episode_id: str) -> EpisodeRecord:
         """Raises NotFound, Gone."""
         return await self._record(episode_id)
 
-    async def page(self, *, limit: int, before: tuple[float, str] | None, status: Status | None) -> list[EpisodeRecord]:
+    async def record(self, episode_id: str, call: Call) -> Answer:
+        """As `act`, with the action that somebody else chose."""
+        assert call.recorded is not None
+        space, action = (await self._episode(episode_id)).options.action_space, call.recorded.action
+        if isinstance(space, RegexSpace) and isinstance(action, str):
+            try:
+                matches = await self.agent.engine.matches(space.constraint, action)
+            except ConstraintRefused as error:
+                raise Unprocessable(str(error), "action") from error
+            if not matches:
+                raise Unprocessable("the pattern does not match the action in full", "action")
+        return await self.act(episode_id, call)
+
+    async def add_feedback(self, feedback: Feedback) -> None:
+        """Raises NotFound, Gone, Unprocessable for a step that is not there."""
+        record = await self._record(feedback.episode_id)
+        if feedback.step is not None and feedback.step >= record.head.step:
+            raise Unprocessable(f"the episode has {record.head.step} steps", "step")
+        await self.store.add_feedback(feedback)
+
+    async def feedback(self, episode_id: str) -> list[Feedback]:
+        """What people said of it, oldest first."""
+        return await self.store.feedback(episode_id)
+
+    async def sweep(self) -> None:
+        """Ends episodes when their idle time is over, for ever; sleeps until the next one's, and does nothing else."""
+        while True:
+            self._sooner.clear()
+            try:
+                self._next_sweep = await self.store.next_expiry() or math.inf
+                if self._next_sweep <= time.time():
+                    await self._end_expired()
+                    continue
+            except (StoreUnavailable, EngineUnavailable, EpisodicError) as error:
+                _log.warning("an idle episode cannot be ended yet", reason=str(error))
+                await asyncio.sleep(_SWEEP_RETRY_S)
+                continue
+            wait_s = min(self._next_sweep - time.time(), _LONGEST_SLEEP_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._sooner.wait(), wait_s)
+
+    async def _end_expired(self) -> None:
+        call = Call(Message(), digest=b"idle_ttl")
+        for episode_id in await self.store.expired(time.time(), _SWEEP_BATCH):
+            await self._twice(episode_id, lambda episode: self._expire(episode, call))
+
+    async def _expire(self, episode: Episode, call: Call) -> None:
+        expires_at = episode.head.expires_at
+        if expires_at is None or expires_at > time.time():
+            return
+        if episode.flight:
+            raise _busy()  # its commit will set another time
+        await self._end(episode, call, StopReason.IDLE_TTL)
+
+    async def page(self, *, limit: int, before: tuple[float, str] | None, where: Filter) -> list[EpisodeRecord]:
         """Newest first, created before `before` = (created_at, episode_id)."""
-        return await self.store.episodes(limit=limit, before=before, status=status)
+        return await self.store.episodes(limit=limit, before=before, where=where)
 
     async def steps(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]]:
         """The episode and its rows. Raises NotFound, Gone."""
@@ -178,7 +281,7 @@ class Sessions:
             return None
         if step.digest != call.digest:
             raise _mismatch()
-        return _replayed(step)
+        return {**_replayed(step), "episode_id": episode.episode_id}  # a fork's early steps are its parent's
 
     def _flight(self, episode: Episode, call: Call) -> tuple[Flight, bool]:
         """The act in flight that `call` repeats, or a new one; and whether it was joined."""
@@ -188,7 +291,7 @@ class Sessions:
             if call.step not in (None, head.step):
                 detail = f"The next step is {head.step}, not {call.step}."
                 raise Conflict("step_conflict", detail, expected_step=head.step)
-            episode.check_message(call.message)
+            episode.check_call(call)
             return episode.launch(call, self._decide(episode, call)), False
         same_step = call.step is not None and call.step == head.step
         same_key = call.idempotency_key is not None and call.idempotency_key == flight.call.idempotency_key
@@ -296,6 +399,15 @@ class Sessions:
         except (ActionSpaceError, ConstraintRefused) as error:
             raise Unprocessable(str(error), "action_space") from error
         return options
+
+    def _began(self, episodes: Sequence[Episode]) -> None:
+        for episode in episodes:
+            self._keep(episode)
+        metrics.EPISODES_STARTED.inc(len(episodes))
+        metrics.ACTIVE_EPISODES.inc(len(episodes))
+        expires_at = episodes[0].head.expires_at
+        if expires_at is not None and expires_at < self._next_sweep:
+            self._sooner.set()
 
     def _keep(self, episode: Episode) -> None:
         self._live[episode.episode_id] = episode

@@ -32,7 +32,10 @@ class Settings(BaseSettings):
     )
     data: Path = Field(Path("data"), description="Folder for what is kept.")
     store: str | None = Field(None, description="`sqlite:///FILE`, a SQLAlchemy URL; unset, a file under `data`.")
+    profiles: Path | None = Field(None, description="Folder of profiles (TOML files) besides the packaged ones.")
     max_live_episodes: int = Field(2048, ge=1, description="Episodes held in memory; the rest rest in the store.")
+    max_steps: int | None = Field(None, ge=1, description="Steps after which an episode ends, where it names none.")
+    idle_ttl_s: float | None = Field(None, gt=0, description="Seconds without an act that end an episode, likewise.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
     max_tokens: int | None = Field(None, ge=1, description="Completion limit where a call names none.")
     constraint_limit_s: float = Field(5.0, gt=0, description="Seconds a schema or pattern may take to compile.")
@@ -54,6 +57,12 @@ class Settings(BaseSettings):
         if value is not None and (not value.startswith("sqlite:///") or value in ("sqlite:///", "sqlite:///:memory:")):
             raise ValueError("the store must be a SQLite file, sqlite:///FILE; there is no other kind yet")
         return value
+
+    @property
+    def episode_defaults(self) -> dict[str, Any]:
+        """Fields of POST /episode where a call names none."""
+        named = {"max_steps": self.max_steps, "idle_ttl_s": self.idle_ttl_s}
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     def store_url(self) -> str:

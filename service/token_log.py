@@ -1,4 +1,5 @@
-"""Owns one invariant: the concatenated spans of a step's window are exactly what the policy saw and drew.
+"""Owns one invariant: the concatenated spans of a step's window are exactly what the policy saw and drew, but for
+thoughts of earlier steps that its episode does not keep.
 
 The log is append-only. A window is step 0 (instructions, goal, first observation, first action) and then every step
 from `start` on; sliding moves `start` forward and never touches a token.
@@ -12,7 +13,7 @@ from service.trajectory import Span
 
 
 class TokenLog:
-    """The token ids of an episode, one span a step."""
+    """The token ids of an episode, one span a step, without what was dropped from it."""
 
     __slots__ = ("_ends", "_ids", "start")
 
@@ -30,8 +31,9 @@ class TokenLog:
     def num_steps(self) -> int:
         return len(self._ends)
 
-    def append(self, span: Span) -> None:
-        self._ids.extend(span.token_ids)
+    def append(self, span: Span, dropped: tuple[int, int] = (0, 0)) -> None:
+        self._ids.extend(span.token_ids[: dropped[0]])
+        self._ids.extend(span.token_ids[dropped[1] :])
         self._ends.append(len(self._ids))
 
     def window_len(self, start: int) -> int:

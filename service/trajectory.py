@@ -36,6 +36,8 @@ class Sampling:
     max_tokens: int = 256
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Not a caller's: what ends a thought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +95,20 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the policy chose. `completion` are the tokens it drew and those that were forced, with their logprobs."""
+    """What the policy chose. `completion` are the tokens it drew and those that were forced, with their logprobs, a
+    thought's before the action's; `logprob` is the action's, None if the policy did not choose it.
+    `dropped`: the range that later windows leave out, counted from the completion's start."""
 
     action: JsonValue
     text: str
     completion: Span
-    logprob: float
+    logprob: float | None
     finish_reason: str
     usage: Usage
     action_probs: dict[str, float] | None = None
     parse_failure: ParseFailure | None = None
-    engine_s: float = 0.0
+    reasoning: str | None = None
+    dropped: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +129,21 @@ class Step:
     digest: bytes
     created_at: float
     idempotency_key: str | None = None
+    dropped: tuple[int, int] = (0, 0)
+    """The range of the span that later windows leave out: a thought that is not kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeConfig:
-    """What POST /episode asked for, as given; `request` is the body that GET /episode/{id} repeats."""
+    """What POST /episode asked for, a profile's fields among it; `request` is the body that GET /episode/{id} repeats.
+    `parent` of a fork: the episode it branched off, and the index of its own first step."""
 
     episode_id: str
     request: dict[str, JsonValue]
     digest: bytes
     policy_version: str
     created_at: float
+    parent: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +158,20 @@ class EpisodeHead:
     num_tokens: int = 0
     updated_at: float = 0.0
     ended_at: float | None = None
+    expires_at: float | None = None
+    """When it ends unless an act comes first; None for never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """A human's rating, 1 to 5, of a step or (`step` None) of the episode. A rater has one for each."""
+
+    episode_id: str
+    step: int | None
+    rating: int
+    comment: str | None
+    rater: str | None
+    created_at: float
 
 
 @dataclass(frozen=True, slots=True)

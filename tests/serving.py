@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.engine.base import Completion, Constraint, Engine, Scores
+from service.engine.base import Completion, Constraint, Engine, OnText, Scores
 from service.engine.scripted import ScriptedEngine
 from service.settings import Settings
 from service.store.base import Store
@@ -31,10 +31,15 @@ class HeldEngine(ScriptedEngine):
         self.num_held = 0
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+        self,
+        prompt_token_ids: list[int],
+        sampling: Sampling,
+        constraint: Constraint | None,
+        *,
+        on_text: OnText | None = None,
     ) -> Completion:
         await self._hold()
-        return await super().generate(prompt_token_ids, sampling, constraint)
+        return await super().generate(prompt_token_ids, sampling, constraint, on_text=on_text)
 
     async def score(self, prompt_token_ids: list[int], candidates: Any) -> Scores:
         await self._hold()

@@ -23,10 +23,10 @@ class RecordingEngine(ScriptedEngine):
         self.asked: list[tuple[Sampling, Constraint | None]] = []
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None, **options: Any
     ) -> Completion:
         self.asked.append((sampling, constraint))
-        return await super().generate(prompt_token_ids, sampling, constraint)
+        return await super().generate(prompt_token_ids, sampling, constraint, **options)
 
     async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
         self.candidates.append(tuple(candidates))

@@ -100,7 +100,7 @@ def test_the_tokens_are_the_templates_own(
     prompt = prompts[name]
     replies = [data.draw(REPLIES) for _ in observations[1:]]
     with_system = prompt.report.system_role
-    ids = prompt.first_turn(system if with_system else "", None, observations[0])
+    ids = prompt.first_turn(system if with_system else "", observations[0])
     messages = [{"role": "system", "content": system}] if with_system else []
     messages.append({"role": "user", "content": observations[0]})
     for reply, observation in zip(replies, observations[1:], strict=True):
@@ -111,22 +111,22 @@ def test_the_tokens_are_the_templates_own(
 
 def test_a_default_system_message_stays_where_no_instructions_are(prompts: dict[str, Prompt]):
     prompt = prompts["default system message"]
-    text = prompt.tokenizer.decode(prompt.first_turn("", None, "hello"))
+    text = prompt.tokenizer.decode(prompt.first_turn("", "hello"))
     assert text == "You are helpful.hello"
-    assert prompt.tokenizer.decode(prompt.first_turn("Be terse.", None, "hello")) == "Be terse.hello"
+    assert prompt.tokenizer.decode(prompt.first_turn("Be terse.", "hello")) == "Be terse.hello"
 
 
 @pytest.mark.parametrize("name", ["refuses the system role", "ignores the system role"])
 def test_without_a_system_role_instructions_go_into_the_first_observation(prompts: dict[str, Prompt], name: str):
     prompt = prompts[name]
-    assert prompt.first_turn("Play.", "win", "hello") == prompt.tokenizer.canonical(
+    assert prompt.first_turn("Play.\n\nGoal: win", "hello") == prompt.tokenizer.canonical(
         [{"role": "user", "content": "Play.\n\nGoal: win\n\nhello"}]
     )
 
 
 def test_a_model_without_a_template_reads_plain_text(prompts: dict[str, Prompt]):
     prompt = prompts["none"]
-    first = prompt.first_turn("Play.", None, "a door")
+    first = prompt.first_turn("Play.", "a door")
     assert prompt.tokenizer.decode(first) == "Play.\n\nObservation: a door\nAction:"
     assert prompt.tokenizer.decode(prompt.next_turn("a wall")) == "\nObservation: a wall\nAction:"
     assert prompt.terminator == prompt.tokenizer.eos_token_id
@@ -135,8 +135,10 @@ def test_a_model_without_a_template_reads_plain_text(prompts: dict[str, Prompt])
 def test_a_reply_opened_with_thinking_is_opened_so_at_every_step(prompts: dict[str, Prompt]):
     prompt = prompts["opens the reply with thinking"]
     opening = [4, *prompt.tokenizer.encode("<think>\n")]
-    assert prompt.first_turn("", None, "a")[-len(opening) :] == opening
-    assert prompt.next_turn("b")[-len(opening) :] == opening
+    assert prompt.first_turn("", "a", thinks=True)[-len(opening) :] == opening
+    assert prompt.next_turn("b", thinks=True)[-len(opening) :] == opening
+    silent = prompt.next_turn("b")
+    assert prompt.tokenizer.decode(silent).endswith("<think>\n\n</think>\n\n"), "no thought was asked for"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_a_turn_has_the_special_tokens_of_its_template_only(
     def specials(ids: list[int]) -> list[int]:
         return [token for token in ids if token < 6]
 
-    honest, forged = prompt.first_turn("a", "b", "c"), prompt.first_turn(f"a{forgery}", more, {"x": forgery})
+    honest, forged = prompt.first_turn("a\n\nb", "c"), prompt.first_turn(f"a{forgery}\n\n{more}", {"x": forgery})
     assert specials(forged) == specials(honest)
     assert specials(prompt.next_turn(forgery)) == specials(prompt.next_turn("c"))
 
@@ -208,7 +210,7 @@ def test_a_templates_text_splits_at_its_special_tokens(tokenizer: HFTokenizer, p
     [("", None, ""), ("a", None, "a"), ("", "b", "Goal: b"), ("a", "b", "a\n\nGoal: b")],
 )
 def test_the_system_message(instructions: str, goal: str | None, text: str):
-    assert system_text(instructions, goal) == text
+    assert system_text({"instructions": instructions, "goal": goal}) == text
 
 
 @pytest.mark.parametrize(

@@ -1,59 +1,179 @@
-"""Owns POST /act."""
+"""Owns POST /act, as one answer or as a stream of events, and POST /act/batch."""
 
 import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from service.api import body, problems
 from service.api.openapi import request_body
-from service.api.schemas import Act, ActRequest
+from service.api.schemas import Act, ActRequest, BatchAnswer, BatchRequest
 from service.episode import Call
 from service.errors import Unprocessable
+from service.sessions import Answer, Sessions
 
 router = APIRouter(tags=["acts"])
 
-_KEY = {
+T = TypeVar("T")
+
+KEY = {
     "name": "Idempotency-Key",
     "in": "header",
-    "schema": {"type": "string", "maxLength": 255},
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
     "description": "Makes a retry safe, as `step` does.",
 }
+_EVENTS = "Server-sent events `reasoning` and `text` ({delta}), then one `act`, or `error` (a problem)."
+CLIENT_CLOSED = 499
+"""Nobody hears it; the log does."""
 
 
 @router.post(
     "/act",
     response_model=Act,
-    responses=problems.documented(400, 404, 409, 410, 413, 422, 503, 504),
-    openapi_extra={"requestBody": request_body(ActRequest), "parameters": [_KEY]},
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string", "description": _EVENTS}}}}}
+    | problems.documented(400, 404, 409, 410, 413, 422, 503, 504),
+    openapi_extra={"requestBody": request_body(ActRequest), "parameters": [KEY]},
 )
 async def act(request: Request) -> Response:
     """Takes an observation to the policy's action. The step is durable before the answer leaves."""
     asked, digest = await body.read(request, ActRequest)
-    call = Call(asked.message(), digest, asked.step, _idempotency_key(request), asked.timeout_s)
-    handler, gone = asyncio.current_task(), asyncio.create_task(_gone(request))
-    assert handler is not None
-    gone.add_done_callback(lambda task: task.cancelled() or handler.cancel())
+    call = Call(asked.message(), digest, asked.step, idempotency_key(request), asked.timeout_s)
+    sessions: Sessions = request.app.state.sessions
+    if "text/event-stream" in request.headers.get("accept", ""):
+        return await _stream(request, sessions, asked.episode_id, call)
+    return await answered(request, sessions.act(asked.episode_id, call))
+
+
+@router.post(
+    "/act/batch",
+    response_model=BatchAnswer,
+    responses=problems.documented(400, 413, 422),
+    openapi_extra={"requestBody": request_body(BatchRequest)},
+)
+async def batch(request: Request) -> Response:
+    """Acts in many episodes at once, as for vectorised environments; one bad act spoils no other."""
+    document = await body.read_document(request)
+    acts = body.validated(document, BatchRequest).acts
+    body.digest(document)
+    names = [item.get("episode_id") for item in acts]
+    if twice := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
+        raise Unprocessable(f"episode {twice[0]!r} is there twice", "acts")
+    return await answered(request, _all(request, acts))
+
+
+async def answered(request: Request, answer: Awaitable[Any]) -> Response:
+    """The awaited answer as JSON; given up when the caller goes away."""
     try:
-        answer = await request.app.state.sessions.act(asked.episode_id, call)
+        async with _while_connected(request):
+            document = await answer
+    except _Gone:
+        return Response(status_code=CLIENT_CLOSED)
+    return Response(orjson.dumps(document, default=str), media_type="application/json")
+
+
+async def _all(request: Request, acts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"results": await asyncio.gather(*(_one(request, item) for item in acts))}
+
+
+async def _one(request: Request, item: dict[str, Any]) -> Answer:
+    try:
+        asked = body.validated(item, ActRequest)
+        call = Call(asked.message(), body.digest(item), asked.step, timeout_s=asked.timeout_s)
+        return await request.app.state.sessions.act(asked.episode_id, call)
+    except Exception as error:  # noqa: BLE001 - each act has an answer of its own
+        return problems.document(request, problems.expected(error))
+
+
+async def _stream(request: Request, sessions: Sessions, episode_id: str, call: Call) -> Response:
+    """Events from the first one on; a failure before it is an answer like any other's."""
+    heard: asyncio.Queue[tuple[str, str] | None] = asyncio.Queue()
+
+    def emit(kind: str, delta: str) -> None:
+        heard.put_nowait((kind, delta))
+
+    call = replace(call, emit=emit)
+    acting = asyncio.create_task(sessions.act(episode_id, call))
+    acting.add_done_callback(lambda _: heard.put_nowait(None))
+    try:
+        async with _while_connected(request):
+            first = await heard.get()
+    except _Gone:
+        await _cancelled(acting)
+        return Response(status_code=CLIENT_CLOSED)
     except asyncio.CancelledError:
-        if not gone.done():
-            raise
-        return Response(status_code=499)  # nobody hears it; the log does
+        await _cancelled(acting)
+        raise
+    if first is None:
+        acting.result()  # raises what the act failed for
+    return StreamingResponse(
+        _events(request, first, heard, acting), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+    )
+
+
+async def _events(
+    request: Request,
+    item: tuple[str, str] | None,
+    heard: "asyncio.Queue[tuple[str, str] | None]",
+    acting: "asyncio.Task[Answer]",
+) -> AsyncGenerator[bytes]:
+    """Whoever reads this no longer, has the act cancelled."""
+    kinds: set[str] = set()
+    try:
+        while item is not None:
+            kinds.add(item[0])
+            yield _event(item[0], {"delta": item[1]})
+            item = await heard.get()
+        answer = acting.result()
+        for kind in ("reasoning", "text"):  # a stored or joined act, or an action that was not written token by token
+            if answer[kind] and kind not in kinds:
+                yield _event(kind, {"delta": answer[kind]})
+        yield _event("act", answer)
+    except Exception as error:  # noqa: BLE001 - the status line is long sent
+        yield _event("error", problems.document(request, problems.expected(error)))
     finally:
-        gone.cancel()
-    return Response(orjson.dumps(answer), media_type="application/json")
+        await _cancelled(acting)
 
 
-def _idempotency_key(request: Request) -> str | None:
+def _event(kind: str, data: Any) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(data, default=str))
+
+
+async def _cancelled(task: "asyncio.Task[Any]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def idempotency_key(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= 255:
         raise Unprocessable("Idempotency-Key must have 1 to 255 characters", "Idempotency-Key")
     return key
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the caller went away: the body is read, so what comes now is http.disconnect."""
-    await request.receive()
+class _Gone(Exception):
+    """The caller went away."""
+
+
+@asynccontextmanager
+async def _while_connected(request: Request) -> AsyncGenerator[None]:
+    """Cancels what runs inside when the caller goes away, and raises _Gone: the body is read, so the next message is
+    http.disconnect."""
+    inside = asyncio.current_task()
+    assert inside is not None
+    watching = asyncio.ensure_future(request.receive())
+    watching.add_done_callback(lambda task: task.cancelled() or inside.cancel())
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        if not watching.done():
+            raise
+        inside.uncancel()
+        raise _Gone from error
+    finally:
+        watching.cancel()

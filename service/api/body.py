@@ -19,13 +19,23 @@ _NOT_DIGESTED = ("episode_id", "step", "timeout_s")
 
 async def read(request: Request, model: type[Model]) -> tuple[Model, bytes]:
     """The body as `model`, and its 16-byte digest. Raises BadRequest, TooLarge, Unprocessable."""
+    document = await read_document(request)
+    identity = digest(document)  # first: what cannot be kept is malformed, whatever else it is
+    return validated(document, model), identity
+
+
+async def read_document(request: Request) -> dict[str, Any]:
+    """The body, a JSON object. Raises BadRequest, TooLarge, Unprocessable."""
     parsed = _parse(await _bytes(request))
     if not isinstance(parsed, dict):
         raise Unprocessable("the body must be a JSON object")
-    document = cast("dict[str, Any]", parsed)
-    digest = _digest(document)
+    return cast("dict[str, Any]", parsed)
+
+
+def validated(document: dict[str, Any], model: type[Model]) -> Model:
+    """Raises Unprocessable, which says where the document is wrong."""
     try:
-        return model.model_validate(document), digest
+        return model.model_validate(document)
     except ValidationError as error:
         errors = [
             {"loc": [part for part in item["loc"] if part != "__root__"], "msg": item["msg"]}
@@ -81,7 +91,8 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _digest(document: dict[str, Any]) -> bytes:
+def digest(document: dict[str, Any]) -> bytes:
+    """Tells a retry from another call, 16 bytes. Raises BadRequest for what cannot be kept."""
     said = {key: value for key, value in document.items() if key not in _NOT_DIGESTED}
     try:
         canonical = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)

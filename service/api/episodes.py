@@ -1,25 +1,55 @@
 """Owns the calls around an episode: open, list, read, end, trajectory, delete."""
 
 import base64
+import dataclasses
+import time
 from typing import Annotated, Literal
 
 import orjson
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Depends, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 from uuid_utils import uuid7
 
-from service.api import body, problems
-from service.api.formats import FORMATS
+from service import trajectory as trajectories
+from service.api import acts, body, formats, problems
+from service.api.formats import Format
 from service.api.openapi import request_body
-from service.api.schemas import EndRequest, Episode, EpisodePage, EpisodeRequest
-from service.episode import Call, resource
+from service.api.schemas import (
+    Act,
+    EndRequest,
+    Episode,
+    EpisodePage,
+    EpisodeRequest,
+    Feedback,
+    FeedbackRequest,
+    ForkRequest,
+    Forks,
+    RecordRequest,
+)
+from service.episode import Call, Recorded, resource
 from service.errors import Unprocessable
+from service.sessions import Sessions
+from service.store.base import Filter
 from service.trajectory import EpisodeRecord, StopReason
 
 router = APIRouter(prefix="/episode", tags=["episodes"])
 
 EpisodeIdPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
+_Label = Annotated[str | None, Query(max_length=256)]
+
+
+def _filter(
+    status: Literal["active", "ended"] | None = None,
+    tag: _Label = None,
+    group: _Label = None,
+    policy: _Label = None,
+    profile: _Label = None,
+) -> Filter:
+    return Filter(status, tag, group, policy, profile)
+
+
+FilterQuery = Annotated[Filter, Depends(_filter)]
 
 
 @router.post(
@@ -32,7 +62,9 @@ EpisodeIdPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
 )
 async def create(request: Request) -> Response:
     """Opens an episode."""
-    asked, digest = await body.read(request, EpisodeRequest)
+    document = await body.read_document(request)
+    digest = body.digest(document)
+    asked = body.validated(request.app.state.profiles.fill(document), EpisodeRequest)
     fields = asked.model_dump(exclude_unset=True, exclude={"episode_id"}, by_alias=True)
     record, is_new = await request.app.state.sessions.create(asked.episode_id or str(uuid7()), fields, digest)
     headers = {"Location": f"/episode/{record.config.episode_id}"}
@@ -42,15 +74,62 @@ async def create(request: Request) -> Response:
 @router.get("", response_model=EpisodePage, responses=problems.documented(422, 503))
 async def listing(
     request: Request,
-    status: Literal["active", "ended"] | None = None,
+    where: FilterQuery,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     cursor: str | None = None,
 ) -> Response:
     """Episodes, newest first."""
     before = None if cursor is None else _read_cursor(cursor)
-    records = await request.app.state.sessions.page(limit=limit, before=before, status=status)
+    records = await request.app.state.sessions.page(limit=limit, before=before, where=where)
     following = _cursor(records[-1]) if len(records) == limit else None
     return _json({"episodes": [resource(record) for record in records], "next_cursor": following})
+
+
+@router.post(
+    "/{episode_id}/action",
+    response_model=Act,
+    responses=problems.documented(400, 404, 409, 410, 413, 422, 503),
+    openapi_extra={"requestBody": request_body(RecordRequest), "parameters": [acts.KEY]},
+)
+async def record(request: Request, episode_id: EpisodeIdPath) -> Response:
+    """Records an action that a human or another policy chose, as the step; the policy goes on from it."""
+    asked, digest = await body.read(request, RecordRequest)
+    key = acts.idempotency_key(request)
+    call = Call(asked.message(), digest, asked.step, key, recorded=Recorded(asked.action))
+    return await acts.answered(request, request.app.state.sessions.record(episode_id, call))
+
+
+@router.post(
+    "/{episode_id}/fork",
+    status_code=201,
+    response_model=Forks,
+    responses={200: {"model": Forks, "description": "These forks exist already."}}
+    | problems.documented(400, 404, 409, 410, 413, 422, 503),
+    openapi_extra={"requestBody": request_body(ForkRequest)},
+)
+async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
+    """Opens n episodes that share this one's history up to at_step (default: now)."""
+    asked, digest = await body.read(request, ForkRequest)
+    ids = asked.episode_ids or [str(uuid7()) for _ in range(asked.n)]
+    if len(ids) != asked.n or len(set(ids)) < len(ids):
+        raise Unprocessable(f"there must be n = {asked.n} distinct ids", "episode_ids")
+    records, new = await request.app.state.sessions.fork(episode_id, asked.at_step, ids, asked.group, digest)
+    return _json({"episodes": [resource(record) for record in records]}, 201 if new else 200)
+
+
+@router.post(
+    "/{episode_id}/feedback",
+    status_code=201,
+    response_model=Feedback,
+    responses=problems.documented(400, 404, 410, 413, 422, 503),
+    openapi_extra={"requestBody": request_body(FeedbackRequest)},
+)
+async def feedback(request: Request, episode_id: EpisodeIdPath) -> Response:
+    """Keeps a human's rating; a named rater's newer one for the same step takes the place of the older."""
+    asked, _ = await body.read(request, FeedbackRequest)
+    said = trajectories.Feedback(episode_id, created_at=time.time(), **asked.model_dump())
+    await request.app.state.sessions.add_feedback(said)
+    return _json(dataclasses.asdict(said), 201)
 
 
 @router.get("/{episode_id}", response_model=Episode, responses=problems.documented(404, 410, 422, 503))
@@ -78,12 +157,12 @@ async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
     responses={200: {"description": "The trajectory in the format asked for."}}
     | problems.documented(404, 410, 422, 503),
 )
-async def trajectory(
-    request: Request, episode_id: EpisodeIdPath, format: Literal["steps", "messages", "tokens"] = "steps"
-) -> Response:
+async def trajectory(request: Request, episode_id: EpisodeIdPath, format: Format = "steps") -> Response:
     """What happened: steps, chat messages, or token ids with loss mask and behaviour logprobs."""
-    record, steps = await request.app.state.sessions.steps(episode_id)
-    return _json({"episode": resource(record), "format": format, **FORMATS[format](record, steps)})
+    sessions: Sessions = request.app.state.sessions
+    record, steps = await sessions.steps(episode_id)
+    said = await sessions.feedback(episode_id) if format == "steps" else ()
+    return _json(formats.document(record, steps, said, format))
 
 
 @router.delete("/{episode_id}", status_code=204, responses=problems.documented(404, 409, 410, 422, 503))

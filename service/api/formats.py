@@ -1,11 +1,13 @@
 """Owns the three faces of a trajectory: steps, chat messages, and tokens as the policy saw and drew them."""
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import Any
+from dataclasses import asdict
+from itertools import accumulate, groupby
+from typing import Any, Literal
 
+from service.episode import resource
 from service.prompt import observation_text, system_text
-from service.trajectory import EpisodeRecord, JsonValue, Step
+from service.trajectory import EpisodeRecord, Feedback, JsonValue, Step
 
 Rendered = dict[str, JsonValue]
 
@@ -20,8 +22,7 @@ def as_steps(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
 
 def as_messages(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
     """The conversation as chat messages: system, then user (observation) and assistant (action) in turns."""
-    request = record.config.request
-    system = system_text(request.get("instructions", ""), request.get("goal"))
+    system = system_text(record.config.request)
     messages = [{"role": "system", "content": system}] if system else []
     for row in rows:
         if row.message.observation is not None:
@@ -32,20 +33,27 @@ def as_messages(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
 
 
 def as_tokens(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
-    """Segments of steps that share a window. token_ids are all the policy saw and drew in it; loss_mask is 1 where it
+    """Segments of steps that share a window; a step whose thought later ones do not see ends its segment.
+    token_ids are all the policy saw and drew in it; loss_mask is 1 where it
     drew a token in one of the segment's own steps; logprobs are those of the drawn tokens, else 0."""
     decided = [row for row in rows if not row.closing]
-    segments = [
-        _segment(decided, start, list(members)) for start, members in groupby(decided, key=lambda row: row.window_start)
-    ]
-    return {"segments": segments}
+    hiding = list(accumulate((row.dropped != (0, 0) for row in decided[:-1]), initial=0))
+    groups = groupby(zip(decided, hiding, strict=False), key=lambda pair: (pair[0].window_start, pair[1]))
+    return {"segments": [_segment(decided, key[0], [row for row, _ in members]) for key, members in groups]}
 
 
-FORMATS: dict[str, Callable[[EpisodeRecord, Sequence[Step]], Rendered]] = {
+Format = Literal["steps", "messages", "tokens"]
+_FORMATS: dict[Format, Callable[[EpisodeRecord, Sequence[Step]], Rendered]] = {
     "steps": as_steps,
     "messages": as_messages,
     "tokens": as_tokens,
 }
+
+
+def document(record: EpisodeRecord, rows: Sequence[Step], feedback: Sequence[Feedback], format: Format) -> Rendered:
+    """The trajectory in one of its faces; what people said of it goes with its steps."""
+    said = {"feedback": [asdict(item) for item in feedback]} if format == "steps" else {}
+    return {"episode": resource(record), "format": format, **_FORMATS[format](record, rows), **said}
 
 
 def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rendered:
@@ -54,11 +62,15 @@ def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rende
     token_ids: list[int] = []
     loss_mask: list[int] = []
     logprobs: list[float] = []
-    for row in [*seen, *members]:
-        own = row.index >= first
+    for row in seen:
+        left = [*row.span.token_ids[: row.dropped[0]], *row.span.token_ids[row.dropped[1] :]]
+        token_ids += left
+        loss_mask += bytes(len(left))
+        logprobs += [0.0] * len(left)
+    for row in members:
         token_ids += row.span.token_ids
-        loss_mask += row.span.loss_mask if own else bytes(len(row.span.loss_mask))
-        logprobs += row.span.logprobs if own else [0.0] * len(row.span.logprobs)
+        loss_mask += row.span.loss_mask
+        logprobs += row.span.logprobs
     return {
         "steps": [row.index for row in members],
         "window_start": start,
@@ -71,7 +83,17 @@ def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rende
 
 def _step(row: Step, reward: float | None) -> dict[str, Any]:
     answer = row.answer
-    taken = ("action", "text", "action_probs", "logprob", "finish_reason", "parse_failure", "policy_version", "usage")
+    taken = (
+        "action",
+        "text",
+        "reasoning",
+        "action_probs",
+        "logprob",
+        "finish_reason",
+        "parse_failure",
+        "policy_version",
+        "usage",
+    )
     said = {"step": row.index, "observation": row.message.observation, "info": row.message.info}
     legal = row.message.legal_actions
     decided = {name: answer[name] for name in taken}

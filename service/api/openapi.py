@@ -5,8 +5,17 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from service.api.schemas import ActRequest, EndRequest, EpisodeRequest
+from service.api.schemas import (
+    ActRequest,
+    BatchRequest,
+    EndRequest,
+    EpisodeRequest,
+    FeedbackRequest,
+    ForkRequest,
+    RecordRequest,
+)
 
+_REQUESTS = (ActRequest, BatchRequest, EndRequest, EpisodeRequest, FeedbackRequest, ForkRequest, RecordRequest)
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -22,7 +31,7 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        for model in (ActRequest, EndRequest, EpisodeRequest):
+        for model in _REQUESTS:
             schema = model.model_json_schema(ref_template=_REFERENCE)
             parts = schema.pop("$defs", {})
             document["components"]["schemas"].update({**parts, model.__name__: schema})

@@ -49,16 +49,32 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def install(app: Starlette) -> None:
     """Every failure of the app is rendered here."""
-    app.add_exception_handler(EpisodicError, _expected)
-    app.add_exception_handler(EngineUnavailable, _engine_unavailable)
-    app.add_exception_handler(StoreUnavailable, _store_unavailable)
+    for kind in (EpisodicError, EngineUnavailable, StoreUnavailable):
+        app.add_exception_handler(kind, _expected)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
 
 
-def response(request: Request, error: EpisodicError) -> Response:
-    document = {
+def expected(error: Exception) -> EpisodicError:
+    """The failure as callers meet it."""
+    match error:
+        case EpisodicError():
+            return error
+        case EngineUnavailable():
+            _log.warning("engine unavailable", reason=str(error))
+            return Unavailable("engine_unavailable", str(error), retry_after_s=_RETRY_AFTER_S)
+        case StoreUnavailable():
+            _log.error("store unavailable", reason=str(error))
+            detail = "The store cannot be used now."  # its own words may name files and hosts
+            return Unavailable("store_unavailable", detail, retry_after_s=_RETRY_AFTER_S)
+        case _:
+            _log.error("unexpected failure", exc_info=error)
+            return EpisodicError("internal_error", "An unexpected failure; the log has it by request_id.")
+
+
+def document(request: Request, error: EpisodicError) -> dict[str, Any]:
+    return {
         "type": f"/problems/{error.code}",
         "title": error.title,
         "status": error.status,
@@ -67,25 +83,16 @@ def response(request: Request, error: EpisodicError) -> Response:
         "request_id": request.scope.get("request_id", ""),
         **error.context,
     }
+
+
+def response(request: Request, error: EpisodicError) -> Response:
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
-    body = orjson.dumps(document, default=str)
+    body = orjson.dumps(document(request, error), default=str)
     return Response(body, error.status, headers, media_type="application/problem+json")
 
 
 async def _expected(request: Request, error: Exception) -> Response:
-    assert isinstance(error, EpisodicError)
-    return response(request, error)
-
-
-async def _engine_unavailable(request: Request, error: Exception) -> Response:
-    _log.warning("engine unavailable", reason=str(error))
-    return response(request, Unavailable("engine_unavailable", str(error), retry_after_s=_RETRY_AFTER_S))
-
-
-async def _store_unavailable(request: Request, error: Exception) -> Response:
-    _log.error("store unavailable", reason=str(error))
-    detail = "The store cannot be used now."  # its own words may name files and hosts
-    return response(request, Unavailable("store_unavailable", detail, retry_after_s=_RETRY_AFTER_S))
+    return response(request, expected(error))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -110,7 +117,6 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    _log.error("unexpected failure", path=request.url.path, exc_info=error)
-    answer = response(request, EpisodicError("internal_error", "An unexpected failure; the log has it by request_id."))
+    answer = response(request, expected(error))
     answer.headers["X-Request-ID"] = request.scope.get("request_id", "")  # this answer passes by the middleware
     return answer

@@ -41,7 +41,24 @@ class RegexActions(_Request):
     pattern: str = Field(min_length=1)
 
 
-ActionSpace = Annotated[TextActions | DiscreteActions | JsonActions | RegexActions, Field(discriminator="type")]
+class Tool(_Request):
+    """A function as chat APIs describe it; `parameters` is the JSON schema of its arguments, an object."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str = ""
+    parameters: JsonObject | None = None
+
+
+class ToolActions(_Request):
+    """A call of one of the tools: {"name", "arguments"}, valid under that tool's schema."""
+
+    type: Literal["tools"]
+    tools: list[Tool] = Field(min_length=1, max_length=128)
+
+
+ActionSpace = Annotated[
+    TextActions | DiscreteActions | JsonActions | RegexActions | ToolActions, Field(discriminator="type")
+]
 
 
 class SamplingRequest(_Request):
@@ -64,20 +81,35 @@ class ContextRequest(_Request):
     max_tokens: int | None = Field(None, ge=16)
 
 
-class EpisodeRequest(_Request):
-    """POST /episode."""
+class ReasoningRequest(_Request):
+    """A thought before each action, of at most `max_tokens` tokens. `history`: whether later prompts keep it."""
 
-    episode_id: EpisodeId | None = None
+    max_tokens: int = Field(ge=1)
+    history: Literal["keep", "drop"] = "keep"
+
+
+class EpisodeFields(_Request):
+    """What an episode is opened with; a profile may hold any of it."""
+
     instructions: str = ""
     goal: str | None = None
     action_space: ActionSpace = TextActions(type="text")
     sampling: SamplingRequest | None = None
+    reasoning: ReasoningRequest | None = None
     context: ContextRequest | None = None
     policy: str | None = None
-    max_steps: int | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, gt=0, lt=2**31)
+    idle_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     tags: list[Annotated[str, StringConstraints(max_length=128)]] = Field([], max_length=64)
     metadata: JsonObject = {}
     group: str | None = Field(None, max_length=128)
+
+
+class EpisodeRequest(EpisodeFields):
+    """POST /episode. `profile` names a preset (GET /profile); fields given here override its."""
+
+    episode_id: EpisodeId | None = None
+    profile: str | None = Field(None, max_length=128)
 
 
 class TextPart(_Request):
@@ -89,10 +121,7 @@ Observation = str | JsonObject | list[TextPart]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class ActRequest(_Request):
-    """POST /act."""
-
-    episode_id: EpisodeId
+class _ActFields(_Request):
     observation: Observation | None = None
     reward: Number | None = None
     terminated: bool = False
@@ -100,8 +129,7 @@ class ActRequest(_Request):
     success: bool | None = None
     info: JsonObject | None = None
     legal_actions: list[str] | None = None
-    step: int | None = Field(None, ge=0)
-    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    step: int | None = Field(None, ge=0, lt=2**31)
 
     def message(self) -> Message:
         observation = self.observation
@@ -116,6 +144,43 @@ class ActRequest(_Request):
             info=self.info,
             legal_actions=None if self.legal_actions is None else tuple(self.legal_actions),
         )
+
+
+class ActRequest(_ActFields):
+    """POST /act."""
+
+    episode_id: EpisodeId
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class BatchRequest(_Request):
+    """POST /act/batch: acts of distinct episodes. Each is read by itself, so that a bad one spoils no other."""
+
+    acts: list[JsonObject] = Field(min_length=1, max_length=1024)
+
+
+class RecordRequest(_ActFields):
+    """POST /episode/{id}/action: an observation, and the action that somebody else chose for it."""
+
+    action: Any
+
+
+class ForkRequest(_Request):
+    """POST /episode/{id}/fork. `episode_ids`, `n` of them, make a retry safe; else the service makes them."""
+
+    at_step: int | None = Field(None, ge=0)
+    n: int = Field(1, ge=1, le=1024)
+    episode_ids: list[EpisodeId] | None = None
+    group: str | None = Field(None, max_length=128)
+
+
+class FeedbackRequest(_Request):
+    """POST /episode/{id}/feedback: a human's rating of a step, or of the episode."""
+
+    rating: int = Field(ge=1, le=5)
+    comment: str | None = Field(None, max_length=10_000)
+    rater: str | None = Field(None, min_length=1, max_length=128)
+    step: int | None = Field(None, ge=0, lt=2**31)
 
 
 class EndRequest(_Request):
@@ -176,17 +241,44 @@ class Act(BaseModel):
     timing: Timing
 
 
+class BatchAnswer(BaseModel):
+    """One for each act, in order: its answer, or the problem it met."""
+
+    results: list["Act | Problem"]
+
+
+class Parent(BaseModel):
+    """Where a fork branched off: the index of its own first step."""
+
+    episode_id: str
+    step: int
+
+
+class Feedback(BaseModel):
+    """A rating as it is kept; `created_at` in Unix seconds."""
+
+    episode_id: str
+    step: int | None
+    rating: int
+    comment: str | None
+    rater: str | None
+    created_at: float
+
+
 class Episode(BaseModel):
     """The episode resource. Times are Unix seconds."""
 
     episode_id: str
+    profile: str | None
     instructions: str
     goal: str | None
     action_space: JsonObject
     sampling: JsonObject | None
+    reasoning: JsonObject | None
     context: JsonObject | None
     policy: str
     max_steps: int | None
+    idle_ttl_s: float | None
     tags: list[str]
     metadata: JsonObject
     group: str | None
@@ -197,10 +289,26 @@ class Episode(BaseModel):
     episode_return: float
     num_tokens: int
     policy_version: str
-    parent: JsonObject | None
+    parent: Parent | None
     created_at: float
     updated_at: float
     ended_at: float | None
+
+
+class Forks(BaseModel):
+    episodes: list[Episode]
+
+
+class Profile(BaseModel):
+    """A preset; `fields` are those of POST /episode."""
+
+    name: str
+    description: str
+    fields: JsonObject
+
+
+class ProfileList(BaseModel):
+    profiles: list[Profile]
 
 
 class EpisodePage(BaseModel):

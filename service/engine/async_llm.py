@@ -19,6 +19,7 @@ from service.engine.base import (
     ConstraintRefused,
     EngineInfo,
     EngineUnavailable,
+    OnText,
     Scores,
 )
 from service.engine.grammar import GrammarChecker
@@ -63,7 +64,8 @@ class VLLMEngine:
         self._grammar = grammar
         self._ids = count()
         self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
-        self._final, self._dead = RequestOutputKind.FINAL_ONLY, EngineDeadError
+        self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
+        self._dead = EngineDeadError
 
     @classmethod
     async def load(cls, model: str, options: dict[str, Any], *, name: str, grammar_limit_s: float) -> "VLLMEngine":
@@ -82,7 +84,12 @@ class VLLMEngine:
         return not self._llm.errored
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+        self,
+        prompt_token_ids: list[int],
+        sampling: Sampling,
+        constraint: Constraint | None,
+        *,
+        on_text: OnText | None = None,
     ) -> Completion:
         params = self._params(
             temperature=sampling.temperature,
@@ -92,14 +99,16 @@ class VLLMEngine:
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
             stop=list(sampling.stop),
+            stop_token_ids=list(sampling.stop_token_ids),
             logprobs=0,
             flat_logprobs=True,
-            detokenize=bool(sampling.stop),  # vLLM's is incremental: for a final text it is work at every token
+            # vLLM's is incremental: for a final text it is work at every token
+            detokenize=bool(sampling.stop or on_text),
             structured_outputs=constraint and self._structure(constraint),
-            output_kind=self._final,
+            output_kind=self._cumulative if on_text else self._final,
             skip_clone=True,
         )
-        output = await self._run(prompt_token_ids, params)
+        output = await self._run(prompt_token_ids, params, on_text)
         chosen = output.outputs[0]
         token_ids = tuple(chosen.token_ids)
         logprobs = tuple(chosen.logprobs.logprobs[start] for start in chosen.logprobs.start_indices)
@@ -131,6 +140,9 @@ class VLLMEngine:
             await asyncio.to_thread(validate_xgrammar_grammar, params)
         except ValueError as error:
             raise ConstraintRefused(str(error)[:300]) from error
+
+    async def matches(self, constraint: Constraint, text: str) -> bool:
+        return await self._grammar.matches(constraint, text)
 
     async def watch(self) -> None:
         elapsed_s = 0.0
@@ -175,12 +187,16 @@ class VLLMEngine:
         by_token = dict(zip(found.token_ids, found.logprobs, strict=True))
         return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
 
-    async def _run(self, prompt_token_ids: list[int], params: Any) -> Any:
+    async def _run(self, prompt_token_ids: list[int], params: Any, on_text: OnText | None = None) -> Any:
         """The request's final output. Cancellation aborts the request in the engine."""
         prompt = self._tokens_input(prompt_token_ids)
+        num_heard = 0
         try:
             async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)))) as outputs:
                 async for output in outputs:
+                    if on_text and len(text := output.outputs[0].text) > num_heard:
+                        on_text(text[num_heard:])
+                        num_heard = len(text)
                     if output.finished:
                         break
                 else:
@@ -244,7 +260,21 @@ def _info(llm: Any, model: str, name: str) -> EngineInfo:
         max_tokens=defaults.get("max_tokens", Sampling().max_tokens),
     )
     version = _weights_version(Path(model)) or getattr(llm.model_config.hf_config, "_commit_hash", None) or "unknown"
-    return EngineInfo(name, version[:12], llm.model_config.max_model_len, sampling)
+    return EngineInfo(name, version[:12], llm.model_config.max_model_len, sampling, _think_tags(llm))
+
+
+def _think_tags(llm: Any) -> tuple[str, str] | None:
+    """The tags of the engine's `reasoning_parser`, if it names one."""
+    name = llm.vllm_config.structured_outputs_config.reasoning_parser
+    if not name:
+        return None
+    from vllm.reasoning import ReasoningParserManager
+
+    parser = ReasoningParserManager.get_reasoning_parser(name)(llm.get_tokenizer())
+    start, end = parser.reasoning_start_str, parser.reasoning_end_str
+    if not start or not end:
+        raise EngineOptionError(f"the reasoning parser {name!r} names no tags around a thought")
+    return start, end
 
 
 def _weights_version(folder: Path) -> str | None:

@@ -1,10 +1,12 @@
 """Owns the seam to the engine: the Engine and Tokenizer protocols and the values that cross them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from service.trajectory import Sampling
+
+OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class EngineInfo:
     version: str
     max_model_len: int
     default_sampling: Sampling
+    think_tags: tuple[str, str] | None = None
+    """What opens and closes a thought, where the model has such tags of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +93,14 @@ class Engine(Protocol):
     def healthy(self) -> bool: ...
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+        self,
+        prompt_token_ids: list[int],
+        sampling: Sampling,
+        constraint: Constraint | None,
+        *,
+        on_text: OnText | None = None,
     ) -> Completion:
-        """Draws a completion. Raises EngineUnavailable."""
+        """Draws a completion; `on_text` hears its text as it comes. Raises EngineUnavailable."""
         ...
 
     async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
@@ -100,6 +109,10 @@ class Engine(Protocol):
 
     async def check(self, constraint: Constraint) -> None:
         """Compiles the constraint off the event loop under a time limit. Raises ConstraintRefused."""
+        ...
+
+    async def matches(self, constraint: Constraint, text: str) -> bool:
+        """Whether a completion that the constraint allows could be this text. Raises ConstraintRefused."""
         ...
 
     async def watch(self) -> None:

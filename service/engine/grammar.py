@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 from asyncio.subprocess import PIPE, Process
+from typing import Any
 
 from service.engine.base import Constraint, ConstraintRefused
 
@@ -32,13 +33,14 @@ class GrammarChecker:
         """Raises ConstraintRefused when it does not compile, or not within the limits."""
         if constraint in self._passed:
             return
-        async with self._lock:
-            answer = await self._ask(constraint)
-        if answer:
-            raise ConstraintRefused(answer)
+        await self._ask(constraint)
         if len(self._passed) >= 1024:
             self._passed.clear()
         self._passed.add(constraint)
+
+    async def matches(self, constraint: Constraint, text: str) -> bool:
+        """Whether the constraint allows the text as a whole. Raises ConstraintRefused."""
+        return bool(await self._ask(constraint, text))
 
     async def close(self) -> None:
         if self._child is not None and self._child.returncode is None:
@@ -46,20 +48,27 @@ class GrammarChecker:
             await self._child.wait()
         self._child = None
 
-    async def _ask(self, constraint: Constraint) -> str:
+    async def _ask(self, constraint: Constraint, text: str | None = None) -> bool | None:
+        async with self._lock:
+            answer = await self._answer({"kind": constraint.kind, "spec": constraint.spec, "text": text})
+        if answer["error"]:
+            raise ConstraintRefused(answer["error"])
+        return answer["matches"]
+
+    async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         child = await self._started()
         try:
             async with asyncio.timeout(self._limit_s):
-                answer = await _exchange(child, {"kind": constraint.kind, "spec": constraint.spec})
+                answer = await _exchange(child, question)
         except TimeoutError:
             await self.close()
-            return f"it does not compile within {self._limit_s:g} s"
+            return {"error": f"it does not compile within {self._limit_s:g} s"}
         except asyncio.CancelledError:
             await self.close()  # its late answer must not meet the next question
             raise
         if answer is None:
             await self.close()
-            return "compiling it takes more memory than is allowed"
+            return {"error": "compiling it takes more memory than is allowed"}
         return answer
 
     async def _started(self) -> Process:
@@ -68,12 +77,12 @@ class GrammarChecker:
                 sys.executable, "-m", __spec__.name, stdin=PIPE, stdout=PIPE, limit=1 << 20
             )
             async with asyncio.timeout(_START_LIMIT_S):
-                if await _exchange(self._child, {"tokenizer_info": self._tokenizer_info}) != "":
+                if await _exchange(self._child, {"tokenizer_info": self._tokenizer_info}) is None:
                     raise RuntimeError("the grammar compiler did not start")
         return self._child
 
 
-async def _exchange(child: Process, question: dict[str, str]) -> str | None:
+async def _exchange(child: Process, question: dict[str, Any]) -> dict[str, Any] | None:
     """The child's answer; None if it died."""
     assert child.stdin is not None
     assert child.stdout is not None
@@ -83,7 +92,7 @@ async def _exchange(child: Process, question: dict[str, str]) -> str | None:
         line = await child.stdout.readline()
     except (BrokenPipeError, ConnectionResetError):
         return None
-    return json.loads(line)["error"] if line else None
+    return json.loads(line) if line else None
 
 
 def _serve() -> None:
@@ -94,16 +103,20 @@ def _serve() -> None:
 
     info = xgrammar.TokenizerInfo.deserialize_json(json.loads(sys.stdin.readline())["tokenizer_info"])
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-    answers.write('{"error": ""}\n')
+    answers.write("{}\n")
     for line in sys.stdin:
         question = json.loads(line)
         compile_ = compiler.compile_json_schema if question["kind"] == "json" else compiler.compile_regex
+        matches: bool | None = None
         try:
-            compile_(question["spec"])
+            grammar = compile_(question["spec"])
+            if question["text"] is not None:
+                matcher = xgrammar.GrammarMatcher(grammar)
+                matches = matcher.accept_string(question["text"]) and matcher.accept_token(info.stop_token_ids[0])
             error = ""
         except Exception as failure:  # noqa: BLE001 - the library raises several kinds; all mean "no"
             error = str(failure).strip().split("\n")[-1][:300] or type(failure).__name__
-        answers.write(json.dumps({"error": error}) + "\n")
+        answers.write(json.dumps({"error": error, "matches": matches}) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from service.engine.base import (
@@ -10,6 +11,7 @@ from service.engine.base import (
     ConstraintRefused,
     EngineInfo,
     EngineUnavailable,
+    OnText,
     Scores,
     Tokenizer,
 )
@@ -47,11 +49,24 @@ class ScriptedEngine:
         self._died.set()
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None
+        self,
+        prompt_token_ids: list[int],
+        sampling: Sampling,
+        constraint: Constraint | None,
+        *,
+        on_text: OnText | None = None,
     ) -> Completion:
         await self._call(prompt_token_ids)
         text = self._reply(self.tokenizer.decode(prompt_token_ids))
+        if on_text:
+            for word in re.findall(r"\s*\S+\s*$|\s*\S+", text):
+                await asyncio.sleep(0)
+                on_text(word)
         ids = self.tokenizer.encode(text)
+        for stop in sampling.stop:
+            before, found, _ = text.partition(stop)
+            if found:
+                return self._completion(self.tokenizer.encode(before + found), before, "stop")
         if len(ids) >= sampling.max_tokens:
             cut = ids[: sampling.max_tokens]
             return self._completion(cut, self.tokenizer.decode(cut), "length")
@@ -68,6 +83,9 @@ class ScriptedEngine:
     async def check(self, constraint: Constraint) -> None:
         if constraint.kind == "regex" and constraint.spec == "(":
             raise ConstraintRefused("the pattern does not compile")
+
+    async def matches(self, constraint: Constraint, text: str) -> bool:
+        return re.fullmatch(constraint.spec, text) is not None
 
     async def watch(self) -> None:
         await self._died.wait()

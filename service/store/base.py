@@ -1,9 +1,10 @@
 """Owns the seam to the store: the Store protocol, and what a commit can be refused for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.trajectory import EpisodeHead, EpisodeRecord, Status, Step
+from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, Status, Step
 
 
 class StepTaken(Exception):
@@ -12,6 +13,10 @@ class StepTaken(Exception):
 
 class EpisodeExists(Exception):
     """There is an episode with this id already, a tombstone perhaps."""
+
+
+class ParentGone(Exception):
+    """The episode to fork was deleted."""
 
 
 class StoreUnavailable(Exception):
@@ -28,6 +33,20 @@ class Commit:
 
 Change = EpisodeRecord | Commit
 """What one transaction may hold many of: new episodes and acts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which episodes: those that have every one of the given labels."""
+
+    status: Status | None = None
+    tag: str | None = None
+    group: str | None = None
+    policy: str | None = None
+    profile: str | None = None
+
+
+EVERY = Filter()
 
 
 class Store(Protocol):
@@ -47,8 +66,13 @@ class Store(Protocol):
         """The episode, a tombstone if it was deleted, or None."""
         ...
 
+    async def fork(self, records: Sequence[EpisodeRecord]) -> None:
+        """Adds forks of one episode, all or none: they share its rows before their `config.parent` step. Raises
+        EpisodeExists, ParentGone."""
+        ...
+
     async def episodes(
-        self, *, limit: int, before: tuple[float, str] | None, status: Status | None
+        self, *, limit: int, before: tuple[float, str] | None, where: Filter = EVERY
     ) -> list[EpisodeRecord]:
         """Newest first, those created before (created_at, episode_id) `before`; no tombstones."""
         ...
@@ -58,7 +82,23 @@ class Store(Protocol):
         ...
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        """The episode's rows in order, the closing one included; or the one with this index."""
+        """The episode's rows in order, its ancestors' and the closing one included; or the one with this index."""
+        ...
+
+    async def next_expiry(self) -> float | None:
+        """When the next active episode expires, if any does."""
+        ...
+
+    async def expired(self, now: float, limit: int) -> list[str]:
+        """Active episodes that expired by `now`, the longest expired first."""
+        ...
+
+    async def add_feedback(self, feedback: Feedback) -> None:
+        """Keeps a rating; in place of the one that its rater, if named, gave for the same step."""
+        ...
+
+    async def feedback(self, episode_id: str) -> list[Feedback]:
+        """The episode's ratings, oldest first."""
         ...
 
     async def num_active(self) -> int:
@@ -66,5 +106,5 @@ class Store(Protocol):
         ...
 
     async def delete(self, episode_id: str) -> bool:
-        """Drops the steps and leaves a tombstone; False if there was nothing to delete."""
+        """Leaves a tombstone, and drops the steps once no fork reads them; False if there was nothing to delete."""
         ...

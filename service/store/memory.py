@@ -1,17 +1,19 @@
 """Owns the store in memory: the same promises but durability, for tests of what stands above the store."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from service.store.base import Commit, EpisodeExists, StepTaken
-from service.trajectory import EpisodeRecord, Status, Step
+from service.store.base import EVERY, Commit, EpisodeExists, Filter, ParentGone, StepTaken
+from service.trajectory import EpisodeRecord, Feedback, Step
 
 
 class MemoryStore:
-    """Episodes in dictionaries; gone with the process."""
+    """Episodes in dictionaries; gone with the process. A fork shares its parent's rows, which never change."""
 
     def __init__(self) -> None:
         self._episodes: dict[str, EpisodeRecord] = {}
         self._steps: dict[str, list[Step]] = {}
+        self._feedback: dict[str, list[Feedback]] = {}
 
     async def open(self) -> None:
         pass
@@ -24,15 +26,27 @@ class MemoryStore:
             raise EpisodeExists
         self._episodes[record.config.episode_id] = record
         self._steps[record.config.episode_id] = []
+        self._feedback[record.config.episode_id] = []
+
+    async def fork(self, records: Sequence[EpisodeRecord]) -> None:
+        if any(record.config.episode_id in self._episodes for record in records):
+            raise EpisodeExists
+        for record in records:
+            assert record.config.parent is not None
+            parent_id, at_step = record.config.parent
+            if self._episodes[parent_id].deleted:
+                raise ParentGone
+            await self.create(record)
+            self._steps[record.config.episode_id] = self._steps[parent_id][:at_step]
 
     async def episode(self, episode_id: str) -> EpisodeRecord | None:
         return self._episodes.get(episode_id)
 
     async def episodes(
-        self, *, limit: int, before: tuple[float, str] | None, status: Status | None
+        self, *, limit: int, before: tuple[float, str] | None, where: Filter = EVERY
     ) -> list[EpisodeRecord]:
         rows = sorted(self._episodes.values(), key=_newest, reverse=True)
-        rows = [row for row in rows if not row.deleted and (status is None or row.head.status == status)]
+        rows = [row for row in rows if not row.deleted and _matches(row, where)]
         return [row for row in rows if before is None or _newest(row) < before][:limit]
 
     async def commit(self, commit: Commit) -> None:
@@ -47,6 +61,22 @@ class MemoryStore:
         rows = self._steps.get(episode_id, [])
         return list(rows) if index is None else rows[index : index + 1]
 
+    async def next_expiry(self) -> float | None:
+        return min((at for row in self._episodes.values() if (at := row.head.expires_at) is not None), default=None)
+
+    async def expired(self, now: float, limit: int) -> list[str]:
+        due = [(row.head.expires_at, name) for name, row in self._episodes.items() if row.head.expires_at is not None]
+        return [name for at, name in sorted(due) if at <= now][:limit]
+
+    async def add_feedback(self, feedback: Feedback) -> None:
+        said = self._feedback[feedback.episode_id]
+        if feedback.rater is not None:
+            said[:] = [old for old in said if (old.step, old.rater) != (feedback.step, feedback.rater)]
+        said.append(feedback)
+
+    async def feedback(self, episode_id: str) -> list[Feedback]:
+        return list(self._feedback.get(episode_id, ()))
+
     async def num_active(self) -> int:
         return sum(record.head.status == "active" for record in self._episodes.values())
 
@@ -54,11 +84,20 @@ class MemoryStore:
         record = self._episodes.get(episode_id)
         if record is None or record.deleted:
             return False
-        head = replace(record.head, status="ended")
+        head = replace(record.head, status="ended", expires_at=None)
         self._episodes[episode_id] = replace(record, config=replace(record.config, request={}), head=head, deleted=True)
         self._steps[episode_id] = []
+        self._feedback[episode_id] = []
         return True
 
 
 def _newest(record: EpisodeRecord) -> tuple[float, str]:
     return record.config.created_at, record.config.episode_id
+
+
+def _matches(record: EpisodeRecord, where: Filter) -> bool:
+    request = record.config.request
+    labels = [(record.head.status, where.status)]
+    labels += [(request.get(name), getattr(where, name)) for name in ("group", "policy", "profile")]
+    tagged = where.tag is None or where.tag in request.get("tags", ())
+    return tagged and all(asked is None or value == asked for value, asked in labels)

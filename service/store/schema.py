@@ -11,6 +11,7 @@ from service.trajectory import (
     EpisodeConfig,
     EpisodeHead,
     EpisodeRecord,
+    Feedback,
     JsonValue,
     Message,
     Span,
@@ -37,7 +38,46 @@ episodes = Table(
     Column("updated_at", Float(53), nullable=False),
     Column("ended_at", Float(53)),
     Column("deleted_at", Float(53)),
+    Column("policy", Text),
+    Column("profile", String(128)),
+    Column("episode_group", String(128)),
+    Column("parent_id", String(128)),
+    Column("parent_step", Integer),
+    Column("expires_at", Float(53)),
     Index("ix_episodes_created", "created_at", "episode_id"),
+    Index("ix_episodes_group", "episode_group", "created_at"),
+    Index("ix_episodes_expires", "expires_at"),
+)
+
+tags = Table(
+    "episode_tags",
+    metadata,
+    Column("tag", String(128), primary_key=True),
+    Column("episode_id", String(128), primary_key=True),
+    Index("ix_episode_tags_episode", "episode_id"),
+)
+
+# A fork's rows before its own: of each ancestor those with an index below num_steps.
+ancestors = Table(
+    "ancestors",
+    metadata,
+    Column("episode_id", String(128), primary_key=True),
+    Column("ancestor_id", String(128), primary_key=True),
+    Column("num_steps", Integer, nullable=False),
+    Index("ix_ancestors_ancestor", "ancestor_id"),
+)
+
+ratings = Table(
+    "feedback",
+    metadata,
+    Column("feedback_id", Integer, primary_key=True),
+    Column("episode_id", String(128), nullable=False),
+    Column("step", Integer),
+    Column("rating", Integer, nullable=False),
+    Column("comment", Text),
+    Column("rater", String(128)),
+    Column("created_at", Float(53), nullable=False),
+    Index("ix_feedback_episode", "episode_id"),
 )
 
 steps = Table(
@@ -55,6 +95,8 @@ steps = Table(
     Column("digest", LargeBinary(16), nullable=False),
     Column("idempotency_key", String(255)),
     Column("created_at", Float(53), nullable=False),
+    Column("dropped_from", Integer, nullable=False, server_default="0"),
+    Column("dropped_to", Integer, nullable=False, server_default="0"),
 )
 
 _MESSAGE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Message)}
@@ -73,8 +115,25 @@ def episode_row(record: EpisodeRecord) -> dict[str, Any]:
         "digest": config.digest,
         "policy_version": config.policy_version,
         "created_at": config.created_at,
+        **labels(config.request),
+        "parent_id": config.parent and config.parent[0],
+        "parent_step": config.parent and config.parent[1],
         **head_row(record.head),
     }
+
+
+def labels(request: dict[str, JsonValue]) -> dict[str, str | None]:
+    """The fields of a request that episodes are filtered by, each in a column."""
+    return {
+        "policy": request.get("policy"),
+        "profile": request.get("profile"),
+        "episode_group": request.get("group"),
+    }
+
+
+def tag_rows(record: EpisodeRecord) -> list[dict[str, str]]:
+    episode_id = record.config.episode_id
+    return [{"episode_id": episode_id, "tag": tag} for tag in dict.fromkeys(record.config.request.get("tags", ()))]
 
 
 def head_row(head: EpisodeHead) -> dict[str, Any]:
@@ -87,12 +146,18 @@ def head_row(head: EpisodeHead) -> dict[str, Any]:
         "num_tokens": head.num_tokens,
         "updated_at": head.updated_at,
         "ended_at": head.ended_at,
+        "expires_at": head.expires_at,
     }
 
 
 def episode_record(row: RowMapping) -> EpisodeRecord:
     config = EpisodeConfig(
-        row["episode_id"], orjson.loads(row["request"]), row["digest"], row["policy_version"], row["created_at"]
+        episode_id=row["episode_id"],
+        request=orjson.loads(row["request"]),
+        digest=row["digest"],
+        policy_version=row["policy_version"],
+        created_at=row["created_at"],
+        parent=None if row["parent_id"] is None else (row["parent_id"], row["parent_step"]),
     )
     head = EpisodeHead(
         step=row["step"],
@@ -103,6 +168,7 @@ def episode_record(row: RowMapping) -> EpisodeRecord:
         num_tokens=row["num_tokens"],
         updated_at=row["updated_at"],
         ended_at=row["ended_at"],
+        expires_at=row["expires_at"],
     )
     return EpisodeRecord(config, head, deleted=row["deleted_at"] is not None)
 
@@ -122,6 +188,8 @@ def step_row(step: Step) -> dict[str, Any]:
         "digest": step.digest,
         "idempotency_key": step.idempotency_key,
         "created_at": step.created_at,
+        "dropped_from": step.dropped[0],
+        "dropped_to": step.dropped[1],
     }
 
 
@@ -140,4 +208,9 @@ def step_value(row: RowMapping) -> Step:
         digest=row["digest"],
         created_at=row["created_at"],
         idempotency_key=row["idempotency_key"],
+        dropped=(row["dropped_from"], row["dropped_to"]),
     )
+
+
+def feedback_value(row: RowMapping) -> Feedback:
+    return Feedback(**{field.name: row[field.name] for field in dataclasses.fields(Feedback)})

@@ -1,6 +1,7 @@
 """Owns the SQL store: SQLite, in threads of its own; concurrent acts share a commit."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,19 +17,44 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
+    exists,
     func,
     insert,
     make_url,
+    not_,
     or_,
     select,
     update,
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.sql import ColumnElement, Select
 
-from service.store.base import Change, Commit, EpisodeExists, StepTaken, StoreUnavailable
+from service.store.base import (
+    EVERY,
+    Change,
+    Commit,
+    EpisodeExists,
+    Filter,
+    ParentGone,
+    StepTaken,
+    StoreUnavailable,
+)
 from service.store.group_commit import GroupCommit, OnCommit
-from service.store.schema import episode_record, episode_row, episodes, head_row, step_row, step_value, steps
-from service.trajectory import EpisodeHead, EpisodeRecord, Status, Step
+from service.store.schema import (
+    ancestors,
+    episode_record,
+    episode_row,
+    episodes,
+    feedback_value,
+    head_row,
+    ratings,
+    step_row,
+    step_value,
+    steps,
+    tag_rows,
+    tags,
+)
+from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, Step
 
 _T = TypeVar("_T")
 
@@ -93,12 +119,32 @@ class SQLStore:
 
         return await self._in_transaction(self._readers, read)
 
+    async def fork(self, records: Sequence[EpisodeRecord]) -> None:
+        def write(connection: Connection) -> None:
+            parent = records[0].config.parent
+            assert parent is not None
+            _insert_episodes(connection, records)
+            if connection.execute(_alive(parent[0])).first() is None:
+                raise ParentGone
+            inherited = _lineage(connection, parent[0], parent[1])
+            ids = [record.config.episode_id for record in records]
+            rows = [
+                {"episode_id": episode_id, "ancestor_id": ancestor, "num_steps": num_steps}
+                for episode_id in ids
+                for ancestor, num_steps in inherited
+            ]
+            if rows:
+                connection.execute(insert(ancestors), rows)
+
+        try:
+            await self._in_transaction(self._writers, write)
+        except IntegrityError as error:
+            raise EpisodeExists from error
+
     async def episodes(
-        self, *, limit: int, before: tuple[float, str] | None, status: Status | None
+        self, *, limit: int, before: tuple[float, str] | None, where: Filter = EVERY
     ) -> list[EpisodeRecord]:
-        query = select(episodes).where(episodes.c.deleted_at.is_(None))
-        if status is not None:
-            query = query.where(episodes.c.status == status)
+        query = select(episodes).where(episodes.c.deleted_at.is_(None), *_conditions(where))
         if before is not None:
             created, episode_id = episodes.c.created_at, episodes.c.episode_id
             query = query.where(or_(created < before[0], and_(created == before[0], episode_id < before[1])))
@@ -113,12 +159,46 @@ class SQLStore:
         await self._group.submit(commit)
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        query = select(steps).where(steps.c.episode_id == episode_id).order_by(steps.c.step)
-        if index is not None:
-            query = query.where(steps.c.step == index)
+        lineage = select(ancestors).where(ancestors.c.episode_id == episode_id)
 
         def read(connection: Connection) -> list[Step]:
+            own = steps.c.episode_id == episode_id
+            shared = [
+                and_(steps.c.episode_id == row["ancestor_id"], steps.c.step < row["num_steps"])
+                for row in connection.execute(lineage).mappings()
+            ]
+            query = select(steps).where(or_(own, *shared)).order_by(steps.c.step)
+            if index is not None:
+                query = query.where(steps.c.step == index)
             return [step_value(row) for row in connection.execute(query).mappings()]
+
+        return await self._in_transaction(self._readers, read)
+
+    async def next_expiry(self) -> float | None:
+        query = select(func.min(episodes.c.expires_at))
+        return await self._in_transaction(self._readers, lambda connection: connection.execute(query).scalar())
+
+    async def expired(self, now: float, limit: int) -> list[str]:
+        query = select(episodes.c.episode_id).where(episodes.c.expires_at <= now)
+        query = query.order_by(episodes.c.expires_at).limit(limit)
+        return await self._in_transaction(self._readers, lambda connection: list(connection.execute(query).scalars()))
+
+    async def add_feedback(self, feedback: Feedback) -> None:
+        row = dataclasses.asdict(feedback)
+        same = [ratings.c[name].is_not_distinct_from(row[name]) for name in ("episode_id", "step", "rater")]
+
+        def write(connection: Connection) -> None:
+            if feedback.rater is not None:
+                connection.execute(delete(ratings).where(*same))
+            connection.execute(insert(ratings), row)
+
+        await self._in_transaction(self._writers, write)
+
+    async def feedback(self, episode_id: str) -> list[Feedback]:
+        query = select(ratings).where(ratings.c.episode_id == episode_id).order_by(ratings.c.feedback_id)
+
+        def read(connection: Connection) -> list[Feedback]:
+            return [feedback_value(row) for row in connection.execute(query).mappings()]
 
         return await self._in_transaction(self._readers, read)
 
@@ -132,10 +212,17 @@ class SQLStore:
 
     async def delete(self, episode_id: str) -> bool:
         tombstone = update(episodes).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_(None))
+        blank = {name: None for name in ("policy", "profile", "episode_group", "expires_at")}
+        lineage = select(ancestors.c.ancestor_id).where(ancestors.c.episode_id == episode_id)
 
         def write(connection: Connection) -> bool:
-            found = connection.execute(tombstone.values(deleted_at=episodes.c.updated_at, request="{}", status="ended"))
-            connection.execute(delete(steps).where(steps.c.episode_id == episode_id))
+            values = {"deleted_at": episodes.c.updated_at, "request": "{}", "status": "ended", **blank}
+            found = connection.execute(tombstone.values(values))
+            candidates = [episode_id, *connection.execute(lineage).scalars()]
+            for table in (ancestors, tags, ratings):
+                connection.execute(delete(table).where(table.c.episode_id == episode_id))
+            for candidate in candidates:
+                _drop_unread_steps(connection, candidate)
             return found.rowcount > 0
 
         return await self._in_transaction(self._writers, write)
@@ -151,12 +238,12 @@ class SQLStore:
         return [None] * len(changes)
 
     async def _write_together(self, changes: Sequence[Change]) -> None:
-        opened = [episode_row(change) for change in changes if isinstance(change, EpisodeRecord)]
+        opened = [change for change in changes if isinstance(change, EpisodeRecord)]
         acted = [change for change in changes if isinstance(change, Commit)]
 
         def write(connection: Connection) -> None:
             if opened:
-                connection.execute(insert(episodes), opened)
+                _insert_episodes(connection, opened)
             if acted:
                 advances = [
                     {"id": act.step.episode_id, "expected": act.step.index, **head_row(act.head)} for act in acted
@@ -188,6 +275,50 @@ class SQLStore:
         config.set_main_option("path_separator", "os")
         config.attributes["url"] = self._url
         alembic.command.upgrade(config, "head")
+
+
+def _insert_episodes(connection: Connection, records: Sequence[EpisodeRecord]) -> None:
+    connection.execute(insert(episodes), [episode_row(record) for record in records])
+    if tagged := [row for record in records for row in tag_rows(record)]:
+        connection.execute(insert(tags), tagged)
+
+
+def _alive(episode_id: str) -> Select[Any]:
+    return select(episodes.c.parent_step).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_(None))
+
+
+def _lineage(connection: Connection, parent_id: str, at_step: int) -> list[tuple[str, int]]:
+    """Whose rows a fork of the parent at this step begins with: (ancestor, number of steps), the oldest first."""
+    query = select(ancestors).where(ancestors.c.episode_id == parent_id).order_by(ancestors.c.num_steps)
+    inherited = [(row["ancestor_id"], row["num_steps"]) for row in connection.execute(query).mappings()]
+    found: list[tuple[str, int]] = []
+    reached = 0
+    for ancestor, num_steps in [*inherited, (parent_id, at_step)]:
+        if reached < at_step and num_steps > reached:
+            reached = min(num_steps, at_step)
+            found.append((ancestor, reached))
+    return found
+
+
+def _drop_unread_steps(connection: Connection, episode_id: str) -> None:
+    """Drops a deleted episode's steps unless a fork still reads them."""
+    gone = select(episodes.c.episode_id).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_not(None))
+    readers = select(ancestors.c.episode_id).where(ancestors.c.ancestor_id == episode_id)
+    connection.execute(delete(steps).where(steps.c.episode_id == episode_id, exists(gone), not_(exists(readers))))
+
+
+def _conditions(where: Filter) -> list[ColumnElement[bool]]:
+    columns = {
+        episodes.c.status: where.status,
+        episodes.c.policy: where.policy,
+        episodes.c.profile: where.profile,
+        episodes.c.episode_group: where.group,
+    }
+    conditions = [column == value for column, value in columns.items() if value is not None]
+    if where.tag is not None:
+        tagged = select(tags.c.episode_id).where(tags.c.tag == where.tag)
+        conditions.append(episodes.c.episode_id.in_(tagged))
+    return conditions
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:

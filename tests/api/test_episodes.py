@@ -37,7 +37,10 @@ async def test_an_episode_repeats_what_was_asked_for(api: Served):
     assert opened == await api.get()
     assert opened.items() >= FIELDS.items()
     assert opened.items() >= {"status": "active", "step": 0, "episode_return": 0.0, "num_tokens": 0}.items()
-    assert {name for name, value in opened.items() if value is None} == {"stop_reason", "success", "parent", "ended_at"}
+    assert {name for name, value in opened.items() if value is None} == {
+        *("stop_reason", "success", "parent", "ended_at"),
+        *("profile", "reasoning", "idle_ttl_s"),
+    }
     assert opened["policy_version"] == "scripted-1"
 
 

@@ -15,7 +15,7 @@ def test_the_copy_renders_the_same_prompts_and_no_word_ends_a_completion(tmp_pat
     copy = endless(POLICY, tmp_path / "policy")
     original, changed = AutoTokenizer.from_pretrained(POLICY), AutoTokenizer.from_pretrained(copy)
     ours, theirs = Prompt(HFTokenizer(original)), Prompt(HFTokenizer(changed))
-    assert theirs.first_turn("Walk.", None, "S F") == ours.first_turn("Walk.", None, "S F")
+    assert theirs.first_turn("Walk.", "S F") == ours.first_turn("Walk.", "S F")
     assert theirs.next_turn("row 1") == ours.next_turn("row 1")
     assert changed.eos_token_id == original.pad_token_id
     assert json.loads((copy / "config.json").read_text())["eos_token_id"] == original.pad_token_id

@@ -73,7 +73,7 @@ async def test_concurrent_changes_share_commits(tmp_path: Path):
     assert sum(batches) == 1200
     assert max(batches) <= MAX_BATCH
     assert len(batches) <= 12
-    assert len(await store.episodes(limit=1000, before=None, status=None)) == 600
+    assert len(await store.episodes(limit=1000, before=None, where=EVERY)) == 600
     await store.close()
 
 

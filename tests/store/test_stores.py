@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.store.base import Commit, EpisodeExists, StepTaken, Store
+from service.store.base import EVERY, Commit, EpisodeExists, Filter, ParentGone, StepTaken, Store
 from service.store.memory import MemoryStore
 from service.store.schema import episode_record, episode_row, step_row, step_value
 from service.store.sql import SQLStore
@@ -172,7 +172,7 @@ async def test_a_deleted_episode_leaves_a_tombstone(store: Store):
     assert found is not None
     assert found.deleted
     assert found.config.request == {}
-    assert await store.episodes(limit=10, before=None, status=None) == []
+    assert await store.episodes(limit=10, before=None, where=EVERY) == []
     with pytest.raises(StepTaken):
         await store.commit(commit(1))
     with pytest.raises(EpisodeExists):
@@ -195,7 +195,7 @@ async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Stor
     await store.commit(commit(0, "e07", ends=StopReason.TRUNCATED))
     found: list[EpisodeRecord] = []
     before = None
-    while page := await store.episodes(limit=4, before=before, status=None):
+    while page := await store.episodes(limit=4, before=before, where=EVERY):
         assert len(page) <= 4
         found += page
         before = (page[-1].config.created_at, page[-1].config.episode_id)
@@ -203,9 +203,9 @@ async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Stor
     assert places == sorted(places, reverse=True)
     assert {name for _, name in places} == {f"e{number:02}" for number in range(25)}
     assert len(places) == 25
-    ended = await store.episodes(limit=100, before=None, status="ended")
+    ended = await store.episodes(limit=100, before=None, where=Filter(status="ended"))
     assert [row.config.episode_id for row in ended] == ["e07"]
-    assert len(await store.episodes(limit=100, before=None, status="active")) == 24
+    assert len(await store.episodes(limit=100, before=None, where=Filter(status="active"))) == 24
 
 
 JSON = st.recursive(

@@ -1,0 +1,109 @@
+"""Owns the profiles: presets for POST /episode in TOML files, the packaged ones and those of a folder of the user's."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+from fastapi import APIRouter
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api.schemas import EpisodeFields, ProfileList
+from service.errors import Unprocessable
+
+router = APIRouter(tags=["profiles"])
+
+PACKAGED = Path(__file__).parents[1] / "profiles"
+_MERGED = ("sampling", "context", "reasoning", "metadata")
+"""Objects of which a caller may override one key and keep the others; all else is replaced whole."""
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be; the message names its file and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`fields` are those of POST /episode, the ones of the profile it extends among them."""
+
+    name: str
+    description: str
+    fields: Mapping[str, Any]
+
+
+class Profiles:
+    """The profiles of the packaged folder and `folder`, whose files win. A file whose name begins with _ is none.
+    Raises ProfileError."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        if folder is not None and not folder.is_dir():
+            raise ProfileError(f"there is no folder {folder}")
+        folders = [PACKAGED, folder] if folder else [PACKAGED]
+        files = {path.stem: path for place in folders for path in sorted(place.glob("[!_]*.toml"))}
+        self._read = {name: _read(path) for name, path in files.items()}
+        self._profiles = {name: self._resolved(name) for name in sorted(files)}
+
+    def __iter__(self) -> "Any":
+        return iter(self._profiles.values())
+
+    def fill(self, document: dict[str, Any]) -> dict[str, Any]:
+        """The body of POST /episode with the fields of the profile that it names. Raises Unprocessable."""
+        name = document.get("profile")
+        if name is None:
+            return document
+        if not isinstance(name, str) or name not in self._profiles:
+            raise Unprocessable(f"there is no profile {str(name)[:128]!r}", "profile")
+        return _merged(self._profiles[name].fields, document)
+
+    def _resolved(self, name: str) -> Profile:
+        chain: list[str] = []
+        base: str | None = name
+        while base is not None:
+            if base in chain:
+                raise ProfileError(f"profile {name!r} extends itself: {' -> '.join([*chain, base])}")
+            if base not in self._read:
+                raise ProfileError(f"profile {chain[-1]!r} extends {base!r}, which is not there")
+            chain.append(base)
+            base = self._read[base].get("extends")
+        fields: dict[str, Any] = {}
+        for link in reversed(chain):
+            fields = _merged(fields, {k: v for k, v in self._read[link].items() if k not in ("description", "extends")})
+        try:
+            EpisodeFields.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ProfileError(f"profile {name!r}: {where}: {first['msg']}") from error
+        return Profile(name, self._read[name].get("description", ""), fields)
+
+
+@router.get("/profile", response_model=ProfileList)
+async def listing(request: Request) -> Response:
+    """The presets that POST /episode can be asked for by name."""
+    profiles: Profiles = request.app.state.profiles
+    shown = [{"name": p.name, "description": p.description, "fields": p.fields} for p in profiles]
+    return Response(orjson.dumps({"profiles": shown}), media_type="application/json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ProfileError(f"profile {path.name}: {error}") from error
+    for key in ("description", "extends"):
+        if not isinstance(document.get(key, ""), str):
+            raise ProfileError(f"profile {path.name}: {key} must be a string")
+    return document
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {**base, **over}
+    for key in _MERGED:
+        below, above = base.get(key), over.get(key)
+        if isinstance(below, dict) and isinstance(above, dict):
+            both[key] = {**cast("dict[str, Any]", below), **cast("dict[str, Any]", above)}
+    return both
