@@ -9,7 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
-from service.store.base import StepTaken, StoreUnavailable
+from service.store.base import EVERY, StepTaken, StoreUnavailable
 from service.store.group_commit import MAX_BATCH
 from service.store.schema import metadata
 from service.store.sql import SQLStore

@@ -20,6 +20,7 @@ from service.trajectory import (
     EpisodeConfig,
     EpisodeHead,
     EpisodeRecord,
+    Feedback,
     Message,
     Span,
     Step,
@@ -271,3 +272,112 @@ async def test_a_step_survives_the_store(store: Store, value: Step, number: Any)
     value = replace(value, episode_id=name)
     await store.commit(Commit(value, EpisodeHead(step=1)))
     assert await store.steps(name) == [value]
+
+
+def fork(name: str, parent: str, at_step: int, **request: Any) -> EpisodeRecord:
+    config = EpisodeConfig(name, {"policy": "p", **request}, b"f" * 16, "v1", 5.0, (parent, at_step))
+    return EpisodeRecord(config, EpisodeHead(step=at_step, updated_at=5.0))
+
+
+async def _grown(store: Store, name: str, num_steps: int, start: int = 0) -> None:
+    for index in range(start, num_steps):
+        await store.commit(commit(index, name))
+
+
+async def test_a_fork_reads_its_ancestors_rows_and_then_its_own(store: Store):
+    await store.create(record("root"))
+    await _grown(store, "root", 4)
+    await store.fork([fork("child", "root", 3), fork("twin", "root", 3)])
+    await _grown(store, "child", 6, start=3)
+    await store.fork([fork("grandchild", "child", 5)])
+    await store.fork([fork("early", "child", 2)])
+    await _grown(store, "grandchild", 6, start=5)
+    rows = {
+        name: [row.episode_id for row in await store.steps(name)] for name in ("child", "grandchild", "early", "twin")
+    }
+    if isinstance(store, SQLStore):
+        assert rows["child"] == ["root"] * 3 + ["child"] * 3
+        assert rows["grandchild"] == ["root"] * 3 + ["child"] * 2 + ["grandchild"]
+        assert rows["early"] == ["root"] * 2
+    assert [row.index for row in await store.steps("grandchild")] == list(range(6))
+    assert [row.index for row in await store.steps("grandchild", 4)] == [4]
+    assert len(rows["twin"]) == 3
+    kept = await store.episode("child")
+    assert kept is not None
+    assert kept.config.parent == ("root", 3)
+
+
+async def test_a_deleted_ancestors_rows_live_as_long_as_a_fork_reads_them(store: Store):
+    await store.create(record("root"))
+    await _grown(store, "root", 3)
+    await store.fork([fork("child", "root", 2)])
+    await store.fork([fork("grandchild", "child", 2)])
+    assert await store.delete("root")
+    assert len(await store.steps("child")) == 2
+    assert await store.delete("child")
+    assert len(await store.steps("grandchild")) == 2
+    assert await store.delete("grandchild")
+    assert await store.steps("root") == await store.steps("grandchild") == []
+
+
+async def test_a_deleted_episode_is_not_forked(store: Store):
+    await store.create(record("root"))
+    await store.delete("root")
+    with pytest.raises(ParentGone):
+        await store.fork([fork("child", "root", 0)])
+    assert await store.episode("child") is None
+
+
+async def test_forks_are_made_all_or_none(store: Store):
+    await store.create(record("root"))
+    await store.create(record("taken"))
+    with pytest.raises(EpisodeExists):
+        await store.fork([fork("free", "root", 0), fork("taken", "root", 0)])
+    assert await store.episode("free") is None
+
+
+async def test_episodes_are_found_by_their_labels(store: Store):
+    await store.create(record("a", 1.0, tags=["x", "y", "x"], group="g", profile="p1"))
+    await store.create(record("b", 2.0, tags=["y"], group="h"))
+    await store.create(EpisodeRecord(EpisodeConfig("c", {"policy": "q"}, b"d" * 16, "v1", 3.0)))
+    found = {
+        Filter(tag="y"): ["b", "a"],
+        Filter(tag="x"): ["a"],
+        Filter(tag="%"): [],
+        Filter(group="g"): ["a"],
+        Filter(policy="q"): ["c"],
+        Filter(profile="p1"): ["a"],
+        Filter(tag="y", group="h", status="active"): ["b"],
+        Filter(tag="y", status="ended"): [],
+    }
+    for where, names in found.items():
+        rows = await store.episodes(limit=10, before=None, where=where)
+        assert [row.config.episode_id for row in rows] == names, where
+    await store.delete("a")
+    assert await store.episodes(limit=10, before=None, where=Filter(tag="x")) == []
+
+
+async def test_expiry_is_the_active_episodes(store: Store):
+    assert await store.next_expiry() is None
+    for name, at in (("late", 9.0), ("soon", 4.0), ("never", None)):
+        await store.create(EpisodeRecord(record(name).config, EpisodeHead(updated_at=1.0, expires_at=at)))
+    assert await store.next_expiry() == 4.0
+    assert await store.expired(3.9, 10) == []
+    assert await store.expired(9.0, 10) == ["soon", "late"]
+    assert await store.expired(9.0, 1) == ["soon"]
+    await store.delete("soon")
+    assert await store.next_expiry() == 9.0
+
+
+async def test_a_named_raters_newer_rating_takes_the_place_of_the_older(store: Store):
+    await store.create(record("e"))
+    for rating, rater, at in ((1, "ann", None), (2, None, None), (3, None, None), (4, "ann", 0), (5, "ann", None)):
+        await store.add_feedback(Feedback("e", at, rating, None, rater, float(rating)))
+    assert [(said.rating, said.rater, said.step) for said in await store.feedback("e")] == [
+        (2, None, None),
+        (3, None, None),
+        (4, "ann", 0),
+        (5, "ann", None),
+    ]
+    await store.delete("e")
+    assert await store.feedback("e") == []
