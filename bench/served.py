@@ -1,0 +1,49 @@
+"""Owns one service process for a measurement: the packaged policy on a free port, with data that is thrown away."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+_START_LIMIT_S = 300.0
+
+
+@contextmanager
+def served() -> Generator[str]:
+    """The URL of a service that is ready. Raises RuntimeError, with the end of its log, for one that does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        environment = {**os.environ, "EPISODIC_PORT": str(port), "EPISODIC_DATA": folder}
+        with log.open("wb") as out:
+            command = [sys.executable, "-m", "service", "serve"]
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(process, url, log)
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError("the service did not start; the end of its log:\n" + log.read_text(errors="replace")[-2000:])
