@@ -32,7 +32,7 @@ async def _measure(url: str, num_aborts: int) -> None:
         running = await _metric(http, "vllm:num_requests_running") + await _metric(http, "vllm:num_requests_waiting")
         steps = [(await http.get(f"/episode/e{lane}")).json()["step"] for lane in range(_NUM_LANES)]
     typer.echo(
-        f"the act is over {statistics.median(latencies_s) * 1e3:.0f} ms (median), {max(latencies_s) * 1e3:.0f} ms (worst)"
+        f"the act is over {statistics.median(latencies_s) * 1e3:.0f} ms (median), {max(latencies_s) * 1e3:.0f} ms (worst)"  # noqa: E501
         f" after its caller left; after {num_aborts} aborted acts: {sum(steps)} committed, {running:.0f} left in the "
         f"engine, {fds:+d} file descriptors, {rss / 1e6:+.1f} MB"
     )

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from service import logs, metrics
-from service.api import acts, episodes, export, openapi, operations, problems, profiles
+from service.api import acts, episodes, export, inference, openapi, operations, problems, profiles
 from service.api.middleware import RequestContext
 from service.engine.base import Engine
 from service.sessions import Sessions
@@ -45,7 +45,7 @@ def create_app(
     app.state.settings = settings
     app.state.sessions = sessions
     app.state.profiles = profiles.Profiles(settings.profiles)
-    for module in (acts, episodes, profiles, export, operations):
+    for module in (acts, episodes, profiles, export, inference, operations):
         app.include_router(module.router)
     problems.install(app)
     openapi.install(app)
@@ -85,11 +85,15 @@ async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessi
 
 
 async def _load(settings: Settings) -> Engine:
-    from service.engine.async_llm import VLLMEngine  # seconds of import, only where vLLM is served
+    from service.engine.async_llm import FrontEnd, VLLMEngine  # seconds of import, only where vLLM is served
 
     _log.info("loading", model=settings.model)
     engine = await VLLMEngine.load(
-        settings.model_path, settings.engine, name=settings.model, grammar_limit_s=settings.constraint_limit_s
+        settings.model_path,
+        settings.engine,
+        name=settings.model,
+        grammar_limit_s=settings.constraint_limit_s,
+        front_end=FrontEnd(settings.openai, tuple(settings.media_hosts)),
     )
     if settings.max_tokens:
         sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)

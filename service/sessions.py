@@ -95,6 +95,8 @@ class Sessions:
         if request.get("policy", self.agent.engine.info.model) != self.agent.engine.info.model:
             raise Unprocessable(f"the policy served is {self.agent.engine.info.model!r}", "policy")
         now, info = time.time(), self.agent.engine.info
+        if not info.generates:
+            raise Unprocessable(f"{info.model!r} does not generate: it serves /v1 and no episodes", "policy")
         request = {**self._defaults, **request, "policy": info.model}
         options = await self._checked_options(request)
         config = EpisodeConfig(episode_id, request, digest, info.version, now)

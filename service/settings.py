@@ -30,6 +30,11 @@ class Settings(BaseSettings):
         default_factory=dict,
         description="Any option of vLLM's AsyncEngineArgs, e.g. EPISODIC_ENGINE__MAX_NUM_SEQS=64.",
     )
+    openai: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of /v1, by vLLM's names, e.g. EPISODIC_OPENAI__TOOL_CALL_PARSER=hermes.",
+    )
+    media_hosts: list[str] = Field([], description="Hosts that /v1 may fetch media from; none: data URLs alone.")
     data: Path = Field(Path("data"), description="Folder for what is kept.")
     store: str | None = Field(None, description="`sqlite:///FILE`, a SQLAlchemy URL; unset, a file under `data`.")
     profiles: Path | None = Field(None, description="Folder of profiles (TOML files) besides the packaged ones.")
@@ -43,7 +48,7 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field("console", description="How log lines are written.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
 
-    @field_validator("engine", mode="before")
+    @field_validator("engine", "openai", mode="before")
     @classmethod
     def _read_engine_options(cls, value: Any) -> Any:
         """Values from the environment and the command line are text; numbers, booleans and JSON are read as such."""
@@ -80,7 +85,7 @@ class Settings(BaseSettings):
         rows = ["| variable | default | what it sets |", "|---|---|---|"]
         for name, field in cls.model_fields.items():
             default = field.get_default(call_default_factory=True)
-            shown = "" if default in (None, {}) else f"`{default}`"
+            shown = "" if default in (None, {}, []) else f"`{default}`"
             rows.append(f"| `EPISODIC_{name.upper()}` | {shown} | {field.description} |")
         return "\n".join(rows)
 

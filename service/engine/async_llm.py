@@ -7,12 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp
+
+from service.engine import inference
 from service.engine.base import (
     Completion,
     Constraint,
@@ -49,10 +52,29 @@ class EngineOptionError(ValueError):
     """An engine option that vLLM does not have."""
 
 
+@dataclass(frozen=True, slots=True)
+class FrontEnd:
+    """How /v1 serves: options of vLLM's front end, and the hosts that media may be fetched from."""
+
+    options: dict[str, Any]
+    media_hosts: tuple[str, ...]
+
+
+_PLAIN = FrontEnd({}, ())
+
+
 class VLLMEngine:
     """AsyncLLM behind the Engine protocol. Build it with `VLLMEngine.load` on the running event loop."""
 
-    def __init__(self, llm: Any, info: EngineInfo, tokenizer: HFTokenizer, grammar: GrammarChecker) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        info: EngineInfo,
+        tokenizer: HFTokenizer,
+        grammar: GrammarChecker,
+        front_end: FrontEnd,
+        model: str,
+    ) -> None:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -62,21 +84,29 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         self._llm = llm
         self._grammar = grammar
+        self._inference: asyncio.Task[ASGIApp] | None = None
+        self._front_end, self._model = front_end, model
         self._ids = count()
         self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
         self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
         self._dead = EngineDeadError
 
     @classmethod
-    async def load(cls, model: str, options: dict[str, Any], *, name: str, grammar_limit_s: float) -> "VLLMEngine":
+    async def load(
+        cls, model: str, options: dict[str, Any], *, name: str, grammar_limit_s: float, front_end: FrontEnd = _PLAIN
+    ) -> "VLLMEngine":
         """Loads weights and starts the engine's processes; takes seconds to minutes, off the event loop.
 
-        Raises EngineOptionError for an option that vLLM's AsyncEngineArgs lacks, else whatever vLLM raises.
+        Raises EngineOptionError for an option that vLLM's AsyncEngineArgs lacks, InferenceOptionError for one that
+        /v1 lacks, else whatever vLLM raises.
         """
+        inference.check_options(front_end.options)
         llm, info_json = await asyncio.to_thread(_build, model, options)
         tokenizer = HFTokenizer(llm.get_tokenizer())
-        engine = cls(llm, _info(llm, model, name), tokenizer, GrammarChecker(info_json, limit_s=grammar_limit_s))
-        await engine._warm_up()
+        info = replace(_info(llm, model, name), generates="generate" in await llm.get_supported_tasks())
+        engine = cls(llm, info, tokenizer, GrammarChecker(info_json, limit_s=grammar_limit_s), front_end, model)
+        if info.generates:
+            await engine._warm_up()
         return engine
 
     @property
@@ -152,6 +182,18 @@ class VLLMEngine:
             if elapsed_s >= _STATS_INTERVAL_S and self.healthy:
                 await self._llm.do_log_stats()
                 elapsed_s = 0.0
+
+    async def inference(self) -> ASGIApp:
+        if self._inference is None or (self._inference.done() and self._inference.exception()):
+            building = inference.build(
+                self._llm,
+                model=self._model,
+                name=self.info.model,
+                options=self._front_end.options,
+                media_hosts=self._front_end.media_hosts,
+            )
+            self._inference = asyncio.create_task(building)
+        return await asyncio.shield(self._inference)
 
     async def close(self) -> None:
         await self._grammar.close()
@@ -260,7 +302,7 @@ def _info(llm: Any, model: str, name: str) -> EngineInfo:
         max_tokens=defaults.get("max_tokens", Sampling().max_tokens),
     )
     version = _weights_version(Path(model)) or getattr(llm.model_config.hf_config, "_commit_hash", None) or "unknown"
-    return EngineInfo(name, version[:12], llm.model_config.max_model_len, sampling, _think_tags(llm))
+    return EngineInfo(name, version[:12], llm.model_config.max_model_len, sampling, think_tags=_think_tags(llm))
 
 
 def _think_tags(llm: Any) -> tuple[str, str] | None:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from starlette.types import ASGIApp
+
 from service.trajectory import Sampling
 
 OnText = Callable[[str], None]
@@ -33,6 +35,8 @@ class EngineInfo:
     version: str
     max_model_len: int
     default_sampling: Sampling
+    generates: bool = True
+    """False for a model that embeds or classifies: it serves /v1 and no episodes."""
     think_tags: tuple[str, str] | None = None
     """What opens and closes a thought, where the model has such tags of its own."""
 
@@ -117,6 +121,10 @@ class Engine(Protocol):
 
     async def watch(self) -> None:
         """Returns when the engine has died; flushes its statistics meanwhile."""
+        ...
+
+    async def inference(self) -> ASGIApp | None:
+        """An app that serves /v1 on this engine, made at the first call; None if it has none."""
         ...
 
     async def close(self) -> None: ...

@@ -90,6 +90,9 @@ class ScriptedEngine:
     async def watch(self) -> None:
         await self._died.wait()
 
+    async def inference(self) -> None:
+        return None
+
     async def close(self) -> None:
         self.healthy = False
 

@@ -1,0 +1,86 @@
+"""Owns OpenAI-compatible inference: vLLM's own serving classes over the engine that the episodes use."""
+
+import asyncio
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from starlette.types import ASGIApp
+
+OPTIONS = frozenset(
+    {
+        "chat_template",
+        "chat_template_content_format",
+        "default_chat_template_kwargs",
+        "enable_auto_tool_choice",
+        "enable_force_include_usage",
+        "enable_prompt_tokens_details",
+        "exclude_tools_when_tool_choice_none",
+        "response_role",
+        "return_tokens_as_token_ids",
+        "tool_call_parser",
+        "trust_request_chat_template",
+    }
+)
+"""Those of vLLM's front end that say how it serves; the others are the service's business, or nobody's."""
+
+
+# Without a parser vLLM refuses tools altogether, even one that the caller names.
+_DEFAULTS: dict[str, Any] = {"tool_call_parser": "hermes", "enable_auto_tool_choice": True}
+
+
+class InferenceOptionError(ValueError):
+    """An option that the front end does not have, or that is not the caller's to set."""
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises InferenceOptionError for a name that is not one of OPTIONS."""
+    for name in options.keys() - OPTIONS:
+        near = get_close_matches(name, OPTIONS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(OPTIONS))}"
+        raise InferenceOptionError(f"/v1 has no option {name!r}{hint}")
+
+
+async def build(llm: Any, *, model: str, name: str, options: dict[str, Any], media_hosts: Sequence[str]) -> ASGIApp:
+    """An ASGI app with vLLM's routes for inference and none of those that steer the engine. `name`: what callers call
+    the model. Takes seconds: the serving classes are imported on the way."""
+    app = await asyncio.to_thread(_app, llm, model, name, options, media_hosts)
+    tasks = await llm.get_supported_tasks()
+    _add_routes(app, tasks, llm.model_config)
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+    await init_app_state(llm, app.state, app.state.args, tasks)
+    return app
+
+
+def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: Sequence[str]) -> Any:
+    from fastapi import FastAPI
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from service.engine import media
+
+    check_options(options)
+    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--served-model-name", name])
+    for option, value in {**_DEFAULTS, **options}.items():
+        setattr(args, option, value)
+    args.structured_outputs_config = llm.vllm_config.structured_outputs_config
+    media.guard(media_hosts)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.args = args
+    init_exception_handler(app)
+    return app
+
+
+def _add_routes(app: Any, tasks: Any, model_config: Any) -> None:
+    from vllm.entrypoints.generate.api_router import register_generate_api_routers
+    from vllm.entrypoints.openai.models.api_router import attach_router as add_models
+    from vllm.entrypoints.pooling.factories import register_pooling_api_routers
+    from vllm.entrypoints.serve.tokenize.api_router import attach_router as add_tokenize
+
+    add_models(app)
+    add_tokenize(app)
+    if "generate" in tasks:
+        register_generate_api_routers(app)
+    register_pooling_api_routers(app, tasks, model_config)

@@ -1,0 +1,158 @@
+"""/v1 on the engine that the episodes use, by the official client."""
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import jsonschema
+import openai
+import pytest
+
+from tests.e2e.server import Server
+from tests.e2e.test_episodes import acted, opened
+
+MODEL = "toy-text"
+SAY: Any = [{"role": "user", "content": "row 0, column 0"}]
+
+
+@pytest.fixture
+def client(server: Server) -> Any:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+@pytest.fixture
+def http(server: Server) -> Any:
+    with httpx.Client(base_url=server.url, timeout=60) as made:
+        yield made
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=SAY, max_tokens=8, logprobs=True, top_logprobs=2, extra_body={"return_token_ids": True}
+    )
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.content)  # type: ignore[union-attr,arg-type]
+    assert answer.choices[0].model_extra["token_ids"]  # type: ignore[index]
+
+
+def test_chat_stream(client: openai.OpenAI) -> None:
+    plain = client.chat.completions.create(model=MODEL, messages=SAY, max_tokens=8, temperature=0)
+    chunks = client.chat.completions.create(model=MODEL, messages=SAY, max_tokens=8, temperature=0, stream=True)
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(deltas) == plain.choices[0].message.content
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"move": {"enum": ["left", "right"]}},
+        "required": ["move"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "move", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(model=MODEL, messages=SAY, max_tokens=64, response_format=form)
+    jsonschema.validate(json.loads(answer.choices[0].message.content or ""), schema)
+
+
+def test_tools(client: openai.OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"to": {"enum": ["door", "window"]}}, "required": ["to"]}
+    tools: Any = [{"type": "function", "function": {"name": "move", "parameters": parameters}}]
+    choice: Any = {"type": "function", "function": {"name": "move"}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=SAY, max_tokens=200, temperature=0, tools=tools, tool_choice=choice
+    )
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "move"
+    assert json.loads(call.function.arguments)["to"] in ("door", "window")
+
+
+def test_completions_of_token_ids_and_a_stream(client: openai.OpenAI) -> None:
+    plain = client.completions.create(model=MODEL, prompt=[0, 3, 20], max_tokens=6, temperature=0, logprobs=0)
+    assert plain.choices[0].logprobs is not None
+    chunks = client.completions.create(model=MODEL, prompt=[0, 3, 20], max_tokens=6, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == plain.choices[0].text
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    answer = client.responses.create(model=MODEL, input="row 0, column 0", max_output_tokens=16, store=False)
+    assert answer.status in ("completed", "incomplete")
+
+
+def test_models_and_tokens(client: openai.OpenAI, http: httpx.Client) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    tokens = http.post("/tokenize", json={"model": MODEL, "prompt": "row 1", "add_special_tokens": False}).json()[
+        "tokens"
+    ]
+    assert http.post("/detokenize", json={"model": MODEL, "tokens": tokens}).json()["prompt"] == "row 1"
+
+
+def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nobody", messages=SAY)
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=MODEL, messages=SAY, temperature=-1)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=MODEL, prompt=[1] * 50_000, max_tokens=5)
+    with pytest.raises(openai.APIStatusError) as large:
+        client.completions.create(model=MODEL, prompt="x" * (5 << 20))
+    assert large.value.status_code == 413
+    with pytest.raises(openai.NotFoundError):
+        client.post("/none", cast_to=httpx.Response)
+
+
+def test_media_by_url_is_off(client: openai.OpenAI) -> None:
+    image = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": [image]}])  # type: ignore[list-item,misc]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/reset_prefix_cache", "/collective_rpc", "/sleep"),
+        *(
+            "/shutdown",
+            "/invocations",
+            "/start_profile",
+            "/server_info",
+            "/load",
+            "/scale_elastic_ep",
+            "/tokenizer_info",
+        ),
+    ],
+)
+def test_what_steers_the_engine_is_not_there(http: httpx.Client, path: str) -> None:
+    for method in ("GET", "POST"):
+        assert http.request(method, path, json={}).status_code in (404, 405), path
+
+
+def test_chats_and_episodes_share_the_engine(client: openai.OpenAI, http: httpx.Client) -> None:
+    episode = opened(http, action_space={"type": "discrete", "actions": ["left", "right"]})
+
+    def chat(_: int) -> str:
+        return client.chat.completions.create(model=MODEL, messages=SAY, max_tokens=16).choices[0].finish_reason
+
+    with ThreadPoolExecutor(4) as threads:
+        chats = threads.map(chat, range(8))
+        for step in range(8):
+            acted(http, episode, f"row {step}", step=step)
+        assert set(chats) <= {"stop", "length"}
+
+
+def test_a_client_that_leaves_frees_the_engine(http: httpx.Client, server: Server) -> None:
+    body = {"model": MODEL, "prompt": [0, 3], "max_tokens": 1500, "min_tokens": 1400, "ignore_eos": True}
+    command = ["curl", "-s", "--max-time", "0.7", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    left = subprocess.run([*command, f"{server.url}/v1/completions"], capture_output=True, timeout=60)
+    assert left.returncode == 28
+    episode, running, step = opened(http, action_space={"type": "discrete", "actions": ["left", "right"]}), 1.0, 0
+    while running and step < 100:  # an act makes the engine tell how many requests it runs
+        acted(http, episode, "row 0", step=step)
+        lines = http.get("/metrics").text.splitlines()
+        running = next(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+        step += 1
+    assert not running
