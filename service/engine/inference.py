@@ -19,6 +19,7 @@ OPTIONS = frozenset(
         "response_role",
         "return_tokens_as_token_ids",
         "tool_call_parser",
+        "tool_strict_level",
         "trust_request_chat_template",
     }
 )

@@ -58,12 +58,16 @@ def test_structured_output(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(answer.choices[0].message.content or ""), schema)
 
 
-def test_tools(client: openai.OpenAI) -> None:
+def test_tools(client: openai.OpenAI, http: httpx.Client) -> None:
+    blank = {"model": MODEL, "prompt": "\n", "add_special_tokens": False}
+    no_blanks = {
+        str(token): -100 for token in http.post("/tokenize", json=blank).json()["tokens"]
+    }  # it fills JSON with them
     parameters = {"type": "object", "properties": {"to": {"enum": ["door", "window"]}}, "required": ["to"]}
-    tools: Any = [{"type": "function", "function": {"name": "move", "parameters": parameters}}]
+    tools: Any = [{"type": "function", "function": {"name": "move", "parameters": parameters, "strict": True}}]
     choice: Any = {"type": "function", "function": {"name": "move"}}
     answer = client.chat.completions.create(
-        model=MODEL, messages=SAY, max_tokens=200, temperature=0, tools=tools, tool_choice=choice
+        model=MODEL, messages=SAY, max_tokens=200, temperature=0, tools=tools, tool_choice=choice, logit_bias=no_blanks
     )
     (call,) = answer.choices[0].message.tool_calls or []
     assert call.type == "function"
