@@ -9,6 +9,7 @@ from dataclasses import replace
 from service.actions import DiscreteSpace, JsonSpace, RegexSpace, TextSpace
 from service.engine.base import Engine, OnText, Scores
 from service.episode import Call, Episode, Recorded
+from service.policies import Policies, Policy
 from service.prompt import Prompt
 from service.thought import Thought, think
 from service.token_log import closed_span
@@ -18,7 +19,8 @@ from service.trajectory import Decision, Message, Span, Step, StopReason, Usage
 class Agent:
     """The policy behind the episodes: an engine, and the prompt rendering that fits its tokenizer."""
 
-    def __init__(self, engine: Engine, prompt: Prompt) -> None:
+    def __init__(self, policies: Policies, engine: Engine, prompt: Prompt) -> None:
+        self.policies = policies
         self.engine = engine
         self.prompt = prompt
         self._random = random.Random()  # noqa: S311 - draws actions, not secrets
@@ -28,24 +30,24 @@ class Agent:
 
         Raises Conflict (context_overflow), EngineUnavailable.
         """
-        message, version = call.message, self.engine.info.version
+        message, policy = call.message, self.policies.get(episode.policy)
         if stop_reason := message.ends or (StopReason.MAX_STEPS if episode.max_steps_reached else None):
-            return episode.closing_step(call, version), stop_reason
+            return episode.closing_step(call, policy.version), stop_reason
         thinks = episode.options.reasoning is not None and call.recorded is None
         turn = self._observe(episode, message, thinks=thinks)
         start = episode.fit(len(turn), self._reserve(episode, call))
         if start is None:
-            return episode.closing_step(call, version), episode.overflow()
+            return episode.closing_step(call, policy.version), episode.overflow()
         prompt = episode.log.window(start) + turn
         if call.recorded:
             decision = self._record(episode.options.action_space.write(call.recorded.action), call.recorded)
         elif thinks:
-            thought = await self._think(episode, prompt, call)
-            decision = thought.before(await self._decide(episode, call, [*prompt, *thought.span.token_ids]))
+            thought = await self._think(episode, policy, prompt, call)
+            decision = thought.before(await self._decide(episode, policy, call, [*prompt, *thought.span.token_ids]))
         else:
-            decision = await self._decide(episode, call, prompt)
+            decision = await self._decide(episode, policy, call, prompt)
         span = closed_span(turn, decision.completion, self.prompt.terminator)
-        return episode.next_step(call, decision, span, len(turn), start, version), None
+        return episode.next_step(call, decision, span, len(turn), start, policy.version), None
 
     def _observe(self, episode: Episode, message: Message, *, thinks: bool) -> list[int]:
         if episode.log.num_steps:
@@ -63,13 +65,14 @@ class Agent:
             return thought + self.prompt.trie(call.message.legal_actions or space.actions).max_len
         return thought + options.sampling.max_tokens + 1
 
-    async def _think(self, episode: Episode, prompt: list[int], call: Call) -> Thought:
+    async def _think(self, episode: Episode, policy: Policy, prompt: list[int], call: Call) -> Thought:
         options = episode.options
         assert options.reasoning is not None
         sampling = replace(options.sampling, max_tokens=options.reasoning.max_tokens)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=self._generator(episode, "thought").getrandbits(32))
-        return await think(self.engine, self.prompt, prompt, sampling, on_text=call.listener("reasoning"))
+        on_text = call.listener("reasoning")
+        return await think(self.engine, self.prompt, prompt, sampling, adapter=policy.adapter, on_text=on_text)
 
     def _record(self, text: str, recorded: Recorded) -> Decision:
         """Somebody else's action as the policy would have written it; it drew none of its tokens."""
@@ -77,18 +80,21 @@ class Agent:
         completion = Span(array("i", ids), bytes(len(ids)), array("f", bytes(4 * len(ids))))
         return Decision(recorded.action, text, completion, None, "recorded", Usage())
 
-    async def _decide(self, episode: Episode, call: Call, prompt: list[int]) -> Decision:
+    async def _decide(self, episode: Episode, policy: Policy, call: Call, prompt: list[int]) -> Decision:
         space, generator = episode.options.action_space, self._generator(episode)
         if isinstance(space, DiscreteSpace):
-            return await self._choose(call.message.legal_actions or space.actions, prompt, episode, generator)
-        return await self._write(space, prompt, episode, generator, call.listener("text"))
+            return await self._choose(call.message.legal_actions or space.actions, prompt, episode, policy, generator)
+        return await self._write(space, prompt, episode, policy, generator, call.listener("text"))
 
     async def _choose(
-        self, actions: tuple[str, ...], prompt: list[int], episode: Episode, generator: random.Random
+        self, actions: tuple[str, ...], prompt: list[int], episode: Episode, policy: Policy, generator: random.Random
     ) -> Decision:
         """One forward pass for each branch of the trie; where the first token decides, that is one in all."""
         trie = self.prompt.trie(actions)
-        passes = [self.engine.score([*prompt, *branch.path], branch.children) for branch in trie.branches]
+        passes = [
+            self.engine.score([*prompt, *branch.path], branch.children, adapter=policy.adapter)
+            for branch in trie.branches
+        ]
         scores = [await passes[0]] if len(passes) == 1 else await _together(passes)
         chosen = trie.draw([score.logprobs for score in scores], episode.options.sampling, generator)
         return Decision(
@@ -106,6 +112,7 @@ class Agent:
         space: TextSpace | JsonSpace | RegexSpace,
         prompt: list[int],
         episode: Episode,
+        policy: Policy,
         generator: random.Random,
         on_text: OnText | None,
     ) -> Decision:
@@ -113,7 +120,9 @@ class Agent:
         sampling = episode.options.sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=generator.getrandbits(32))
-        completion = await self.engine.generate(prompt, sampling, space.constraint, on_text=on_text)
+        completion = await self.engine.generate(
+            prompt, sampling, space.constraint, adapter=policy.adapter, on_text=on_text
+        )
         action, failure = space.parse(completion.text, completion.finish_reason)
         num_drawn = len(completion.token_ids)
         return Decision(

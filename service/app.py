@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import FastAPI
 
 from service import logs, metrics
-from service.api import acts, episodes, export, inference, openapi, operations, problems, profiles
+from service.api import acts, episodes, export, inference, openapi, operations, policies, problems, profiles
 from service.api.middleware import RequestContext
 from service.engine.base import Engine
+from service.policies import Policies
 from service.sessions import Sessions
 from service.settings import Settings
 from service.store.base import Store
@@ -45,7 +46,7 @@ def create_app(
     app.state.settings = settings
     app.state.sessions = sessions
     app.state.profiles = profiles.Profiles(settings.profiles)
-    for module in (acts, episodes, profiles, export, inference, operations):
+    for module in (acts, episodes, profiles, policies, export, inference, operations):
         app.include_router(module.router)
     problems.install(app)
     openapi.install(app)
@@ -62,7 +63,9 @@ async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessi
         on_fatal()
         return
     try:
-        report = sessions.serve(loaded)
+        served = Policies(loaded, sessions.store, source=settings.adapters, kept=settings.data / "adapters")
+        await served.restore()
+        report = sessions.serve(loaded, served)
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not walk it again
         _log.info("ready", policy=loaded.info.model, policy_version=loaded.info.version, **dataclasses.asdict(report))
@@ -90,7 +93,7 @@ async def _load(settings: Settings) -> Engine:
     _log.info("loading", model=settings.model)
     engine = await VLLMEngine.load(
         settings.model_path,
-        settings.engine,
+        settings.engine_options,
         name=settings.model,
         grammar_limit_s=settings.constraint_limit_s,
         front_end=FrontEnd(settings.openai, tuple(settings.media_hosts)),

@@ -179,6 +179,10 @@ class Episode:
     def episode_id(self) -> str:
         return self.config.episode_id
 
+    @property
+    def policy(self) -> str:
+        return self.config.request["policy"]
+
     def launch(self, call: Call, work: Coroutine[None, None, Landing]) -> Flight:
         """Starts the one act in flight; it clears itself before any waiter hears of its end."""
         task = asyncio.create_task(work)

@@ -2,7 +2,7 @@
 
 EpisodicError
 ├── BadRequest           400 malformed_json
-├── NotFound             404 episode_not_found, not_found
+├── NotFound             404 episode_not_found, policy_not_found, not_found
 ├── Conflict             409 step_conflict, idempotency_mismatch, episode_busy, episode_ended, context_overflow
 ├── Gone                 410 episode_deleted
 ├── TooLarge             413 payload_too_large

@@ -28,6 +28,7 @@ from service.errors import (
     episode_deleted,
     episode_not_found,
 )
+from service.policies import Policies
 from service.prompt import Prompt, TemplateReport
 from service.store.base import Commit, EpisodeExists, Filter, ParentGone, StepTaken, Store, StoreUnavailable
 from service.trajectory import (
@@ -68,10 +69,10 @@ class Sessions:
         self._live: OrderedDict[str, Episode] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Episode]] = {}
 
-    def serve(self, engine: Engine) -> TemplateReport:
+    def serve(self, engine: Engine, policies: Policies | None = None) -> TemplateReport:
         """Acts are possible from now on. Raises TemplateError for a chat template that cannot carry an episode."""
         prompt = Prompt(engine.tokenizer, engine.info.think_tags)
-        self._agent = Agent(engine, prompt)
+        self._agent = Agent(policies or Policies(engine, self.store), engine, prompt)
         return prompt.report
 
     @property
@@ -92,14 +93,15 @@ class Sessions:
     async def create(self, episode_id: str, request: dict[str, Any], digest: bytes) -> tuple[EpisodeRecord, bool]:
         """Opens an episode; returns it and whether it is new. Raises Unprocessable, Conflict, Gone."""
         self._refuse_while_draining()
-        if request.get("policy", self.agent.engine.info.model) != self.agent.engine.info.model:
-            raise Unprocessable(f"the policy served is {self.agent.engine.info.model!r}", "policy")
         now, info = time.time(), self.agent.engine.info
         if not info.generates:
             raise Unprocessable(f"{info.model!r} does not generate: it serves /v1 and no episodes", "policy")
-        request = {**self._defaults, **request, "policy": info.model}
+        name = request.get("policy") or info.model
+        if name not in self.agent.policies:
+            raise Unprocessable(f"the policy {name[:200]!r} is not served (GET /policy)", "policy")
+        request = {**self._defaults, **request, "policy": name}
         options = await self._checked_options(request)
-        config = EpisodeConfig(episode_id, request, digest, info.version, now)
+        config = EpisodeConfig(episode_id, request, digest, self.agent.policies.get(name).version, now)
         record = EpisodeRecord(config, EpisodeHead(updated_at=now, expires_at=options.expires_at(now)))
         try:
             await self.store.create(record)
@@ -374,8 +376,7 @@ class Sessions:
     async def _load(self, episode_id: str) -> Episode:
         info = self.agent.engine.info
         record = await self._record(episode_id)
-        if (policy := record.config.request["policy"]) != info.model:
-            raise EngineUnavailable(f"the episode belongs to the policy {policy!r}, which is not served here")
+        self.agent.policies.get(record.config.request["policy"])  # raises while it is not served
         episode = Episode(record, Options.of(record.config.request, info), await self.store.steps(episode_id))
         self._keep(episode)
         return episode

@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     media_hosts: list[str] = Field([], description="Hosts that /v1 may fetch media from; none: data URLs alone.")
     data: Path = Field(Path("data"), description="Folder for what is kept.")
     store: str | None = Field(None, description="`sqlite:///FILE`, a SQLAlchemy URL; unset, a file under `data`.")
+    adapters: Path | None = Field(
+        None, description="Folder that LoRA adapters may be loaded from (PUT /policy/NAME); unset, adapters are off."
+    )
     profiles: Path | None = Field(None, description="Folder of profiles (TOML files) besides the packaged ones.")
     max_live_episodes: int = Field(2048, ge=1, description="Episodes held in memory; the rest rest in the store.")
     max_steps: int | None = Field(None, ge=1, description="Steps after which an episode ends, where it names none.")
@@ -62,6 +65,11 @@ class Settings(BaseSettings):
         if value is not None and (not value.startswith("sqlite:///") or value in ("sqlite:///", "sqlite:///:memory:")):
             raise ValueError("the store must be a SQLite file, sqlite:///FILE; there is no other kind yet")
         return value
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        lora = {"enable_lora": True, "max_loras": 4} if self.adapters else {}
+        return {**lora, **self.engine}
 
     @property
     def episode_defaults(self) -> dict[str, Any]:

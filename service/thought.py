@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, replace
 
-from service.engine.base import Engine, OnText
+from service.engine.base import Adapter, Engine, OnText
 from service.prompt import Prompt
 from service.trajectory import Decision, Sampling, Span, Usage
 
@@ -37,7 +37,13 @@ class Thought:
 
 
 async def think(
-    engine: Engine, prompt: Prompt, token_ids: list[int], sampling: Sampling, *, on_text: OnText | None
+    engine: Engine,
+    prompt: Prompt,
+    token_ids: list[int],
+    sampling: Sampling,
+    *,
+    adapter: Adapter | None,
+    on_text: OnText | None,
 ) -> Thought:
     """Draws a thought of at most sampling.max_tokens tokens behind a turn that opened one. Raises EngineUnavailable.
 
@@ -46,7 +52,7 @@ async def think(
     """
     tags = prompt.think_tags
     sampling = replace(sampling, stop=tags.stop, stop_token_ids=tags.stop_token_ids)
-    drawn = await engine.generate(token_ids, sampling, None, on_text=on_text)
+    drawn = await engine.generate(token_ids, sampling, None, adapter=adapter, on_text=on_text)
     is_closed = drawn.finish_reason == "stop" and not _ended_turn(drawn.token_ids, prompt)
     num_kept = len(drawn.token_ids) - (drawn.finish_reason == "stop" and not is_closed)
     forced = [*([] if is_closed else tags.end), *tags.separator]

@@ -175,6 +175,17 @@ class Feedback:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyRecord:
+    """An adapter that is served: `digest` names its files, `version` the weights that act, base model included."""
+
+    name: str
+    digest: str
+    version: str
+    rank: int
+    loaded_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class EpisodeRecord:
     """An episode as the store keeps it; `deleted` marks a tombstone."""
 

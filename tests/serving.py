@@ -13,11 +13,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.engine.base import Completion, Constraint, Engine, OnText, Scores
+from service.engine.base import Completion, Engine, Scores
 from service.engine.scripted import ScriptedEngine
 from service.settings import Settings
 from service.store.base import Store
-from service.trajectory import Sampling
 
 DISCRETE = {"type": "discrete", "actions": ["left", "right", "left turn", "go to the kitchen"]}
 
@@ -30,20 +29,13 @@ class HeldEngine(ScriptedEngine):
         self.release = asyncio.Event()
         self.num_held = 0
 
-    async def generate(
-        self,
-        prompt_token_ids: list[int],
-        sampling: Sampling,
-        constraint: Constraint | None,
-        *,
-        on_text: OnText | None = None,
-    ) -> Completion:
+    async def generate(self, *args: Any, **options: Any) -> Completion:
         await self._hold()
-        return await super().generate(prompt_token_ids, sampling, constraint, on_text=on_text)
+        return await super().generate(*args, **options)
 
-    async def score(self, prompt_token_ids: list[int], candidates: Any) -> Scores:
+    async def score(self, *args: Any, **options: Any) -> Scores:
         await self._hold()
-        return await super().score(prompt_token_ids, candidates)
+        return await super().score(*args, **options)
 
     async def _hold(self) -> None:
         self.num_held += 1

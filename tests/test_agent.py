@@ -10,7 +10,9 @@ from service.engine.base import Completion, Constraint, EngineUnavailable, Score
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
 from service.episode import Call, Episode, Options
+from service.policies import Policies
 from service.prompt import Prompt
+from service.store.memory import MemoryStore
 from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, Message, Sampling, Step, StopReason
 
 
@@ -28,9 +30,9 @@ class RecordingEngine(ScriptedEngine):
         self.asked.append((sampling, constraint))
         return await super().generate(prompt_token_ids, sampling, constraint, **options)
 
-    async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+    async def score(self, prompt_token_ids: list[int], candidates: Sequence[int], **options: Any) -> Scores:
         self.candidates.append(tuple(candidates))
-        return await super().score(prompt_token_ids, candidates)
+        return await super().score(prompt_token_ids, candidates, **options)
 
 
 @pytest.fixture
@@ -40,11 +42,11 @@ def engine(tokenizer: HFTokenizer) -> RecordingEngine:
 
 @pytest.fixture
 def agent(engine: RecordingEngine) -> Agent:
-    return Agent(engine, Prompt(engine.tokenizer))
+    return Agent(Policies(engine, MemoryStore()), engine, Prompt(engine.tokenizer))
 
 
 def episode(agent: Agent, **request: Any) -> Episode:
-    config = EpisodeConfig("e", request, b"", "v", 0.0)
+    config = EpisodeConfig("e", {"policy": "scripted", **request}, b"", "v", 0.0)
     return Episode(EpisodeRecord(config), Options.of(request, agent.engine.info))
 
 
@@ -157,7 +159,7 @@ async def test_prompt_and_reply_fit_into_the_context(agent: Agent, engine: Recor
 
 async def test_a_reply_without_an_end_gets_one(tokenizer: HFTokenizer):
     engine = RecordingEngine(tokenizer, reply=lambda _: "a reply that is longer than its limit")
-    agent = Agent(engine, Prompt(tokenizer))
+    agent = Agent(Policies(engine, MemoryStore()), engine, Prompt(tokenizer))
     playing = episode(agent, sampling={"max_tokens": 4})
     step = await take(agent, playing)
     assert step.answer["finish_reason"] == "length"

@@ -10,7 +10,9 @@ from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
 from service.episode import Call, Episode, Options
 from service.errors import Unprocessable
+from service.policies import Policies
 from service.prompt import Prompt
+from service.store.memory import MemoryStore
 from service.trajectory import EpisodeConfig, EpisodeRecord, Message, Step
 
 DISCRETE: dict[str, Any] = {"type": "discrete", "actions": ["left", "right"]}
@@ -18,9 +20,12 @@ DISCRETE: dict[str, Any] = {"type": "discrete", "actions": ["left", "right"]}
 
 def build(tokenizer: HFTokenizer, thought: str, **request: Any) -> tuple[Agent, Episode]:
     engine = ScriptedEngine(tokenizer, reply=lambda prompt: thought if prompt.endswith("<think>\n") else "go")
-    agent = Agent(engine, Prompt(tokenizer))
+    agent = Agent(Policies(engine, MemoryStore()), engine, Prompt(tokenizer))
     fields = {"action_space": DISCRETE, "reasoning": {"max_tokens": 16}, **request}
-    return agent, Episode(EpisodeRecord(EpisodeConfig("e", fields, b"", "v", 0.0)), Options.of(fields, engine.info))
+    return agent, Episode(
+        EpisodeRecord(EpisodeConfig("e", {"policy": "scripted", **fields}, b"", "v", 0.0)),
+        Options.of(fields, engine.info),
+    )
 
 
 async def take(agent: Agent, episode: Episode, observation: str = "look") -> Step:

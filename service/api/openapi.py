@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from service.api.schemas import (
     ActRequest,
+    AdapterRequest,
     BatchRequest,
     EndRequest,
     EpisodeRequest,
@@ -15,7 +16,16 @@ from service.api.schemas import (
     RecordRequest,
 )
 
-_REQUESTS = (ActRequest, BatchRequest, EndRequest, EpisodeRequest, FeedbackRequest, ForkRequest, RecordRequest)
+_REQUESTS = (
+    ActRequest,
+    AdapterRequest,
+    BatchRequest,
+    EndRequest,
+    EpisodeRequest,
+    FeedbackRequest,
+    ForkRequest,
+    RecordRequest,
+)
 _REFERENCE = "#/components/schemas/{model}"
 
 

@@ -21,7 +21,7 @@ _RETRY_AFTER_S = 1
 
 CODES: dict[int, tuple[str, ...]] = {
     400: ("malformed_json",),
-    404: ("episode_not_found", "not_found"),
+    404: ("episode_not_found", "policy_not_found", "not_found"),
     405: ("method_not_allowed",),
     409: (
         "step_conflict",

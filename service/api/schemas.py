@@ -183,6 +183,12 @@ class FeedbackRequest(_Request):
     step: int | None = Field(None, ge=0, lt=2**31)
 
 
+class AdapterRequest(_Request):
+    """PUT /policy/{name}: a folder below EPISODIC_ADAPTERS, in PEFT's format with safetensors."""
+
+    path: str = Field(min_length=1, max_length=1024)
+
+
 class EndRequest(_Request):
     """POST /episode/{id}/end. Neither terminated nor truncated: the episode is aborted."""
 
@@ -297,6 +303,21 @@ class Episode(BaseModel):
 
 class Forks(BaseModel):
     episodes: list[Episode]
+
+
+class Policy(BaseModel):
+    """What acts; `rank` and `loaded_at` (Unix seconds) are an adapter's."""
+
+    name: str
+    kind: Literal["base", "adapter"]
+    policy_version: str
+    base: str
+    rank: int | None
+    loaded_at: float | None
+
+
+class PolicyList(BaseModel):
+    policies: list[Policy]
 
 
 class Profile(BaseModel):

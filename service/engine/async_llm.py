@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -16,7 +17,9 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from service.engine import inference
+from service.engine.adapters import AdapterRefused, base_shapes
 from service.engine.base import (
+    Adapter,
     Completion,
     Constraint,
     ConstraintRefused,
@@ -86,7 +89,8 @@ class VLLMEngine:
         self._grammar = grammar
         self._inference: asyncio.Task[ASGIApp] | None = None
         self._front_end, self._model = front_end, model
-        self._ids = count()
+        self._ids, self._lora_ids = count(), count(1)
+        self._loras: dict[str, Any] = {}
         self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
         self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
         self._dead = EngineDeadError
@@ -119,6 +123,7 @@ class VLLMEngine:
         sampling: Sampling,
         constraint: Constraint | None,
         *,
+        adapter: Adapter | None = None,
         on_text: OnText | None = None,
     ) -> Completion:
         params = self._params(
@@ -138,7 +143,7 @@ class VLLMEngine:
             output_kind=self._cumulative if on_text else self._final,
             skip_clone=True,
         )
-        output = await self._run(prompt_token_ids, params, on_text)
+        output = await self._run(prompt_token_ids, params, adapter, on_text)
         chosen = output.outputs[0]
         token_ids = tuple(chosen.token_ids)
         logprobs = tuple(chosen.logprobs.logprobs[start] for start in chosen.logprobs.start_indices)
@@ -146,16 +151,18 @@ class VLLMEngine:
         text = chosen.text if sampling.stop else self._text(token_ids, chosen.finish_reason)
         return Completion(token_ids, logprobs, text, str(chosen.finish_reason), cached)
 
-    async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+    async def score(
+        self, prompt_token_ids: list[int], candidates: Sequence[int], *, adapter: Adapter | None = None
+    ) -> Scores:
         chunks = [
             candidates[start : start + MAX_CANDIDATES_A_CALL]
             for start in range(0, len(candidates), MAX_CANDIDATES_A_CALL)
         ]
         if len(chunks) == 1:
-            return await self._score(prompt_token_ids, candidates)
+            return await self._score(prompt_token_ids, candidates, adapter)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._score(prompt_token_ids, chunk)) for chunk in chunks]
+                tasks = [group.create_task(self._score(prompt_token_ids, chunk, adapter)) for chunk in chunks]
         except ExceptionGroup as failures:  # the chunks of one pass fail for one reason
             raise failures.exceptions[0] from failures
         parts = [task.result() for task in tasks]
@@ -183,6 +190,32 @@ class VLLMEngine:
                 await self._llm.do_log_stats()
                 elapsed_s = 0.0
 
+    async def load_adapter(self, adapter: Adapter) -> None:
+        from vllm.lora.request import LoRARequest
+
+        # Name and path are in the prefix cache's key, and a path is one version's: no other meets its blocks.
+        request = LoRARequest(adapter.name, next(self._lora_ids), adapter.path)
+        try:
+            loaded = await self._llm.add_lora(request)
+        except self._dead as error:
+            raise EngineUnavailable("the engine died") from error
+        except Exception as error:
+            raise AdapterRefused(f"vLLM refused it: {str(error)[:300]}") from error
+        if not loaded:
+            raise AdapterRefused("vLLM did not load it")
+        self._loras[adapter.version] = request
+        await self._show_adapters()
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        request = self._loras.pop(adapter.version)
+        await self._llm.remove_lora(request.lora_int_id)  # a request in flight loads it again, from the same files
+        await self._show_adapters()
+
+    async def _show_adapters(self) -> None:
+        """/v1 has the adapters as models, by their names."""
+        if self._inference is not None:
+            inference.set_adapters(await self._inference, self._loras.values())
+
     async def inference(self) -> ASGIApp:
         if self._inference is None or (self._inference.done() and self._inference.exception()):
             building = inference.build(
@@ -193,7 +226,12 @@ class VLLMEngine:
                 media_hosts=self._front_end.media_hosts,
             )
             self._inference = asyncio.create_task(building)
+            self._inference.add_done_callback(self._built)
         return await asyncio.shield(self._inference)
+
+    def _built(self, building: "asyncio.Task[ASGIApp]") -> None:
+        if not building.cancelled() and not building.exception():
+            inference.set_adapters(building.result(), self._loras.values())
 
     async def close(self) -> None:
         await self._grammar.close()
@@ -214,7 +252,7 @@ class VLLMEngine:
         spec: dict[str, Any] = {constraint.kind: constraint.spec}
         return self._structured(**spec)
 
-    async def _score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+    async def _score(self, prompt_token_ids: list[int], candidates: Sequence[int], adapter: Adapter | None) -> Scores:
         params = self._params(
             temperature=0.0,
             max_tokens=1,
@@ -224,17 +262,20 @@ class VLLMEngine:
             output_kind=self._final,
             skip_clone=True,
         )
-        output = await self._run(prompt_token_ids, params)
+        output = await self._run(prompt_token_ids, params, adapter)
         found = output.outputs[0].logprobs
         by_token = dict(zip(found.token_ids, found.logprobs, strict=True))
         return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
 
-    async def _run(self, prompt_token_ids: list[int], params: Any, on_text: OnText | None = None) -> Any:
+    async def _run(
+        self, prompt_token_ids: list[int], params: Any, adapter: Adapter | None, on_text: OnText | None = None
+    ) -> Any:
         """The request's final output. Cancellation aborts the request in the engine."""
         prompt = self._tokens_input(prompt_token_ids)
         num_heard = 0
+        lora = adapter and self._loras[adapter.version]
         try:
-            async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)))) as outputs:
+            async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)), lora_request=lora)) as outputs:
                 async for output in outputs:
                     if on_text and len(text := output.outputs[0].text) > num_heard:
                         on_text(text[num_heard:])
@@ -301,8 +342,25 @@ def _info(llm: Any, model: str, name: str) -> EngineInfo:
         min_p=defaults.get("min_p", 0.0),
         max_tokens=defaults.get("max_tokens", Sampling().max_tokens),
     )
+    lora = llm.vllm_config.lora_config
     version = _weights_version(Path(model)) or getattr(llm.model_config.hf_config, "_commit_hash", None) or "unknown"
-    return EngineInfo(name, version[:12], llm.model_config.max_model_len, sampling, think_tags=_think_tags(llm))
+    return EngineInfo(
+        model=name,
+        version=version[:12],
+        max_model_len=llm.model_config.max_model_len,
+        default_sampling=sampling,
+        think_tags=_think_tags(llm),
+        weight_shapes=base_shapes(_model_folder(model)) if lora else None,
+        max_lora_rank=lora.max_lora_rank if lora else 0,
+    )
+
+
+def _model_folder(model: str) -> Path:
+    """Where the weights lie: the folder itself, or the hub's copy of them, which the engine has just read."""
+    if Path(model).is_dir():
+        return Path(model)
+    hub: Any = importlib.import_module("huggingface_hub")  # untyped in parts
+    return Path(hub.snapshot_download(model, local_files_only=True, allow_patterns=["*.safetensors"]))
 
 
 def _think_tags(llm: Any) -> tuple[str, str] | None:

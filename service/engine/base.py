@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from starlette.types import ASGIApp
 
+from service.engine.adapters import Shapes
 from service.trajectory import Sampling
 
 OnText = Callable[[str], None]
@@ -35,6 +36,10 @@ class EngineInfo:
     version: str
     max_model_len: int
     default_sampling: Sampling
+    weight_shapes: Shapes | None = None
+    """The base model's, where they can be told: what an adapter must fit."""
+    max_lora_rank: int = 0
+    """0 where the engine takes no adapters."""
     generates: bool = True
     """False for a model that embeds or classifies: it serves /v1 and no episodes."""
     think_tags: tuple[str, str] | None = None
@@ -58,6 +63,16 @@ class Scores:
 
     logprobs: tuple[float, ...]
     cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter in a folder that does not change; `version` names its weights and the base model's."""
+
+    name: str
+    version: str
+    path: str
+    rank: int
 
 
 class Tokenizer(Protocol):
@@ -102,12 +117,16 @@ class Engine(Protocol):
         sampling: Sampling,
         constraint: Constraint | None,
         *,
+        adapter: Adapter | None = None,
         on_text: OnText | None = None,
     ) -> Completion:
-        """Draws a completion; `on_text` hears its text as it comes. Raises EngineUnavailable."""
+        """Draws a completion, under an adapter if one is given; `on_text` hears its text as it comes. Raises
+        EngineUnavailable."""
         ...
 
-    async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+    async def score(
+        self, prompt_token_ids: list[int], candidates: Sequence[int], *, adapter: Adapter | None = None
+    ) -> Scores:
         """Scores each candidate as the next token, in one forward pass. Raises EngineUnavailable."""
         ...
 
@@ -121,6 +140,14 @@ class Engine(Protocol):
 
     async def watch(self) -> None:
         """Returns when the engine has died; flushes its statistics meanwhile."""
+        ...
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Acts may be under it from now on. Raises AdapterRefused."""
+        ...
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """Frees what it takes; calls in flight under it end as they began."""
         ...
 
     async def inference(self) -> ASGIApp | None:

@@ -1,7 +1,7 @@
 """Owns OpenAI-compatible inference: vLLM's own serving classes over the engine that the episodes use."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -52,6 +52,12 @@ async def build(llm: Any, *, model: str, name: str, options: dict[str, Any], med
 
     await init_app_state(llm, app.state, app.state.args, tasks)
     return app
+
+
+def set_adapters(app: Any, requests: Iterable[Any]) -> None:
+    """The LoRA requests that callers may name as models."""
+    models = app.state.openai_serving_models
+    models.lora_requests = {request.lora_name: request for request in requests}
 
 
 def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: Sequence[str]) -> Any:

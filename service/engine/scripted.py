@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from service.engine.base import (
+    Adapter,
     Completion,
     Constraint,
     ConstraintRefused,
@@ -34,6 +35,7 @@ class ScriptedEngine:
         self.info = EngineInfo("scripted", "scripted-1", max_model_len, Sampling(temperature=0.0, max_tokens=64))
         self.healthy = True
         self.prompts: list[list[int]] = []
+        self.adapters: list[Adapter] = []
         self.num_aborted = 0
         self._reply = reply
         self._latency_s = latency_s
@@ -54,6 +56,7 @@ class ScriptedEngine:
         sampling: Sampling,
         constraint: Constraint | None,
         *,
+        adapter: Adapter | None = None,
         on_text: OnText | None = None,
     ) -> Completion:
         await self._call(prompt_token_ids)
@@ -73,9 +76,11 @@ class ScriptedEngine:
         eos = self.tokenizer.eos_token_id
         return self._completion(ids if eos is None else [*ids, eos], text, "stop")
 
-    async def score(self, prompt_token_ids: list[int], candidates: Sequence[int]) -> Scores:
+    async def score(
+        self, prompt_token_ids: list[int], candidates: Sequence[int], *, adapter: Adapter | None = None
+    ) -> Scores:
         await self._call(prompt_token_ids)
-        base = sum(prompt_token_ids[-8:])
+        base = sum(prompt_token_ids[-8:]) + (int(adapter.version[:6], 16) if adapter else 0)
         weights = [1.0 + (base * 31 + candidate * 17) % 97 for candidate in candidates]
         total = sum(weights)
         return Scores(tuple(math.log(weight / total) for weight in weights), 0)
@@ -89,6 +94,12 @@ class ScriptedEngine:
 
     async def watch(self) -> None:
         await self._died.wait()
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        self.adapters.append(adapter)
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        self.adapters.remove(adapter)
 
     async def inference(self) -> None:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, Status, Step
+from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, PolicyRecord, Status, Step
 
 
 class StepTaken(Exception):
@@ -99,6 +99,16 @@ class Store(Protocol):
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         """The episode's ratings, oldest first."""
+        ...
+
+    async def put_policy(self, policy: PolicyRecord) -> None:
+        """Keeps which adapter goes by this name."""
+        ...
+
+    async def delete_policy(self, name: str) -> None: ...
+
+    async def policies(self) -> list[PolicyRecord]:
+        """The adapters that are kept, by name."""
         ...
 
     async def num_active(self) -> int:

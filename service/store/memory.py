@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from service.store.base import EVERY, Commit, EpisodeExists, Filter, ParentGone, StepTaken
-from service.trajectory import EpisodeRecord, Feedback, Step
+from service.trajectory import EpisodeRecord, Feedback, PolicyRecord, Step
 
 
 class MemoryStore:
@@ -14,6 +14,7 @@ class MemoryStore:
         self._episodes: dict[str, EpisodeRecord] = {}
         self._steps: dict[str, list[Step]] = {}
         self._feedback: dict[str, list[Feedback]] = {}
+        self._policies: dict[str, PolicyRecord] = {}
 
     async def open(self) -> None:
         pass
@@ -76,6 +77,15 @@ class MemoryStore:
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         return list(self._feedback.get(episode_id, ()))
+
+    async def put_policy(self, policy: PolicyRecord) -> None:
+        self._policies[policy.name] = policy
+
+    async def delete_policy(self, name: str) -> None:
+        self._policies.pop(name, None)
+
+    async def policies(self) -> list[PolicyRecord]:
+        return [self._policies[name] for name in sorted(self._policies)]
 
     async def num_active(self) -> int:
         return sum(record.head.status == "active" for record in self._episodes.values())

@@ -99,6 +99,16 @@ steps = Table(
     Column("dropped_to", Integer, nullable=False, server_default="0"),
 )
 
+policies = Table(
+    "policies",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("digest", String(64), nullable=False),
+    Column("version", String(64), nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("loaded_at", Float(53), nullable=False),
+)
+
 _MESSAGE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Message)}
 
 

@@ -47,6 +47,7 @@ from service.store.schema import (
     episodes,
     feedback_value,
     head_row,
+    policies,
     ratings,
     step_row,
     step_value,
@@ -54,7 +55,7 @@ from service.store.schema import (
     tag_rows,
     tags,
 )
-from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, Step
+from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, PolicyRecord, Step
 
 _T = TypeVar("_T")
 
@@ -199,6 +200,25 @@ class SQLStore:
 
         def read(connection: Connection) -> list[Feedback]:
             return [feedback_value(row) for row in connection.execute(query).mappings()]
+
+        return await self._in_transaction(self._readers, read)
+
+    async def put_policy(self, policy: PolicyRecord) -> None:
+        def write(connection: Connection) -> None:
+            connection.execute(delete(policies).where(policies.c.name == policy.name))
+            connection.execute(insert(policies), dataclasses.asdict(policy))
+
+        await self._in_transaction(self._writers, write)
+
+    async def delete_policy(self, name: str) -> None:
+        gone = delete(policies).where(policies.c.name == name)
+        await self._in_transaction(self._writers, lambda connection: connection.execute(gone))
+
+    async def policies(self) -> list[PolicyRecord]:
+        query = select(policies).order_by(policies.c.name)
+
+        def read(connection: Connection) -> list[PolicyRecord]:
+            return [PolicyRecord(**row) for row in connection.execute(query).mappings()]
 
         return await self._in_transaction(self._readers, read)
 

@@ -1,4 +1,4 @@
-"""What stands around an episode: labels to filter by, forks, expiry, thoughts that are not kept, feedback.
+"""What stands around an episode: labels to filter by, forks, expiry, thoughts that are not kept, feedback, adapters.
 
 Revision ID: 0002
 """
@@ -51,11 +51,19 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Float(53), nullable=False),
     )
     op.create_index("ix_feedback_episode", "feedback", ["episode_id"])
+    op.create_table(
+        "policies",
+        sa.Column("name", sa.String(64), primary_key=True),
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("version", sa.String(64), nullable=False),
+        sa.Column("rank", sa.Integer, nullable=False),
+        sa.Column("loaded_at", sa.Float(53), nullable=False),
+    )
     _label()
 
 
 def downgrade() -> None:
-    for table in ("feedback", "ancestors", "episode_tags"):
+    for table in ("policies", "feedback", "ancestors", "episode_tags"):
         op.drop_table(table)
     op.drop_index("ix_episodes_expires", "episodes")
     op.drop_index("ix_episodes_group", "episodes")

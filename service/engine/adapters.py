@@ -1,0 +1,145 @@
+"""Owns the check of a LoRA adapter before the engine sees it: the engine does not survive every wrong one."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+_PREFIX = "base_model.model."
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The base model's weights: (out, in) of each linear layer, by name."""
+
+
+class AdapterRefused(Exception):
+    """The adapter cannot be loaded; the message says why and names no file but the adapter's own."""
+
+
+class _Config(BaseModel):
+    """What counts of PEFT's LoraConfig."""
+
+    peft_type: Literal["LORA"]
+    r: int = Field(gt=0, strict=True)
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, strict=True)]] = {}
+    use_dora: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """A checked adapter where it stays: a folder named by the digest of its files, which nobody changes."""
+
+    folder: Path
+    digest: str
+    rank: int
+
+
+def adopt(source: Path, kept: Path, *, base: Shapes | None, max_rank: int) -> AdapterFiles:
+    """Copies the adapter in `source` into a folder of its own in `kept` and checks the copy. Raises AdapterRefused.
+
+    `base` None leaves its shapes unchecked.
+    """
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept, prefix=".adopting-") as scratch:
+        copy = Path(scratch)
+        for name in (_CONFIG, _WEIGHTS):
+            file = (source / name).resolve()
+            if not file.is_file() or not file.is_relative_to(source.resolve()):
+                raise AdapterRefused(f"the adapter has no {name}")
+            shutil.copyfile(file, copy / name)
+        rank = _check(copy, base, max_rank)
+        digest = hashlib.sha256(b"".join(_digest(copy / name) for name in (_CONFIG, _WEIGHTS))).hexdigest()
+        folder = kept / digest
+        if not folder.is_dir():
+            complete = copy / "complete"
+            complete.mkdir()
+            for name in (_CONFIG, _WEIGHTS):
+                os.replace(copy / name, complete / name)
+            os.replace(complete, folder)
+    return AdapterFiles(folder, digest, rank)
+
+
+def base_shapes(folder: Path) -> Shapes | None:
+    """The shapes of a model's weights, from the headers of its safetensors files; None if it has none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shapes.update(_read_shapes(path))
+    return shapes or None
+
+
+def _check(folder: Path, base: Shapes | None, max_rank: int) -> int:
+    config = _config(folder / _CONFIG)
+    if config.use_dora or config.modules_to_save or config.bias != "none":
+        raise AdapterRefused("only plain LoRA adapters can be loaded: no DoRA, no biases, no modules_to_save")
+    ranks = {config.r, *config.rank_pattern.values()}
+    if max(ranks) > max_rank:
+        raise AdapterRefused(f"its rank is {max(ranks)}; at most {max_rank} is served (max_lora_rank)")
+    shapes = _shapes(folder / _WEIGHTS)
+    for module, halves in _modules(shapes).items():
+        if set(halves) != {"lora_A", "lora_B"}:
+            raise AdapterRefused(f"{module} has one half of a LoRA pair")
+        (rank_a, num_in), (num_out, rank_b) = halves["lora_A"], halves["lora_B"]
+        if rank_a != rank_b or rank_a not in ranks:
+            raise AdapterRefused(f"{module} has rank {rank_a}, not that of {_CONFIG}")
+        if base is None:
+            continue
+        weight = base.get(f"{module}.weight")
+        if weight is None:
+            raise AdapterRefused(f"the base model has no {module}: the adapter is another model's")
+        if weight != (num_out, num_in):
+            raise AdapterRefused(f"{module} is {weight} in the base model, {(num_out, num_in)} in the adapter")
+    return max(ranks)
+
+
+def _config(path: Path) -> _Config:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AdapterRefused(f"{_CONFIG} is too large")
+    try:
+        return _Config.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise AdapterRefused(f"{_CONFIG}: {where}: {first['msg']}") from error
+
+
+def _shapes(path: Path) -> Shapes:
+    from safetensors import SafetensorError
+
+    try:
+        return _read_shapes(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterRefused(f"{_WEIGHTS} cannot be read: {str(error)[:200]}") from error
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    opened: Any = safe_open(path, framework="np")
+    with opened as weights:
+        return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+
+def _modules(shapes: Shapes) -> dict[str, dict[str, tuple[int, int]]]:
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        module, _, half = name.removesuffix(".weight").rpartition(".")
+        if not name.startswith(_PREFIX) or half not in ("lora_A", "lora_B") or len(shape) != 2:
+            raise AdapterRefused(f"{name[:200]} is not a part of a LoRA pair")
+        found.setdefault(module.removeprefix(_PREFIX), {})[half] = (shape[0], shape[1])
+    if not found:
+        raise AdapterRefused("the adapter is empty")
+    return found
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

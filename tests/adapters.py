@@ -1,0 +1,39 @@
+"""Makes LoRA adapters for the packaged policy: random, so that each acts otherwise."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from tests.conftest import POLICY
+
+
+def make_adapter(
+    folder: Path,
+    seed: int,
+    *,
+    rank: int = 4,
+    num_in: int | None = None,
+    modules: Any = ("q_proj", "v_proj"),
+    **config: Any,
+) -> Path:
+    """PEFT's two files in `folder`; `num_in` other than the policy's width makes it another model's."""
+    model = json.loads((POLICY / "config.json").read_text())
+    width, heads = model["hidden_size"], model["num_attention_heads"]
+    head_dim = model.get("head_dim") or width // heads
+    outs = {"q_proj": heads * head_dim, "v_proj": model["num_key_value_heads"] * head_dim}
+    random = np.random.default_rng(seed)
+    tensors: dict[str, Any] = {}
+    for layer in range(model["num_hidden_layers"]):
+        for module in modules:
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = random.normal(size=(rank, num_in or width)).astype(np.float32)
+            shape = (outs.get(module, width), rank)
+            tensors[f"{name}.lora_B.weight"] = random.normal(size=shape).astype(np.float32) * 0.3
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(modules), "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder

@@ -1,0 +1,73 @@
+"""LoRA adapters on the real engine: chosen, replaced without a stale prefix, refused without harm, kept over a kill."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.adapters import make_adapter
+from tests.e2e.server import Server
+from tests.e2e.test_episodes import acted, opened
+
+DISCRETE = {"type": "discrete", "actions": ["left", "down", "right", "up"]}
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("lora")
+    for seed, name in enumerate(("one", "two"), start=1):
+        make_adapter(folder / "in" / name, seed)
+    make_adapter(folder / "in" / "high", 1, rank=64)
+    make_adapter(folder / "in" / "other-model", 1, num_in=48)
+    started = Server(folder, adapters=str(folder / "in")).start()
+    yield started
+    if started.process is not None and started.process.poll() is None:
+        started.kill()
+
+
+def probs(http: httpx.Client, policy: str) -> dict[str, float]:
+    """The distribution after a prompt of several blocks that every caller shares."""
+    episode = opened(
+        http, policy=policy, action_space=DISCRETE, instructions="Walk on. " * 40, sampling={"temperature": 0}
+    )
+    acted(http, episode, "row 0, column 0", step=0)
+    return acted(http, episode, "row 1, column 0", step=1)["action_probs"]
+
+
+def near(one: dict[str, float], other: dict[str, float]) -> bool:
+    return all(abs(one[name] - other[name]) < 1e-2 for name in one)
+
+
+def load(http: httpx.Client, path: str) -> Any:
+    return http.put("/policy/walker", json={"path": path})
+
+
+def test_adapters_act_and_a_replaced_one_meets_no_stale_prefix(lora: Server) -> None:
+    with httpx.Client(base_url=lora.url, timeout=120) as http:
+        base = probs(http, "toy-text")
+        versions = [load(http, "one").json()["policy_version"]]
+        first = probs(http, "walker")
+        versions.append(load(http, "two").json()["policy_version"])
+        second = probs(http, "walker")
+        assert not near(base, first)
+        assert not near(first, second)
+        assert near(base, probs(http, "toy-text")), "the base model is as it was"
+        versions.append(load(http, "one").json()["policy_version"])
+        assert near(first, probs(http, "walker"))
+        assert versions[0] == versions[2] != versions[1]
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["toy-text", "walker"]
+
+        for path in ("high", "other-model", "none", "../.."):
+            refused = load(http, path)
+            assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request"), path
+        assert near(first, probs(http, "walker")), "the engine lives on"
+        episode = opened(http, policy="walker", action_space=DISCRETE)
+        acted(http, episode, "row 0", step=0)
+    lora.kill()
+    lora.start()
+    with httpx.Client(base_url=lora.url, timeout=120) as http:
+        assert acted(http, episode, "row 1", step=1)["policy_version"] == versions[0]
+        assert near(first, probs(http, "walker"))
+        assert http.delete("/policy/walker").status_code == 204
+        assert near(base, probs(http, "toy-text"))

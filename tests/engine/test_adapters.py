@@ -1,0 +1,86 @@
+"""Which adapters are refused before the engine sees them, and where the others stay."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from service.engine.adapters import AdapterRefused, adopt, base_shapes
+from tests.adapters import make_adapter
+from tests.conftest import POLICY
+
+
+def take(folder: Path, tmp_path: Path):
+    return adopt(folder, tmp_path / "kept", base=base_shapes(POLICY), max_rank=8)
+
+
+def test_a_good_one_stays_under_its_digest(tmp_path: Path):
+    first = take(make_adapter(tmp_path / "a", 1), tmp_path)
+    again = take(make_adapter(tmp_path / "b", 1), tmp_path)
+    other = take(make_adapter(tmp_path / "c", 2), tmp_path)
+    assert first == again
+    assert first.folder.name == first.digest != other.digest
+    assert sorted(path.name for path in first.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert len(list((tmp_path / "kept").iterdir())) == 2, "nothing is left of the copying"
+    make_adapter(tmp_path / "a", 3)
+    assert take(tmp_path / "b", tmp_path) == first, "the copy does not change with its source"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (
+            lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+            "has no adapter_model.safetensors",
+        ),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json"),
+        (lambda f: (f / "adapter_config.json").write_text(" " * (2 << 20)), "too large"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 64), "cannot be read"),
+        (
+            lambda f: (f / "adapter_model.safetensors").write_bytes(
+                (f / "adapter_model.safetensors").read_bytes()[:-9]
+            ),
+            "cannot be read",
+        ),
+        (lambda f: make_adapter(f, 1, rank=16), "rank is 16; at most 8"),
+        (lambda f: make_adapter(f, 1, r=6), "rank 4"),
+        (lambda f: make_adapter(f, 1, r=-1), "r: "),
+        (lambda f: make_adapter(f, 1, r=True), "r: "),
+        (lambda f: make_adapter(f, 1, rank_pattern={"q_proj": 99}), "rank is 99"),
+        (lambda f: make_adapter(f, 1, peft_type="LOHA"), "peft_type"),
+        (lambda f: make_adapter(f, 1, use_dora=True), "DoRA"),
+        (lambda f: make_adapter(f, 1, modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda f: make_adapter(f, 1, num_in=48), "in the base model"),
+        (lambda f: make_adapter(f, 1, modules=("c_attn",)), "another model's"),
+        (lambda f: make_adapter(f, 1, modules=()), "empty"),
+    ],
+)
+def test_a_bad_one_is_refused_and_leaves_nothing(tmp_path: Path, spoil, words: str):
+    folder = make_adapter(tmp_path / "a", 1)
+    spoil(folder)
+    with pytest.raises(AdapterRefused, match=words):
+        take(folder, tmp_path)
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_half_a_pair_is_refused(tmp_path: Path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_adapter(tmp_path / "a", 1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterRefused, match="one half"):
+        take(folder, tmp_path)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path):
+    secret = tmp_path / "secret.json"
+    secret.write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    folder = make_adapter(tmp_path / "a", 1)
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").symlink_to(secret)
+    with pytest.raises(AdapterRefused, match=r"has no adapter_config\.json"):
+        take(folder, tmp_path)
