@@ -1,4 +1,4 @@
-"""The command line: serve, rollout, migrate, settings."""
+"""The command line: serve, rollout, episodes, export, migrate, settings."""
 
 import asyncio
 import contextlib
@@ -15,12 +15,15 @@ from pydantic import ValidationError
 from service import logs
 from service.api.profiles import ProfileError
 from service.app import create_app
+from service.commands import episodes_command, export_command
 from service.rollout import rollout_command
 from service.settings import Settings
 from service.store.sql import SQLStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A stateful agent service over vLLM.")
 app.command("rollout")(rollout_command)
+app.command("episodes")(episodes_command)
+app.command("export")(export_command)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from service import logs, metrics
 from service.api import acts, episodes, export, inference, openapi, operations, policies, problems, profiles
@@ -42,7 +43,12 @@ def create_app(
             stack.push_async_callback(_stop, supervisor)
             yield
 
-    app = FastAPI(title="Episodic", summary="A stateful agent service.", lifespan=lifespan)
+    app = FastAPI(
+        title="Episodic",
+        summary="A stateful agent service.",
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+    )
     app.state.settings = settings
     app.state.sessions = sessions
     app.state.profiles = profiles.Profiles(settings.profiles)
@@ -52,6 +58,10 @@ def create_app(
     openapi.install(app)
     app.add_middleware(RequestContext)
     return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return f"{route.tags[0]}_{route.name}" if route.tags else route.name
 
 
 async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessions, on_fatal: OnFatal) -> None:

@@ -39,6 +39,17 @@ EpisodeIdPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
 _Label = Annotated[str | None, Query(max_length=256)]
 
 
+_ID = "$response.body#/episode_id"
+_LINKS = {
+    "act": {"operationId": "acts_act", "requestBody": {"episode_id": _ID}},
+    **{
+        name: {"operationId": f"episodes_{name}", "parameters": {"episode_id": _ID}}
+        for name in ("read", "trajectory", "record", "fork", "feedback", "end", "delete")
+    },
+}
+"""What can be done with an episode that was opened, as OpenAPI tells it."""
+
+
 def _filter(
     status: Literal["active", "ended"] | None = None,
     tag: _Label = None,
@@ -56,7 +67,7 @@ FilterQuery = Annotated[Filter, Depends(_filter)]
     "",
     status_code=201,
     response_model=Episode,
-    responses={200: {"model": Episode, "description": "The episode exists with the same body."}}
+    responses={200: {"model": Episode, "description": "The episode exists with the same body."}, 201: {"links": _LINKS}}
     | problems.documented(400, 409, 410, 413, 422, 503),
     openapi_extra={"requestBody": request_body(EpisodeRequest)},
 )

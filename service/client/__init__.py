@@ -28,13 +28,17 @@ from service.client.models import (
     Act,
     EpisodePage,
     EpisodeResource,
+    Feedback,
     Parent,
     ParseFailure,
+    Policy,
+    Profile,
     Timing,
     TrajectoryFormat,
     Usage,
 )
 from service.client.retries import Retry
+from service.client.streams import Delta, Event
 
 __all__ = [
     "DEFAULT_URL",
@@ -46,15 +50,20 @@ __all__ = [
     "ConnectionFailed",
     "ContextOverflow",
     "DeadlineExceeded",
+    "Delta",
     "Episode",
     "EpisodeEnded",
     "EpisodeNotFound",
     "EpisodePage",
     "EpisodeResource",
     "EpisodicError",
+    "Event",
+    "Feedback",
     "InvalidResponse",
     "Parent",
     "ParseFailure",
+    "Policy",
+    "Profile",
     "Retry",
     "StepConflict",
     "Timing",

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypedDict, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import httpx
 
-from service.client.errors import ConnectionFailed, InvalidResponse, problem
-from service.client.models import Act, EpisodePage, EpisodeResource, TrajectoryFormat
+from service.client.errors import ApiError, ConnectionFailed, InvalidResponse, problem, problem_of
+from service.client.models import (
+    Act,
+    EpisodePage,
+    EpisodeResource,
+    Feedback,
+    Policy,
+    Profile,
+    TrajectoryFormat,
+)
 from service.client.retries import Outcome
 
 T = TypeVar("T")
@@ -30,11 +38,14 @@ class EpisodeFields(TypedDict, total=False):
 
     instructions: str
     goal: str
+    profile: str
     action_space: JsonObject
     sampling: JsonObject
+    reasoning: JsonObject
     context: JsonObject
     policy: str
     max_steps: int
+    idle_ttl_s: float
     tags: Sequence[str]
     metadata: JsonObject
     group: str
@@ -57,10 +68,25 @@ class ActFields(EndFields, total=False):
     timeout_s: float | None
 
 
-class Filters(TypedDict, total=False):
-    """Which episodes to list."""
+class RecordFields(EndFields, total=False):
+    """What goes with an observation and somebody else's action."""
+
+    legal_actions: Sequence[Any] | None
+
+
+class Labels(TypedDict, total=False):
+    """Which episodes: those that have every one of these."""
 
     status: Literal["active", "ended"]
+    tag: str
+    group: str
+    policy: str
+    profile: str
+
+
+class Filters(Labels, total=False):
+    """Which episodes to list, how many, and from where on."""
+
     limit: int
     cursor: str
 
@@ -75,6 +101,7 @@ class Call(Generic[T]):
     episode_id: str | None = None
     body: bytes | None = None
     timeout_s: float | None = None
+    accept: str | None = None
     accepted_status: int | None = None
     """A status from 400 up that is as good as a success."""
 
@@ -83,6 +110,8 @@ class Call(Generic[T]):
         headers: dict[str, str] = {}
         if self.episode_id is not None:
             headers["X-Episode-Id"] = self.episode_id
+        if self.accept is not None:
+            headers["Accept"] = self.accept
         if self.body is not None:
             headers["Content-Type"] = "application/json"
         timeout = httpx.USE_CLIENT_DEFAULT if self.timeout_s is None else self.timeout_s
@@ -111,8 +140,52 @@ def get_episode(episode_id: str) -> Call[EpisodeResource]:
 
 
 def list_episodes(filters: Filters) -> Call[EpisodePage]:
-    query = urlencode({name: value for name, value in filters.items() if value is not None})
-    return Call("GET", f"/episode?{query}" if query else "/episode", _page)
+    return Call("GET", f"/episode{_query(filters)}", _page)
+
+
+def stream_act(episode_id: str, step: int, observation: Observation | None, fields: ActFields) -> Call[Act]:
+    return replace(act(episode_id, step, observation, fields), accept="text/event-stream")
+
+
+def batch(acts: Sequence[tuple[str, int, Observation | None, ActFields]]) -> Call[list[Act | ApiError]]:
+    items = [_given({"episode_id": name, "step": step, "observation": o, **f}) for name, step, o, f in acts]
+    return Call("POST", "/act/batch", _results, body=encode({"acts": items}))
+
+
+def record(episode_id: str, step: int, observation: Observation, action: Any, fields: RecordFields) -> Call[Act]:
+    body = _ENCODER.encode({**_given(fields), "step": step, "observation": observation, "action": action}).encode()
+    return Call("POST", f"{_path(episode_id)}/action", _act, episode_id, body)
+
+
+def fork(
+    episode_id: str, episode_ids: Sequence[str], at_step: int | None, group: str | None
+) -> Call[tuple[EpisodeResource, ...]]:
+    fields = {"at_step": at_step, "n": len(episode_ids), "episode_ids": episode_ids, "group": group}
+    return Call("POST", f"{_path(episode_id)}/fork", _episodes, episode_id, encode(fields))
+
+
+def feedback(episode_id: str, fields: JsonObject) -> Call[Feedback]:
+    return Call("POST", f"{_path(episode_id)}/feedback", _feedback, episode_id, encode(fields))
+
+
+def profiles() -> Call[list[Profile]]:
+    return Call("GET", "/profile", _profiles)
+
+
+def policies() -> Call[list[Policy]]:
+    return Call("GET", "/policy", _policies)
+
+
+def load_policy(name: str, path: str) -> Call[Policy]:
+    return Call("PUT", f"/policy/{quote(name, safe='')}", _policy, body=encode({"path": path}))
+
+
+def remove_policy(name: str) -> Call[None]:
+    return Call("DELETE", f"/policy/{quote(name, safe='')}", _nothing)
+
+
+def export(format: TrajectoryFormat, labels: Labels) -> Call[None]:
+    return Call("GET", f"/export{_query({'format': format, **labels})}", _nothing, accept="application/x-ndjson")
 
 
 def act(episode_id: str, step: int, observation: Observation | None, fields: ActFields) -> Call[Act]:
@@ -149,7 +222,16 @@ def check_episode_id(episode_id: str) -> None:
 
 def encode(fields: JsonObject) -> bytes:
     """JSON without the fields that are None. Raises ValueError for NaN and infinity, which JSON does not have."""
-    return _ENCODER.encode({name: value for name, value in fields.items() if value is not None}).encode()
+    return _ENCODER.encode(_given(fields)).encode()
+
+
+def _given(fields: JsonObject) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _query(fields: JsonObject) -> str:
+    given = _given(fields)
+    return f"?{urlencode(given)}" if given else ""
 
 
 def _plain(value: Any) -> Any:
@@ -173,6 +255,31 @@ def _act(response: httpx.Response) -> Act:
 
 def _episode(response: httpx.Response) -> EpisodeResource:
     return EpisodeResource.model_validate_json(response.content)
+
+
+def _episodes(response: httpx.Response) -> tuple[EpisodeResource, ...]:
+    return EpisodePage.model_validate_json(response.content).episodes
+
+
+def _feedback(response: httpx.Response) -> Feedback:
+    return Feedback.model_validate_json(response.content)
+
+
+def _profiles(response: httpx.Response) -> list[Profile]:
+    return [Profile.model_validate(item) for item in response.json()["profiles"]]
+
+
+def _policies(response: httpx.Response) -> list[Policy]:
+    return [Policy.model_validate(item) for item in response.json()["policies"]]
+
+
+def _policy(response: httpx.Response) -> Policy:
+    return Policy.model_validate_json(response.content)
+
+
+def _results(response: httpx.Response) -> list[Act | ApiError]:
+    items: list[dict[str, Any]] = response.json()["results"]
+    return [problem_of(item["status"], item, None) if "code" in item else Act.model_validate(item) for item in items]
 
 
 def _page(response: httpx.Response) -> EpisodePage:

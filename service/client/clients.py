@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 import time
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 
@@ -12,12 +15,33 @@ import httpx
 from uuid_utils import uuid7
 
 from service.client import calls
-from service.client.calls import ActFields, Call, EndFields, EpisodeFields, Filters, Observation
-from service.client.models import Act, EpisodePage, EpisodeResource, TrajectoryFormat
+from service.client.calls import (
+    ActFields,
+    Call,
+    EndFields,
+    EpisodeFields,
+    Filters,
+    Labels,
+    Observation,
+    RecordFields,
+)
+from service.client.errors import ApiError, ConnectionFailed
+from service.client.models import (
+    Act,
+    EpisodePage,
+    EpisodeResource,
+    Feedback,
+    Policy,
+    Profile,
+    TrajectoryFormat,
+)
 from service.client.retries import Attempts, Outcome, Retry
+from service.client.streams import Event, EventReader
 
 T = TypeVar("T")
 Owner = TypeVar("Owner")
+BatchItem = tuple[Owner, Observation | None, ActFields]
+"""An episode, what it observes, and further fields of the act."""
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -47,7 +71,8 @@ class _Episode(Generic[Owner]):
         self.done = resource.status == "ended"
         return resource
 
-    def _advance(self, act: Act) -> Act:
+    def advance(self, act: Act) -> Act:
+        """Takes over an act's answer: the next step is the one after it."""
         self.done = act.done
         self.step = act.step if act.done else act.step + 1
         return act
@@ -62,7 +87,28 @@ class Episode(_Episode["Client"]):
         The step index goes along, so a repeated request, by the retries here or by calling this again with the same
         arguments after ConnectionFailed, takes the step once. Raises ValueError for NaN or infinity anywhere.
         """
-        return self._advance(self._client.run(calls.act(self.id, self.step, observation, fields)))
+        return self.advance(self._client.run(calls.act(self.id, self.step, observation, fields)))
+
+    def stream(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Iterator[Event]:
+        """As `act`, with what the policy writes as it writes it; the act comes last. Leaving early aborts the act."""
+        for event in self._client.stream(calls.stream_act(self.id, self.step, observation, fields)):
+            yield self.advance(event) if isinstance(event, Act) else event
+
+    def record(self, action: Any, observation: Observation, **fields: Unpack[RecordFields]) -> Act:
+        """Records an action that a human or another policy chose for `observation`, as the step."""
+        return self.advance(self._client.run(calls.record(self.id, self.step, observation, action, fields)))
+
+    def fork(self, n: int = 1, *, at_step: int | None = None, group: str | None = None) -> list[Episode]:
+        """n episodes that share this one's history up to `at_step` (default: now) and go on from there."""
+        made = self._client.run(calls.fork(self.id, _new_ids(n), at_step, group))
+        return [Episode(self._client, resource) for resource in made]
+
+    def feedback(
+        self, rating: int, comment: str | None = None, *, rater: str | None = None, step: int | None = None
+    ) -> Feedback:
+        """A human's rating, 1 to 5, of a step or of the episode; a named rater's newer one replaces the older."""
+        said = {"rating": rating, "comment": comment, "rater": rater, "step": step}
+        return self._client.run(calls.feedback(self.id, said))
 
     def end(self, **fields: Unpack[EndFields]) -> EpisodeResource:
         return self._see(self._client.run(calls.end_episode(self.id, fields)))
@@ -83,7 +129,31 @@ class AsyncEpisode(_Episode["AsyncClient"]):
 
     async def act(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Act:
         """As `Episode.act`; a cancelled act is not committed unless its step already was."""
-        return self._advance(await self._client.run(calls.act(self.id, self.step, observation, fields)))
+        return self.advance(await self._client.run(calls.act(self.id, self.step, observation, fields)))
+
+    async def stream(
+        self, observation: Observation | None = None, **fields: Unpack[ActFields]
+    ) -> AsyncGenerator[Event]:
+        """As `Episode.stream`."""
+        async with aclosing(self._client.stream(calls.stream_act(self.id, self.step, observation, fields))) as events:
+            async for event in events:
+                yield self.advance(event) if isinstance(event, Act) else event
+
+    async def record(self, action: Any, observation: Observation, **fields: Unpack[RecordFields]) -> Act:
+        """As `Episode.record`."""
+        return self.advance(await self._client.run(calls.record(self.id, self.step, observation, action, fields)))
+
+    async def fork(self, n: int = 1, *, at_step: int | None = None, group: str | None = None) -> list[AsyncEpisode]:
+        """As `Episode.fork`."""
+        made = await self._client.run(calls.fork(self.id, _new_ids(n), at_step, group))
+        return [AsyncEpisode(self._client, resource) for resource in made]
+
+    async def feedback(
+        self, rating: int, comment: str | None = None, *, rater: str | None = None, step: int | None = None
+    ) -> Feedback:
+        """As `Episode.feedback`."""
+        said = {"rating": rating, "comment": comment, "rater": rater, "step": step}
+        return await self._client.run(calls.feedback(self.id, said))
 
     async def end(self, **fields: Unpack[EndFields]) -> EpisodeResource:
         return self._see(await self._client.run(calls.end_episode(self.id, fields)))
@@ -125,8 +195,51 @@ class Client:
         """Takes up an episode that exists, at its next step."""
         return Episode(self, self.run(calls.get_episode(episode_id)))
 
+    def act_batch(self, acts: Sequence[BatchItem[Episode]]) -> list[Act | ApiError]:
+        """Acts in distinct episodes at once: (episode, observation, further fields of an act) each. Answers in order;
+        an act that failed is the error it met, and its episode stays where it was."""
+        results = self.run(calls.batch([(e.id, e.step, observation, fields) for e, observation, fields in acts]))
+        return _advanced([item[0] for item in acts], results)
+
     def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         return self.run(calls.list_episodes(filters))
+
+    def episodes(self, **labels: Unpack[Labels]) -> Iterator[EpisodeResource]:
+        """Every episode with these labels, newest first, page by page."""
+        page = self.run(calls.list_episodes(Filters(**labels)))
+        while True:
+            yield from page.episodes
+            if page.next_cursor is None:
+                return
+            page = self.run(calls.list_episodes(Filters(**labels, cursor=page.next_cursor)))
+
+    def export(self, format: TrajectoryFormat = "steps", **labels: Unpack[Labels]) -> Iterator[dict[str, Any]]:
+        """Finished trajectories (or those of another status), newest first, one in memory at a time. An export that was
+        cut off raises ConnectionFailed."""
+        call = calls.export(format, labels)
+        try:
+            with self._http.stream("GET", call.path) as response:
+                if response.is_error:
+                    response.read()
+                    call.settle(response)
+                yield from (json.loads(line) for line in response.iter_lines())
+        except httpx.RequestError as error:
+            raise ConnectionFailed(f"the export was cut off: {error}") from error
+
+    def profiles(self) -> list[Profile]:
+        """The presets that an episode can name."""
+        return self.run(calls.profiles())
+
+    def policies(self) -> list[Policy]:
+        """The base model, then its adapters."""
+        return self.run(calls.policies())
+
+    def load_policy(self, name: str, path: str) -> Policy:
+        """Loads a LoRA adapter from a folder of the service's, or puts another in its place."""
+        return self.run(calls.load_policy(name, path))
+
+    def remove_policy(self, name: str) -> None:
+        self.run(calls.remove_policy(name))
 
     def wait_ready(self, timeout_s: float = 300.0) -> None:
         """Returns once an act would be served. Raises Unavailable or ConnectionFailed after `timeout_s` seconds."""
@@ -146,9 +259,33 @@ class Client:
                 return call.settle(outcome)
             time.sleep(wait_s)
 
-    def _send(self, request: httpx.Request) -> Outcome:
+    def stream(self, call: Call[Act]) -> Generator[Event]:
+        """Makes one call and reads its events; until the first of them comes, retries as `run` does."""
+        request, attempts = call.request(self._http), Attempts(self._retry)
+        while True:
+            outcome = self._send(request, stream=True)
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                break
+            if isinstance(outcome, httpx.Response):
+                outcome.read()
+            wait_s = attempts.wait_s(outcome)
+            if wait_s is None:
+                call.settle(outcome)
+                return
+            time.sleep(wait_s)
+        reader = EventReader()
         try:
-            return self._http.send(request)
+            for chunk in outcome.iter_bytes():
+                yield from reader.feed(chunk)
+        except httpx.RequestError as error:
+            raise ConnectionFailed(f"the stream was cut off: {error}") from error
+        finally:
+            outcome.close()
+        reader.end()
+
+    def _send(self, request: httpx.Request, *, stream: bool = False) -> Outcome:
+        try:
+            return self._http.send(request, stream=stream)
         except httpx.RequestError as error:
             return error
 
@@ -189,8 +326,51 @@ class AsyncClient:
     async def resume(self, episode_id: str) -> AsyncEpisode:
         return AsyncEpisode(self, await self.run(calls.get_episode(episode_id)))
 
+    async def act_batch(self, acts: Sequence[BatchItem[AsyncEpisode]]) -> list[Act | ApiError]:
+        """As `Client.act_batch`."""
+        results = await self.run(calls.batch([(e.id, e.step, observation, fields) for e, observation, fields in acts]))
+        return _advanced([item[0] for item in acts], results)
+
     async def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         return await self.run(calls.list_episodes(filters))
+
+    async def episodes(self, **labels: Unpack[Labels]) -> AsyncGenerator[EpisodeResource]:
+        """As `Client.episodes`."""
+        page = await self.run(calls.list_episodes(Filters(**labels)))
+        while True:
+            for episode in page.episodes:
+                yield episode
+            if page.next_cursor is None:
+                return
+            page = await self.run(calls.list_episodes(Filters(**labels, cursor=page.next_cursor)))
+
+    async def export(
+        self, format: TrajectoryFormat = "steps", **labels: Unpack[Labels]
+    ) -> AsyncGenerator[dict[str, Any]]:
+        """As `Client.export`."""
+        call = calls.export(format, labels)
+        try:
+            async with self._requests.stream("GET", call.path) as response:
+                if response.is_error:
+                    await response.aread()
+                    call.settle(response)
+                async for line in response.aiter_lines():
+                    yield json.loads(line)
+        except httpx.RequestError as error:
+            raise ConnectionFailed(f"the export was cut off: {error}") from error
+
+    async def profiles(self) -> list[Profile]:
+        return await self.run(calls.profiles())
+
+    async def policies(self) -> list[Policy]:
+        return await self.run(calls.policies())
+
+    async def load_policy(self, name: str, path: str) -> Policy:
+        """As `Client.load_policy`."""
+        return await self.run(calls.load_policy(name, path))
+
+    async def remove_policy(self, name: str) -> None:
+        await self.run(calls.remove_policy(name))
 
     async def wait_ready(self, timeout_s: float = 300.0) -> None:
         await self.run(calls.ready(), _until_ready(timeout_s))
@@ -206,6 +386,41 @@ class AsyncClient:
             wait_s = attempts.wait_s(outcome)
             if wait_s is None:
                 return call.settle(outcome)
+            await asyncio.sleep(wait_s)
+
+    async def stream(self, call: Call[Act]) -> AsyncGenerator[Event]:
+        """As `Client.stream`."""
+        http = self._idle.pop() if self._idle else self._open()
+        try:
+            outcome = await self._opened(http, call)
+            reader = EventReader()
+            try:
+                async for chunk in outcome.aiter_bytes():
+                    for event in reader.feed(chunk):
+                        yield event
+            except httpx.RequestError as error:
+                raise ConnectionFailed(f"the stream was cut off: {error}") from error
+            finally:
+                await outcome.aclose()
+            reader.end()
+        finally:
+            self._idle.append(http)
+
+    async def _opened(self, http: httpx.AsyncClient, call: Call[Act]) -> httpx.Response:
+        request, attempts = call.request(http), Attempts(self._retry)
+        while True:
+            outcome: Outcome
+            try:
+                outcome = await http.send(request, stream=True)
+                if outcome.is_success:
+                    return outcome
+                await outcome.aread()
+            except httpx.RequestError as error:
+                outcome = error
+            wait_s = attempts.wait_s(outcome)
+            if wait_s is None:
+                call.settle(outcome)
+                raise ConnectionFailed("the answer is neither a stream nor a problem")
             await asyncio.sleep(wait_s)
 
     async def _send(self, request: httpx.Request) -> Outcome:
@@ -233,6 +448,17 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _new_ids(n: int) -> list[str]:
+    return [str(uuid7()) for _ in range(n)]
+
+
+def _advanced(episodes: Sequence[_Episode[Any]], results: list[Act | ApiError]) -> list[Act | ApiError]:
+    for episode, result in zip(episodes, results, strict=True):
+        if isinstance(result, Act):
+            episode.advance(result)
+    return results
 
 
 def _http_options(base_url: str, api_key: str | None, timeout_s: float) -> _HttpOptions:

@@ -93,15 +93,18 @@ _STANDARD_FIELDS = frozenset({"type", "title", "status", "code", "detail", "requ
 
 def problem(response: httpx.Response) -> ApiError:
     """The error that a response of status 400 or more stands for, whoever sent it."""
-    fields = _fields(response)
-    status = response.status_code
+    return problem_of(response.status_code, _fields(response), response.headers.get("X-Request-ID"))
+
+
+def problem_of(status: int, fields: dict[str, Any], request_id: str | None) -> ApiError:
+    """The error that a problem document stands for."""
     code = str(fields.get("code") or fields.get("reason") or f"http_{status}")
     kind = _BY_CODE.get(code, Unavailable if status in _UNAVAILABLE_STATUS else ApiError)
     return kind(
         status,
         code,
         str(fields.get("detail") or ""),
-        fields.get("request_id") or response.headers.get("X-Request-ID"),
+        fields.get("request_id") or request_id,
         {name: value for name, value in fields.items() if name not in _STANDARD_FIELDS},
     )
 

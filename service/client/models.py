@@ -91,10 +91,43 @@ class EpisodeResource(Value):
     action_space: dict[str, Any] | None = None
     sampling: dict[str, Any] | None = None
     context: dict[str, Any] | None = None
+    profile: str | None = None
+    reasoning: dict[str, Any] | None = None
     max_steps: int | None = None
+    idle_ttl_s: float | None = None
     tags: tuple[str, ...] = ()
     metadata: dict[str, Any] | None = None
     group: str | None = None
+
+
+class Feedback(Value):
+    """A rating as the service keeps it."""
+
+    episode_id: str
+    step: int | None = None
+    rating: int
+    comment: str | None = None
+    rater: str | None = None
+    created_at: datetime | None = None
+
+
+class Profile(Value):
+    """A preset; `fields` are those of an episode."""
+
+    name: str
+    description: str = ""
+    fields: dict[str, Any]
+
+
+class Policy(Value):
+    """What acts: the base model, or an adapter of it."""
+
+    name: str
+    kind: str
+    policy_version: str
+    base: str | None = None
+    rank: int | None = None
+    loaded_at: datetime | None = None
 
 
 class EpisodePage(Value):

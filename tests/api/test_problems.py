@@ -413,7 +413,7 @@ async def test_errors_name_the_place(api: Served):
 class BrokenEngine(ScriptedEngine):
     """Fails in a way that nobody expected."""
 
-    async def score(self, prompt_token_ids: list[int], candidates: Any) -> Any:
+    async def score(self, *_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("/secret/path.py is broken")
 
 

@@ -1,0 +1,290 @@
+"""The client against the service itself: streams, batches, forks, other hands, feedback, lists, exports, policies."""
+
+import asyncio
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.client import (
+    Act,
+    ApiError,
+    AsyncClient,
+    Client,
+    ConnectionFailed,
+    Delta,
+    EpisodeNotFound,
+    Retry,
+    StepConflict,
+)
+from service.client.streams import EventReader
+from service.engine.scripted import ScriptedEngine
+from service.engine.tokenizer import HFTokenizer
+from tests.adapters import make_adapter
+from tests.serving import DISCRETE, Served, serve, until
+
+QUICK = Retry(max_retries=2, total_s=2.0, first_s=0.001, max_s=0.01)
+
+
+@pytest.fixture
+async def api(tmp_path: Path, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
+    def reply(prompt: str) -> str:
+        return "so far</think>" if prompt.endswith("<think>\n") else "go to the door"
+
+    engine = ScriptedEngine(tokenizer, reply=reply)
+    engine.info = dataclasses.replace(engine.info, max_lora_rank=8)
+    make_adapter(tmp_path / "adapters" / "one", 1)
+    async with serve(tmp_path, engine, adapters=tmp_path / "adapters") as served:
+        yield served
+
+
+async def blocking(api: Served, use: Callable[[Client], Any]) -> Any:
+    def call() -> Any:
+        with Client(api.url, retry=QUICK) as client:
+            return use(client)
+
+    return await asyncio.to_thread(call)
+
+
+async def test_a_blocking_callers_day(api: Served, tmp_path: Path):
+    def use(client: Client) -> None:
+        assert "assistant" in {profile.name for profile in client.profiles()}
+        episode = client.episode(profile="code", reasoning={"max_tokens": 16}, group="g", idle_ttl_s=60.0)
+        assert episode.resource.profile == "code"
+        *deltas, act = episode.stream("write")
+        assert isinstance(act, Act)
+        assert (act.text, act.reasoning) == ("go to the door", "so far")
+        assert "".join(d.text for d in deltas if isinstance(d, Delta) and d.kind == "text") == act.text
+        assert episode.step == 1
+        recorded = episode.record("by hand", "next")
+        assert (recorded.action, recorded.finish_reason, episode.step) == ("by hand", "recorded", 2)
+        assert episode.feedback(5, "good", rater="ann", step=1).rating == 5
+        forks = episode.fork(3, at_step=1)
+        assert [fork.step for fork in forks] == [1, 1, 1]
+        assert forks[0].resource.parent is not None
+        results = client.act_batch([(fork, f"way {n}", {"reward": 1.0}) for n, fork in enumerate(forks)])
+        assert [fork.step for fork in forks] == [2, 2, 2]
+        assert all(isinstance(result, Act) for result in results)
+        forks[0].step = 0
+        bad, good = client.act_batch([(forks[0], "other", {}), (forks[1], "on", {})])
+        assert isinstance(bad, ApiError)
+        assert isinstance(good, Act)
+        assert (forks[0].step, forks[1].step) == (0, 3)
+        assert {e.episode_id for e in client.episodes(group="g")} == {e.id for e in (episode, *forks)}
+        episode.end(terminated=True)
+        (exported,) = client.export("messages", group="g")
+        assert exported["episode"]["episode_id"] == episode.id
+        assert client.load_policy("walker", "one").kind == "adapter"
+        assert [policy.name for policy in client.policies()] == ["scripted", "walker"]
+        client.remove_policy("walker")
+        with pytest.raises(ApiError, match="policy_not_found"):
+            client.remove_policy("walker")
+
+    await blocking(api, use)
+
+
+async def test_an_asyncio_callers_day(api: Served):
+    async with AsyncClient(api.url, retry=QUICK) as client:
+        assert "assistant" in {profile.name for profile in await client.profiles()}
+        episode = await client.episode(profile="code", group="g")
+        events = [event async for event in episode.stream("write")]
+        assert isinstance(events[-1], Act)
+        assert (len(events), episode.step) == (5, 1)
+        assert (await episode.record("by hand", "next")).step == 1
+        assert (await episode.feedback(4)).rating == 4
+        forks = await episode.fork(2)
+        results = await client.act_batch([(fork, "on", {}) for fork in forks])
+        assert [result.step for result in results if isinstance(result, Act)] == [2, 2]
+        assert len([e async for e in client.episodes(group="g")]) == 3
+        await episode.end(truncated=True)
+        assert len([line async for line in client.export("tokens")]) == 1
+        assert (await client.load_policy("walker", "one")).rank == 4
+        assert len(await client.policies()) == 2
+        await client.remove_policy("walker")
+
+
+async def test_every_page_is_walked(api: Served):
+    for number in range(7):
+        await api.open(f"e{number}", tags=["t"])
+
+    def use(client: Client) -> list[str]:
+        page = client.list_episodes(limit=3, tag="t")
+        assert page.next_cursor is not None
+        return [episode.episode_id for episode in client.episodes(tag="t")]
+
+    assert await blocking(api, use) == [f"e{number}" for number in reversed(range(7))]
+
+
+async def test_a_stream_that_is_left_aborts_its_act(api: Served, monkeypatch: pytest.MonkeyPatch):
+    async def endless(*_: Any, on_text: Any, **__: Any) -> Any:
+        while True:
+            on_text("x")
+            await asyncio.sleep(0.005)
+
+    monkeypatch.setattr(api.engine, "generate", endless)
+    async with AsyncClient(api.url, retry=QUICK) as client:
+        episode = await client.episode(episode_id="e")
+        events = episode.stream("write")
+        assert await anext(events) == Delta("text", "x")
+        await events.aclose()
+        await until(lambda: api.app.state.sessions._live["e"].flight is None)
+        assert (episode.step, (await episode.refresh()).step) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_a_streams_problems_are_errors(api: Served, kind: str):
+    await api.open("e")
+
+    def use(client: Client) -> None:
+        episode = client.resume("e")
+        episode.step = 3
+        with pytest.raises(StepConflict):
+            list(episode.stream("x"))
+        client.resume("e").delete()
+        with pytest.raises(ApiError, match="episode_deleted"):
+            list(episode.stream("x"))
+
+    if kind == "sync":
+        await blocking(api, use)
+        return
+    async with AsyncClient(api.url, retry=QUICK) as client:
+        episode = await client.resume("e")
+        episode.step = 3
+        with pytest.raises(StepConflict):
+            [event async for event in episode.stream("x")]
+        with pytest.raises(EpisodeNotFound):
+            await client.resume("none")
+
+
+def _events(text: str, cut: int) -> list[Any]:
+    data, reader, found = text.encode(), EventReader(), []
+    for start in range(0, len(data), cut):
+        found += reader.feed(data[start : start + cut])
+    reader.end()
+    return found
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7, 1000])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_events_are_read_however_they_are_cut(cut: int, newline: str):
+    lines = [
+        ": hello",
+        "event: text",
+        'data: {"delta":',
+        'data: "ü\\n"}',
+        "",
+        "event:act",
+        'data:{"episode_id":"e","step":3}',
+        "",
+        "",
+    ]
+    delta, act = _events(newline.join(lines), cut)
+    assert delta == Delta("text", "ü\n")
+    assert (act.episode_id, act.step) == ("e", 3)
+
+
+def test_a_stream_without_its_act_is_a_lost_answer():
+    with pytest.raises(ConnectionFailed):
+        _events('event: text\ndata: {"delta": "a"}\n\n', 1000)
+
+
+async def test_an_export_that_is_cut_off_is_noticed(api: Served, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a", "b"):
+        await api.open(name)
+        await api.act(name, None, terminated=True)
+    store, steps = api.app.state.sessions.store, api.app.state.sessions.store.steps
+
+    async def broken(episode_id: str) -> Any:
+        if episode_id == "a":
+            raise RuntimeError("broken")
+        return await steps(episode_id)
+
+    monkeypatch.setattr(store, "steps", broken)
+
+    def use(client: Client) -> None:
+        with pytest.raises(ConnectionFailed):
+            list(client.export())
+
+    await blocking(api, use)
+
+
+# The command line
+
+
+async def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "service", *arguments]
+    return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
+
+
+async def test_the_commands_list_and_export(api: Served, tmp_path: Path):
+    for name in ("a", "b"):
+        await api.open(name, action_space=DISCRETE, tags=[name])
+        await api.act(name)
+    await api.act("a", None, terminated=True, reward=2.0)
+    listed = await run("episodes", "--url", api.url, "--json", "--tag", "b")
+    assert [json.loads(line)["episode_id"] for line in listed.stdout.splitlines()] == ["b"]
+    table = (await run("episodes", "--url", api.url, "--limit", "1")).stdout
+    assert "b" in table
+    assert "active" in table
+    file = tmp_path / "out.ndjson"
+    exported = await run("export", "--url", api.url, "--format", "tokens", "--output", str(file))
+    assert (exported.returncode, exported.stderr) == (0, "1 trajectories\n")
+    (line,) = file.read_text().splitlines()
+    assert json.loads(line) == await api.trajectory("a", "tokens")
+
+
+async def test_a_command_without_a_service_says_so(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    failed = await run("export", "--url", url, "--output", str(tmp_path / "out"))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("Error: ")
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+# Vectorised environments
+
+
+async def test_a_vector_environment_is_driven_by_batches(api: Served):
+    import gymnasium
+    from gymnasium.vector import AutoresetMode
+
+    from service.rollout.vector import play_vector
+
+    envs = gymnasium.make_vec(
+        "CliffWalking-v1",
+        num_envs=4,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": AutoresetMode.DISABLED},
+        max_episode_steps=9,
+    )
+    returns = await blocking(api, lambda client: list(play_vector(client, envs, num_episodes=6, temperature=1.0)))  # type: ignore[arg-type]
+    assert len(returns) >= 6
+    episodes = (await api.client.get("/episode?status=ended&limit=100")).json()["episodes"]
+    over = [episode for episode in episodes if episode["success"] is not None]
+    assert sorted(episode["episode_return"] for episode in over)[: len(returns)] == sorted(returns)
+    assert all(episode["step"] <= 9 for episode in episodes)
+    assert (await api.client.get("/episode?status=active")).json()["episodes"] == []
+
+
+def test_another_autoreset_mode_is_refused():
+    import gymnasium
+
+    from service.rollout.vector import play_vector
+
+    envs = gymnasium.make_vec("CliffWalking-v1", num_envs=2, vectorization_mode="sync")
+    with (
+        pytest.raises(ValueError, match="DISABLED"),
+        Client(transport=httpx.MockTransport(lambda _: httpx.Response(200))) as client,
+    ):
+        next(play_vector(client, envs, num_episodes=1))  # type: ignore[arg-type]
