@@ -7,7 +7,7 @@ import orjson
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from service.api.schemas import Ready, Version
 from service.store.base import StoreUnavailable
@@ -53,7 +53,7 @@ async def version(request: Request) -> Response:
     return _json({"version": importlib.metadata.version("episodic"), **policy})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics() -> Response:
     """Prometheus text: ours `agent_*`, the engine's `vllm:*`."""
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -66,7 +66,7 @@ def _begin(client: Client, text: TextDescription, temperature: float) -> Episode
 
 
 def _shown(envs: SyncVectorEnv, texts: list[TextDescription], observations: Any, infos: Info) -> Iterator[str]:
-    space: Any = envs.observation_space
+    space: Any = getattr(envs, "observation_space")  # noqa: B009 - untyped in part
     for i, (text, observation) in enumerate(zip(texts, iterate(space, observations), strict=True)):
         yield text.observation(observation, _info(infos, i))
 

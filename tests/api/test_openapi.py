@@ -1,13 +1,16 @@
 """Schemathesis over the whole OpenAPI document, links included: no 5xx, no status or body that it does not name."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -15,8 +18,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from service.app import create_app
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
+from service.settings import Settings
+from service.store.memory import MemoryStore
 from tests.serving import serve
 
 CHECKS: Any = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
@@ -48,13 +54,28 @@ def schema(tmp_path_factory: pytest.TempPathFactory, tokenizer: HFTokenizer) -> 
     thread.join()
 
 
-calls = schemathesis.pytest.from_fixture("schema")
+OPERATIONS = [
+    (path, method)
+    for path, methods in create_app(Settings(), store=MemoryStore()).openapi()["paths"].items()
+    for method in methods
+]
 
 
-@calls.parametrize()
-@settings(max_examples=25, **QUIET)
-def test_each_call_answers_as_documented(case: Any) -> None:
-    case.call_and_validate(checks=CHECKS)
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_each_call_answers_as_documented(schema: Any, path: str, method: str) -> None:
+    @settings(max_examples=40, **QUIET)
+    @given(case=schema[path][method].as_strategy())
+    def call(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    @settings(max_examples=20, **QUIET)
+    @given(case=schema[path][method].as_strategy(generation_mode=GenerationMode.NEGATIVE))
+    def call_wrongly(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    call()
+    with contextlib.suppress(Unsatisfiable):  # what takes nothing cannot be called wrongly
+        call_wrongly()
 
 
 def test_calls_that_follow_each_other_answer_as_documented(schema: Any) -> None:

@@ -8,30 +8,55 @@ from pathlib import Path
 
 from tests.e2e.server import Server
 
-README = Path(__file__).parents[2] / "README.md"
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def test_the_curl_lines_work_in_their_order(server: Server) -> None:
-    (script,) = blocks("sh")
-    script = script.replace("127.0.0.1:8000", server.url).replace("curl -s ", "curl -sS --fail-with-body ")
-    ran = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=120)
+def shell(script: str, server: Server, folder: Path) -> str:
+    script = script.replace("127.0.0.1:8000", server.url.removeprefix("http://")).replace(".venv/bin/", f"{BIN}/")
+    script = re.sub(r"curl -s(N?) ", r"curl -sS\1 --fail-with-body ", script)
+    ran = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=200, cwd=folder)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert '"done":true' in ran.stdout
-    assert '"loss_mask"' in ran.stdout
+    return ran.stdout
 
 
-def test_the_python_loop_reaches_the_goal(server: Server) -> None:
-    (script,) = blocks("python")
+def python(script: str, server: Server) -> str:
     script = script.replace("http://127.0.0.1:8000", server.url)
     ran = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env={**os.environ}
     )
     assert ran.returncode == 0, ran.stderr
-    assert "return 1.0" in ran.stdout
+    return ran.stdout
+
+
+def test_the_readmes_curl_lines_work_in_their_order(server: Server, tmp_path: Path) -> None:
+    walk, talk, fork = (shell(script, server, tmp_path) for script in blocks(README, "sh"))
+    assert '"done":true' in walk
+    assert '"loss_mask"' in walk
+    assert "event: text" in talk
+    assert "event: act" in talk
+    assert fork.count('"replayed":false') == 2
+
+
+def test_the_readmes_python_lines_work(server: Server) -> None:
+    loop, vector, chat = (python(script, server) for script in blocks(README, "python"))
+    assert "return 1.0" in loop
+    assert vector.count("-13.0") >= 8
+    assert chat.startswith("chat ")
+
+
+def test_the_training_page_loads_what_was_played(server: Server, tmp_path: Path) -> None:
+    (commands,) = blocks(TRAINING, "sh")
+    shell(commands, server, tmp_path)
+    assert len((tmp_path / "trajectories.ndjson").read_text().splitlines()) >= 8
+    tokens, chats = (python(script, server) for script in blocks(TRAINING, "python"))
+    assert "input_ids" in tokens
+    assert "system" in chats
 
 
 def test_the_rollout_beats_the_random_policy(server: Server) -> None:
