@@ -66,7 +66,8 @@ class Policies:
                 _log.warning("an adapter is not served: adapters are off", policy=record.name)
                 continue
             try:
-                await self._load(record)
+                checked = await self._adopted(record.name, self._kept / record.digest, record.loaded_at)
+                await self._load(checked)
             except (AdapterRefused, OSError) as error:
                 _log.error("an adapter cannot be loaded again", policy=record.name, reason=str(error))
 
@@ -81,17 +82,12 @@ class Policies:
         folder = (root / path).resolve()
         if not folder.is_relative_to(root) or not folder.is_dir():
             raise Unprocessable(f"there is no folder {path[:200]!r} among the adapters", "path")
-        info = self._engine.info
         async with self._changing:
             try:
-                found = await asyncio.to_thread(
-                    adopt, folder, self._kept, base=info.weight_shapes, max_rank=info.max_lora_rank
-                )
-                version = hashlib.sha256(f"{info.version}:{found.digest}".encode()).hexdigest()[:12]
+                record = await self._adopted(name, folder, time.time())
                 known = self._adapters.get(name)
-                if known and known.version == version:
+                if known and known.version == record.version:
                     return known, False
-                record = PolicyRecord(name, found.digest, version, found.rank, time.time())
                 policy = await self._load(record)
             except AdapterRefused as error:
                 raise Unprocessable(str(error), "path") from error
@@ -112,6 +108,13 @@ class Policies:
             del self._adapters[name]
             if policy.adapter:
                 await self._engine.unload_adapter(policy.adapter)
+
+    async def _adopted(self, name: str, folder: Path, loaded_at: float) -> PolicyRecord:
+        """Checked against the base model that is served now, which may be another than when it was first loaded."""
+        info = self._engine.info
+        found = await asyncio.to_thread(adopt, folder, self._kept, base=info.weight_shapes, max_rank=info.max_lora_rank)
+        version = hashlib.sha256(f"{info.version}:{found.digest}".encode()).hexdigest()[:12]
+        return PolicyRecord(name, found.digest, version, found.rank, loaded_at)
 
     async def _load(self, record: PolicyRecord) -> Policy:
         adapter = Adapter(record.name, record.version, str(self._kept / record.digest), record.rank)

@@ -50,7 +50,7 @@ Answer = dict[str, JsonValue]
 _NONE: Mapping[str, JsonValue] = {}
 _SWEEP_BATCH = 256
 _LONGEST_SLEEP_S = 86_400.0
-_SWEEP_RETRY_S = 1.0
+_SWEEP_RETRY_S = 10.0
 _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0)
 
 
@@ -178,8 +178,8 @@ class Sessions:
                 if self._next_sweep <= time.time():
                     await self._end_expired()
                     continue
-            except (StoreUnavailable, EngineUnavailable, EpisodicError) as error:
-                _log.warning("an idle episode cannot be ended yet", reason=str(error))
+            except (StoreUnavailable, ExceptionGroup) as error:
+                _log.warning("idle episodes cannot be ended yet", reason=str(error))
                 await asyncio.sleep(_SWEEP_RETRY_S)
                 continue
             wait_s = min(self._next_sweep - time.time(), _LONGEST_SLEEP_S)
@@ -188,15 +188,21 @@ class Sessions:
 
     async def _end_expired(self) -> None:
         call = Call(Message(), digest=b"idle_ttl")
+        failures: list[Exception] = []
         for episode_id in await self.store.expired(time.time(), _SWEEP_BATCH):
-            await self._twice(episode_id, lambda episode: self._expire(episode, call))
+            try:
+                await self._twice(episode_id, lambda episode: self._expire(episode, call))
+            except (EpisodicError, EngineUnavailable) as failure:  # one that cannot end keeps no other from it
+                failures.append(failure)
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} episodes", failures)
 
     async def _expire(self, episode: Episode, call: Call) -> None:
         expires_at = episode.head.expires_at
         if expires_at is None or expires_at > time.time():
             return
         if episode.flight:
-            raise _busy()  # its commit will set another time
+            raise _busy()  # its commit will set another time; until then, it is in the way
         await self._end(episode, call, StopReason.IDLE_TTL)
 
     async def page(self, *, limit: int, before: tuple[float, str] | None, where: Filter) -> list[EpisodeRecord]:
@@ -376,7 +382,6 @@ class Sessions:
     async def _load(self, episode_id: str) -> Episode:
         info = self.agent.engine.info
         record = await self._record(episode_id)
-        self.agent.policies.get(record.config.request["policy"])  # raises while it is not served
         episode = Episode(record, Options.of(record.config.request, info), await self.store.steps(episode_id))
         self._keep(episode)
         return episode

@@ -104,3 +104,23 @@ async def test_the_window_leaves_room_for_the_thought(tokenizer: HFTokenizer):
         await take(agent, episode, f"observation {number}")
     assert max(map(len, agent.engine.prompts)) <= 160
     assert episode.head.step == 12
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that vLLM imports
+def test_the_tags_are_those_of_vllms_reasoning_parser():
+    from types import SimpleNamespace
+
+    from transformers import AutoTokenizer
+
+    from service.engine.async_llm import _think_tags
+    from tests.conftest import POLICY
+
+    known = AutoTokenizer.from_pretrained(POLICY)
+    known.add_tokens(["<think>", "</think>"])
+    config = SimpleNamespace(structured_outputs_config=SimpleNamespace(reasoning_parser="deepseek_r1"))
+    llm = SimpleNamespace(vllm_config=config, get_tokenizer=lambda: known)
+    assert _think_tags(llm) == ("<think>", "</think>")
+    prompt = Prompt(HFTokenizer(known), _think_tags(llm))
+    assert prompt.think_tags.stop_token_ids == (known.convert_tokens_to_ids("</think>"),)
+    config.structured_outputs_config.reasoning_parser = ""
+    assert _think_tags(llm) is None

@@ -60,7 +60,6 @@ async def batch(request: Request) -> Response:
     """Acts in many episodes at once, as for vectorised environments; one bad act spoils no other."""
     document = await body.read_document(request)
     acts = body.validated(document, BatchRequest).acts
-    body.digest(document)
     names = [item.get("episode_id") for item in acts]
     if twice := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
         raise Unprocessable(f"episode {twice[0]!r} is there twice", "acts")

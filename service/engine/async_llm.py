@@ -90,7 +90,8 @@ class VLLMEngine:
         self._inference: asyncio.Task[ASGIApp] | None = None
         self._front_end, self._model = front_end, model
         self._ids, self._lora_ids = count(), count(1)
-        self._loras: dict[str, Any] = {}
+        self._loras: dict[Adapter, Any] = {}
+        self._served: dict[str, Any] = {}
         self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
         self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
         self._dead = EngineDeadError
@@ -203,18 +204,21 @@ class VLLMEngine:
             raise AdapterRefused(f"vLLM refused it: {str(error)[:300]}") from error
         if not loaded:
             raise AdapterRefused("vLLM did not load it")
-        self._loras[adapter.version] = request
-        await self._show_adapters()
+        self._loras[adapter] = self._served[adapter.name] = request
+        self._show_adapters()
 
     async def unload_adapter(self, adapter: Adapter) -> None:
-        request = self._loras.pop(adapter.version)
-        await self._llm.remove_lora(request.lora_int_id)  # a request in flight loads it again, from the same files
-        await self._show_adapters()
+        request = self._loras[adapter]  # kept: an act in flight names it again, and vLLM loads it from the same files
+        if self._served.get(adapter.name) is request:
+            del self._served[adapter.name]
+        await self._llm.remove_lora(request.lora_int_id)
+        self._show_adapters()
 
-    async def _show_adapters(self) -> None:
+    def _show_adapters(self) -> None:
         """/v1 has the adapters as models, by their names."""
-        if self._inference is not None:
-            inference.set_adapters(await self._inference, self._loras.values())
+        building = self._inference
+        if building and building.done() and not building.cancelled() and not building.exception():
+            inference.set_adapters(building.result(), self._served.values())
 
     async def inference(self) -> ASGIApp:
         if self._inference is None or (self._inference.done() and self._inference.exception()):
@@ -226,12 +230,8 @@ class VLLMEngine:
                 media_hosts=self._front_end.media_hosts,
             )
             self._inference = asyncio.create_task(building)
-            self._inference.add_done_callback(self._built)
+            self._inference.add_done_callback(lambda _: self._show_adapters())
         return await asyncio.shield(self._inference)
-
-    def _built(self, building: "asyncio.Task[ASGIApp]") -> None:
-        if not building.cancelled() and not building.exception():
-            inference.set_adapters(building.result(), self._loras.values())
 
     async def close(self) -> None:
         await self._grammar.close()
@@ -273,7 +273,7 @@ class VLLMEngine:
         """The request's final output. Cancellation aborts the request in the engine."""
         prompt = self._tokens_input(prompt_token_ids)
         num_heard = 0
-        lora = adapter and self._loras[adapter.version]
+        lora = adapter and self._loras[adapter]
         try:
             async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)), lora_request=lora)) as outputs:
                 async for output in outputs:

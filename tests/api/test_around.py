@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from service.api.profiles import PACKAGED, ProfileError, Profiles
 from service.api.schemas import EpisodeFields
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
+from service.errors import Conflict
 from tests.serving import DISCRETE, Served, serve, until
 
 CALL = {"name": "move", "arguments": {"to": "door"}}
@@ -493,3 +497,29 @@ async def test_an_export_that_fails_midway_is_cut_off(api: Served, monkeypatch: 
     monkeypatch.setattr(store, "steps", broken)
     with pytest.raises(httpx.RemoteProtocolError):
         await api.client.get("/export")
+
+
+async def test_an_episode_that_cannot_end_keeps_no_other_from_its_end(api: Served, monkeypatch: pytest.MonkeyPatch):
+    sessions = api.app.state.sessions
+    expire = sessions._expire
+
+    async def stubborn(episode: Any, call: Any) -> None:
+        if episode.episode_id == "first":
+            raise Conflict("episode_busy", "for ever")
+        await expire(episode, call)
+
+    monkeypatch.setattr(sessions, "_expire", stubborn)
+    await api.open("first", idle_ttl_s=0.05)
+    await api.open("second", idle_ttl_s=0.06)
+    await until(lambda: sessions._live["second"].head.status == "ended")
+    assert sessions._live["first"].head.status == "active"
+
+
+def test_a_bad_profile_stops_the_start_and_is_named(tmp_path: Path):
+    (tmp_path / "mine.toml").write_text("instruction = 'typo'")
+    command = [sys.executable, "-m", "service", "serve"]
+    environment = {**os.environ, "EPISODIC_PROFILES": str(tmp_path), "EPISODIC_DATA": str(tmp_path)}
+    failed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 2
+    assert "'mine': instruction" in failed.stderr
+    assert "Traceback" not in failed.stderr
