@@ -1,7 +1,6 @@
 """Owns GET /export: trajectories as NDJSON, one a line, in memory one at a time."""
 
 from collections.abc import AsyncGenerator
-from typing import Literal
 
 import orjson
 from fastapi import APIRouter
@@ -11,6 +10,7 @@ from starlette.responses import StreamingResponse
 from service.api import problems
 from service.api.episodes import FilterQuery
 from service.api.formats import Format, document
+from service.errors import Gone
 from service.sessions import Sessions
 from service.store.base import Filter
 from service.trajectory import EpisodeRecord
@@ -37,12 +37,13 @@ async def export(request: Request, where: FilterQuery, format: Format = "steps")
     return StreamingResponse(_lines(sessions, where, first, format), media_type="application/x-ndjson")
 
 
-async def _lines(
-    sessions: Sessions, where: Filter, page: list[EpisodeRecord], format: Literal["steps", "messages", "tokens"]
-) -> AsyncGenerator[bytes]:
+async def _lines(sessions: Sessions, where: Filter, page: list[EpisodeRecord], format: Format) -> AsyncGenerator[bytes]:
     while page:
-        for record in page:
-            steps = await sessions.store.steps(record.config.episode_id)
+        for listed in page:
+            try:
+                record, steps = await sessions.steps(listed.config.episode_id)
+            except Gone:
+                continue  # deleted since its page was read
             said = await sessions.feedback(record.config.episode_id) if format == "steps" else ()
             yield orjson.dumps(document(record, steps, said, format), option=orjson.OPT_APPEND_NEWLINE)
         last = page[-1].config

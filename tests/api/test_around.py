@@ -482,6 +482,24 @@ async def test_the_export_is_every_ended_trajectory(api: Served, format: str, mo
     assert json.loads(active)["episode"]["episode_id"] == "e0"
 
 
+async def test_an_episode_that_is_deleted_meanwhile_is_left_out(api: Served, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a", "b"):
+        await api.open(name)
+        await api.act(name, None, terminated=True)
+    sessions = api.app.state.sessions
+    page = sessions.page
+
+    async def stale(**options: Any) -> Any:
+        found = await page(**options)
+        if any(record.config.episode_id == "b" for record in found):
+            await sessions.delete("b")
+        return found
+
+    monkeypatch.setattr(sessions, "page", stale)
+    lines = (await api.client.get("/export")).text.splitlines()
+    assert [json.loads(line)["episode"]["episode_id"] for line in lines] == ["a"]
+
+
 async def test_an_export_that_fails_midway_is_cut_off(api: Served, monkeypatch: pytest.MonkeyPatch):
     for name in ("a", "b"):
         await api.open(name)
