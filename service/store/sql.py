@@ -24,6 +24,7 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    union_all,
     update,
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -160,17 +161,17 @@ class SQLStore:
         await self._group.submit(commit)
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        lineage = select(ancestors).where(ancestors.c.episode_id == episode_id)
+        # One query whatever the depth of the lineage: a condition for each ancestor meets SQLite's limit at 1,000 of them.
+        inherited = and_(steps.c.episode_id == ancestors.c.ancestor_id, steps.c.step < ancestors.c.num_steps)
+        parts = [
+            select(steps).where(steps.c.episode_id == episode_id),
+            select(steps).join(ancestors, inherited).where(ancestors.c.episode_id == episode_id),
+        ]
+        if index is not None:
+            parts = [part.where(steps.c.step == index) for part in parts]
+        query = union_all(*parts).order_by("step")
 
         def read(connection: Connection) -> list[Step]:
-            own = steps.c.episode_id == episode_id
-            shared = [
-                and_(steps.c.episode_id == row["ancestor_id"], steps.c.step < row["num_steps"])
-                for row in connection.execute(lineage).mappings()
-            ]
-            query = select(steps).where(or_(own, *shared)).order_by(steps.c.step)
-            if index is not None:
-                query = query.where(steps.c.step == index)
             return [step_value(row) for row in connection.execute(query).mappings()]
 
         return await self._in_transaction(self._readers, read)

@@ -2,19 +2,23 @@
 
 import asyncio
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
+import alembic.command
+import alembic.config
+import orjson
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, insert, make_url
 
-from service.store.base import EVERY, StepTaken, StoreUnavailable
+from service.store.base import EVERY, Filter, StepTaken, StoreUnavailable
 from service.store.group_commit import MAX_BATCH
-from service.store.schema import metadata
-from service.store.sql import SQLStore
+from service.store.schema import ancestors, metadata, step_row, steps
+from service.store.sql import _MIGRATIONS, SQLStore
 from service.trajectory import StopReason
-from tests.store.test_stores import commit, record
+from tests.store.test_stores import commit, record, step
 
 
 def url(folder: Path) -> str:
@@ -30,6 +34,62 @@ async def test_migrations_make_exactly_the_tables_of_the_schema(tmp_path: Path):
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, metadata) == []
     engine.dispose()
+
+
+def older(folder: Path, request: str) -> None:
+    """A store of the first schema, with one episode in it."""
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    config.attributes["url"] = make_url(url(folder))
+    alembic.command.upgrade(config, "0001")
+    values = "'old', ?, X'00', 'v', 1.0, 0, 'active', NULL, NULL, 0, 0, 1, NULL, NULL"
+    execute(folder, f"INSERT INTO episodes VALUES ({values})", request)  # noqa: S608
+
+
+def execute(folder: Path, statement: str, *values: str) -> None:
+    connection = sqlite3.connect(folder / "episodic.db")
+    connection.execute(statement, values)
+    connection.commit()
+    connection.close()
+
+
+async def test_an_older_store_is_brought_up_to_date_with_its_labels(tmp_path: Path):
+    older(tmp_path, '{"policy": "p", "group": "g", "tags": ["x", "x", "y"]}')
+    store = SQLStore(url(tmp_path))
+    await store.open()
+    for where in (Filter(tag="x"), Filter(tag="y"), Filter(group="g"), Filter(policy="p")):
+        assert [row.config.episode_id for row in await store.episodes(limit=9, before=None, where=where)] == ["old"]
+    await store.commit(commit(0, "old"))
+    assert await store.steps("old") == [step(0, "old")]
+    await store.close()
+
+
+async def test_a_migration_that_is_broken_off_leaves_the_store_as_it_was(tmp_path: Path):
+    older(tmp_path, "no JSON")
+    with pytest.raises(orjson.JSONDecodeError):
+        await SQLStore(url(tmp_path)).open()
+    execute(tmp_path, "UPDATE episodes SET request = '{}'")
+    store = SQLStore(url(tmp_path))
+    await store.open()
+    assert await store.num_active() == 1
+    await store.close()
+
+
+async def test_a_lineage_may_be_deep(tmp_path: Path):
+    """Deeper than SQLite lets an expression be."""
+    store = SQLStore(url(tmp_path))
+    await store.open()
+    depth = 1_100
+    await store.create(replace(record("leaf"), head=replace(record().head, step=depth)))
+    with store._engine.begin() as connection:
+        rows = [{"episode_id": "leaf", "ancestor_id": f"a{n}", "num_steps": n + 1} for n in range(depth)]
+        connection.execute(insert(ancestors), rows)
+        connection.execute(insert(steps), [step_row(step(n, f"a{n}")) for n in range(depth)])
+    await store.commit(commit(depth, "leaf"))
+    assert [row.index for row in await store.steps("leaf")] == list(range(depth + 1))
+    assert await store.steps("leaf", 700) == [step(700, "a700")]
+    await store.close()
 
 
 async def test_what_was_committed_is_there_after_opening_anew(tmp_path: Path):
