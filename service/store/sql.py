@@ -161,7 +161,7 @@ class SQLStore:
         await self._group.submit(commit)
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        # One query whatever the depth of the lineage: a condition for each ancestor meets SQLite's limit at 1,000 of them.
+        # Whatever the depth of the lineage: a condition for each ancestor would meet SQLite's limit at 1,000 of them.
         inherited = and_(steps.c.episode_id == ancestors.c.ancestor_id, steps.c.step < ancestors.c.num_steps)
         parts = [
             select(steps).where(steps.c.episode_id == episode_id),
