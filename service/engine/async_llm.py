@@ -42,7 +42,6 @@ _CPU_OPTIONS: dict[str, Any] = {
     "max_num_seqs": 128,
 }
 _OPTIONS: dict[str, Any] = {
-    "enable_prefix_caching": True,
     "logprobs_mode": "processed_logprobs",  # of the behaviour policy: after temperature, masks and filters
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     "disable_log_stats": False,

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 OPTIONS = frozenset(
@@ -63,6 +64,7 @@ def set_adapters(app: Any, requests: Iterable[Any]) -> None:
 def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: Sequence[str]) -> Any:
     from fastapi import FastAPI
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -77,6 +79,7 @@ def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.state.args = args
     init_exception_handler(app)
+    app.exception_handler(HTTPException)(http_exception_handler)  # of routing, which vLLM's own handlers leave out
     return app
 
 

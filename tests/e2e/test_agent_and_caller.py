@@ -46,8 +46,8 @@ def test_streamed_tokens_are_those_of_the_act(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
 def test_a_caller_that_leaves_frees_the_engine(http: httpx.Client, server: Server, accept: str) -> None:
-    endless = {"type": "regex", "pattern": "[a-z]{2000}"}
-    episode = opened(http, action_space=endless, sampling={"max_tokens": 1500})
+    endless = {"type": "regex", "pattern": "[0-9]{4000}"}
+    episode = opened(http, action_space=endless, sampling={"max_tokens": 4000})
     body = {"episode_id": episode, "observation": "spell"}
     command = [
         "curl",
