@@ -9,21 +9,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
+import httpx
 import orjson
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.client import DEFAULT_URL, Client, EpisodicError
 from service.client.calls import Labels
 
-Url = Annotated[str, typer.Option(help="Where the service is.")]
+Url = Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Where the service is.")]
 Key = Annotated[str | None, typer.Option(envvar="EPISODIC_API_KEY", help="The service's key.")]
 Tag = Annotated[str | None, typer.Option(help="Only those with this tag.")]
 Group = Annotated[str | None, typer.Option(help="Only those of this group.")]
 Policy = Annotated[str | None, typer.Option(help="Only those of this policy.")]
 Profile = Annotated[str | None, typer.Option(help="Only those opened with this profile.")]
 State = Annotated[Literal["active", "ended"] | None, typer.Option(help="Only these; an export has those that ended.")]
+
+_COLUMNS = ("status", "steps", "return", "policy", "group", "created")
 
 
 def episodes_command(
@@ -44,7 +47,7 @@ def episodes_command(
             for episode in found:
                 typer.echo(episode.model_dump_json())
             return
-        table = Table("episode", "status", "steps", "return", "policy", "group", "created", box=None)
+        table = Table(Column("episode", no_wrap=True, overflow="fold"), *_COLUMNS, box=None)
         for episode in found:
             state = f"{episode.status} ({episode.stop_reason})" if episode.stop_reason else episode.status
             created = episode.created_at.astimezone() if episode.created_at else datetime.fromtimestamp(0).astimezone()
@@ -102,6 +105,6 @@ def _written(output: str) -> Generator[TextIO]:
 def _errors() -> Generator[None]:
     try:
         yield
-    except (EpisodicError, OSError) as error:
+    except (EpisodicError, OSError, ValueError, httpx.InvalidURL) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

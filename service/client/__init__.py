@@ -11,7 +11,8 @@
 `AsyncClient` is the same with `await`. The errors are drawn in `service.client.errors`.
 """
 
-from service.client.clients import DEFAULT_URL, AsyncClient, AsyncEpisode, Client, Episode
+from service.client.calls import ActFields, EndFields, EpisodeFields, Filters, Labels, Observation, RecordFields
+from service.client.clients import DEFAULT_URL, AsyncClient, AsyncEpisode, BatchItem, Client, Episode
 from service.client.errors import (
     ApiError,
     ConnectionFailed,
@@ -43,27 +44,35 @@ from service.client.streams import Delta, Event
 __all__ = [
     "DEFAULT_URL",
     "Act",
+    "ActFields",
     "ApiError",
     "AsyncClient",
     "AsyncEpisode",
+    "BatchItem",
     "Client",
     "ConnectionFailed",
     "ContextOverflow",
     "DeadlineExceeded",
     "Delta",
+    "EndFields",
     "Episode",
     "EpisodeEnded",
+    "EpisodeFields",
     "EpisodeNotFound",
     "EpisodePage",
     "EpisodeResource",
     "EpisodicError",
     "Event",
     "Feedback",
+    "Filters",
     "InvalidResponse",
+    "Labels",
+    "Observation",
     "Parent",
     "ParseFailure",
     "Policy",
     "Profile",
+    "RecordFields",
     "Retry",
     "StepConflict",
     "Timing",

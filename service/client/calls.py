@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from functools import partial
+from typing import Any, Generic, Literal, SupportsFloat, TypedDict, TypeVar
 from urllib.parse import quote, urlencode
 
 import httpx
 
-from service.client.errors import ApiError, ConnectionFailed, InvalidResponse, problem, problem_of
+from service.client.errors import ApiError, ConnectionFailed, problem, problem_of, reading
 from service.client.models import (
     Act,
     EpisodePage,
@@ -34,27 +35,28 @@ _ACT_MARGIN_S = 5.0
 
 
 class EpisodeFields(TypedDict, total=False):
-    """What POST /episode takes; what is left out gets the service's default."""
+    """What POST /episode takes; what is left out gets the profile's value, or else the service's default. None is sent
+    as null: it takes back what the profile gives."""
 
     instructions: str
-    goal: str
-    profile: str
+    goal: str | None
+    profile: str | None
     action_space: JsonObject
-    sampling: JsonObject
-    reasoning: JsonObject
-    context: JsonObject
-    policy: str
-    max_steps: int
-    idle_ttl_s: float
+    sampling: JsonObject | None
+    reasoning: JsonObject | None
+    context: JsonObject | None
+    policy: str | None
+    max_steps: int | None
+    idle_ttl_s: float | None
     tags: Sequence[str]
     metadata: JsonObject
-    group: str
+    group: str | None
 
 
 class EndFields(TypedDict, total=False):
     """How an episode ended. `reward` is for the last action; `info` is stored and not shown to the policy."""
 
-    reward: float | None
+    reward: SupportsFloat | None
     terminated: bool
     truncated: bool
     success: bool | None
@@ -104,6 +106,11 @@ class Call(Generic[T]):
     accept: str | None = None
     accepted_status: int | None = None
     """A status from 400 up that is as good as a success."""
+    repeatable: bool = True
+    """Whether the service recognizes it when it comes again."""
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """Built once: every attempt sends the same bytes."""
@@ -121,17 +128,15 @@ class Call(Generic[T]):
         """The value of the last attempt's outcome, or the error it stands for."""
         if isinstance(outcome, httpx.RequestError):
             raise ConnectionFailed(_sentence(outcome)) from outcome
-        if outcome.status_code >= 400 and outcome.status_code != self.accepted_status:
+        if not outcome.is_success and outcome.status_code != self.accepted_status:
             raise problem(outcome)
-        try:
+        with reading(str(self)):
             return self.read(outcome)
-        except ValueError as error:
-            raise InvalidResponse(f"{self.method} {self.path}: {error}") from error
 
 
 def create_episode(episode_id: str, fields: EpisodeFields) -> Call[EpisodeResource]:
     check_episode_id(episode_id)
-    body = encode({"episode_id": episode_id, **fields})
+    body = _ENCODER.encode({"episode_id": episode_id, **fields}).encode()
     return Call("POST", "/episode", _episode, episode_id, body)
 
 
@@ -149,7 +154,10 @@ def stream_act(episode_id: str, step: int, observation: Observation | None, fiel
 
 def batch(acts: Sequence[tuple[str, int, Observation | None, ActFields]]) -> Call[list[Act | ApiError]]:
     items = [_given({"episode_id": name, "step": step, "observation": o, **f}) for name, step, o, f in acts]
-    return Call("POST", "/act/batch", _results, body=encode({"acts": items}))
+    deadlines_s = [fields.get("timeout_s") for _, _, _, fields in acts]
+    named_s = [deadline_s for deadline_s in deadlines_s if deadline_s is not None]
+    timeout_s = max(named_s) + _ACT_MARGIN_S if named_s and len(named_s) == len(acts) else None
+    return Call("POST", "/act/batch", partial(_results, len(acts)), body=encode({"acts": items}), timeout_s=timeout_s)
 
 
 def record(episode_id: str, step: int, observation: Observation, action: Any, fields: RecordFields) -> Call[Act]:
@@ -165,7 +173,9 @@ def fork(
 
 
 def feedback(episode_id: str, fields: JsonObject) -> Call[Feedback]:
-    return Call("POST", f"{_path(episode_id)}/feedback", _feedback, episode_id, encode(fields))
+    named = fields.get("rater") is not None  # whose rating takes the place of the one before
+    path = f"{_path(episode_id)}/feedback"
+    return Call("POST", path, _feedback, episode_id, encode(fields), repeatable=named)
 
 
 def profiles() -> Call[list[Profile]]:
@@ -181,7 +191,7 @@ def load_policy(name: str, path: str) -> Call[Policy]:
 
 
 def remove_policy(name: str) -> Call[None]:
-    return Call("DELETE", f"/policy/{quote(name, safe='')}", _nothing)
+    return Call("DELETE", f"/policy/{quote(name, safe='')}", _nothing, repeatable=False)
 
 
 def export(format: TrajectoryFormat, labels: Labels) -> Call[None]:
@@ -207,8 +217,8 @@ def delete_episode(episode_id: str) -> Call[None]:
     return Call("DELETE", _path(episode_id), _nothing, episode_id, accepted_status=410)
 
 
-def ready() -> Call[None]:
-    return Call("GET", "/readyz", _nothing)
+def ready(timeout_s: float) -> Call[None]:
+    return Call("GET", "/readyz", _nothing, timeout_s=timeout_s)
 
 
 def version() -> Call[dict[str, Any]]:
@@ -238,6 +248,8 @@ def _plain(value: Any) -> Any:
     """Arrays and scalars of NumPy and its kin know how to become plain values."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, SupportsFloat):
+        return float(value)
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
@@ -277,8 +289,10 @@ def _policy(response: httpx.Response) -> Policy:
     return Policy.model_validate_json(response.content)
 
 
-def _results(response: httpx.Response) -> list[Act | ApiError]:
+def _results(num_acts: int, response: httpx.Response) -> list[Act | ApiError]:
     items: list[dict[str, Any]] = response.json()["results"]
+    if len(items) != num_acts:
+        raise ValueError(f"{len(items)} results for {num_acts} acts")
     return [problem_of(item["status"], item, None) if "code" in item else Act.model_validate(item) for item in items]
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 
@@ -25,7 +24,7 @@ from service.client.calls import (
     Observation,
     RecordFields,
 )
-from service.client.errors import ApiError, ConnectionFailed
+from service.client.errors import ApiError, ConnectionFailed, Unavailable, reading
 from service.client.models import (
     Act,
     EpisodePage,
@@ -36,7 +35,7 @@ from service.client.models import (
     TrajectoryFormat,
 )
 from service.client.retries import Attempts, Outcome, Retry
-from service.client.streams import Event, EventReader
+from service.client.streams import Event, EventReader, LineReader, Reader
 
 T = TypeVar("T")
 Owner = TypeVar("Owner")
@@ -44,6 +43,9 @@ BatchItem = tuple[Owner, Observation | None, ActFields]
 """An episode, what it observes, and further fields of the act."""
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_TIMEOUT_S = 600.0
+_CONNECT_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 2.0
 
 
 class _HttpOptions(TypedDict):
@@ -89,10 +91,13 @@ class Episode(_Episode["Client"]):
         """
         return self.advance(self._client.run(calls.act(self.id, self.step, observation, fields)))
 
-    def stream(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Iterator[Event]:
-        """As `act`, with what the policy writes as it writes it; the act comes last. Leaving early aborts the act."""
-        for event in self._client.stream(calls.stream_act(self.id, self.step, observation, fields)):
-            yield self.advance(event) if isinstance(event, Act) else event
+    def stream(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Generator[Event]:
+        """As `act`, with what the policy writes as it writes it; the act comes last. Closing it early, as
+        `with contextlib.closing(episode.stream(...)) as events` does, aborts the act."""
+        call = calls.stream_act(self.id, self.step, observation, fields)
+        with closing(self._client.stream(call, EventReader())) as events:
+            for event in events:
+                yield self.advance(event) if isinstance(event, Act) else event
 
     def record(self, action: Any, observation: Observation, **fields: Unpack[RecordFields]) -> Act:
         """Records an action that a human or another policy chose for `observation`, as the step."""
@@ -135,7 +140,8 @@ class AsyncEpisode(_Episode["AsyncClient"]):
         self, observation: Observation | None = None, **fields: Unpack[ActFields]
     ) -> AsyncGenerator[Event]:
         """As `Episode.stream`."""
-        async with aclosing(self._client.stream(calls.stream_act(self.id, self.step, observation, fields))) as events:
+        call = calls.stream_act(self.id, self.step, observation, fields)
+        async with aclosing(self._client.stream(call, EventReader())) as events:
             async for event in events:
                 yield self.advance(event) if isinstance(event, Act) else event
 
@@ -171,8 +177,9 @@ class AsyncEpisode(_Episode["AsyncClient"]):
 class Client:
     """Talks to one Episodic service at `base_url`.
 
-    An attempt may wait `timeout_s` seconds for bytes to move; `retry` says when a call is sent again. `transport`
-    replaces the network, as in httpx. Threads may share a client, each with episodes of its own.
+    An attempt may wait `timeout_s` seconds for bytes to move: an act that takes longer is aborted. `retry` says when a
+    call is sent again. `transport` replaces the network, as in httpx. Threads may share a client, each with episodes of
+    its own.
     """
 
     def __init__(
@@ -180,7 +187,7 @@ class Client:
         base_url: str = DEFAULT_URL,
         api_key: str | None = None,
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float = _TIMEOUT_S,
         retry: Retry | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
@@ -198,13 +205,18 @@ class Client:
     def act_batch(self, acts: Sequence[BatchItem[Episode]]) -> list[Act | ApiError]:
         """Acts in distinct episodes at once: (episode, observation, further fields of an act) each. Answers in order;
         an act that failed is the error it met, and its episode stays where it was."""
-        results = self.run(calls.batch([(e.id, e.step, observation, fields) for e, observation, fields in acts]))
-        return _advanced([item[0] for item in acts], results)
+        batch, attempts = _Batch(acts), Attempts(self._retry)
+        while True:
+            batch.take(self.run(batch.call()))
+            wait_s = attempts.backoff_s() if batch.due else None
+            if wait_s is None:
+                return batch.results
+            time.sleep(wait_s)
 
     def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         return self.run(calls.list_episodes(filters))
 
-    def episodes(self, **labels: Unpack[Labels]) -> Iterator[EpisodeResource]:
+    def episodes(self, **labels: Unpack[Labels]) -> Generator[EpisodeResource]:
         """Every episode with these labels, newest first, page by page."""
         page = self.run(calls.list_episodes(Filters(**labels)))
         while True:
@@ -213,18 +225,10 @@ class Client:
                 return
             page = self.run(calls.list_episodes(Filters(**labels, cursor=page.next_cursor)))
 
-    def export(self, format: TrajectoryFormat = "steps", **labels: Unpack[Labels]) -> Iterator[dict[str, Any]]:
+    def export(self, format: TrajectoryFormat = "steps", **labels: Unpack[Labels]) -> Generator[dict[str, Any]]:
         """Finished trajectories (or those of another status), newest first, one in memory at a time. An export that was
         cut off raises ConnectionFailed."""
-        call = calls.export(format, labels)
-        try:
-            with self._http.stream("GET", call.path) as response:
-                if response.is_error:
-                    response.read()
-                    call.settle(response)
-                yield from (json.loads(line) for line in response.iter_lines())
-        except httpx.RequestError as error:
-            raise ConnectionFailed(f"the export was cut off: {error}") from error
+        return self.stream(calls.export(format, labels), LineReader())
 
     def profiles(self) -> list[Profile]:
         """The presets that an episode can name."""
@@ -243,7 +247,7 @@ class Client:
 
     def wait_ready(self, timeout_s: float = 300.0) -> None:
         """Returns once an act would be served. Raises Unavailable or ConnectionFailed after `timeout_s` seconds."""
-        self.run(calls.ready(), _until_ready(timeout_s))
+        self.run(calls.ready(_PROBE_TIMEOUT_S), _until_ready(timeout_s))
 
     def version(self) -> dict[str, Any]:
         return self.run(calls.version())
@@ -251,7 +255,7 @@ class Client:
     def run(self, call: Call[T], retry: Retry | None = None) -> T:
         """Makes one call, retries included."""
         request = call.request(self._http)
-        attempts = Attempts(retry or self._retry)
+        attempts = Attempts(retry or self._retry, repeatable=call.repeatable)
         while True:
             outcome = self._send(request)
             wait_s = attempts.wait_s(outcome)
@@ -259,33 +263,35 @@ class Client:
                 return call.settle(outcome)
             time.sleep(wait_s)
 
-    def stream(self, call: Call[Act]) -> Generator[Event]:
-        """Makes one call and reads its events; until the first of them comes, retries as `run` does."""
-        request, attempts = call.request(self._http), Attempts(self._retry)
+    def stream(self, call: Call[Any], reader: Reader[T]) -> Generator[T]:
+        """Makes one call and reads what streams back; until the first byte of it comes, retries as `run` does."""
+        with closing(self._opened(call)) as answer:
+            try:
+                for chunk in answer.iter_bytes():
+                    with reading(str(call)):
+                        yield from reader.feed(chunk)
+            except httpx.RequestError as error:
+                raise ConnectionFailed(f"{call} was cut off: {error}") from error
+        reader.end()
+
+    def _opened(self, call: Call[Any]) -> httpx.Response:
+        request, attempts = call.request(self._http), Attempts(self._retry, repeatable=call.repeatable)
         while True:
             outcome = self._send(request, stream=True)
             if isinstance(outcome, httpx.Response) and outcome.is_success:
-                break
-            if isinstance(outcome, httpx.Response):
-                outcome.read()
+                return outcome
             wait_s = attempts.wait_s(outcome)
             if wait_s is None:
                 call.settle(outcome)
-                return
-            time.sleep(wait_s)
-        reader = EventReader()
-        try:
-            for chunk in outcome.iter_bytes():
-                yield from reader.feed(chunk)
-        except httpx.RequestError as error:
-            raise ConnectionFailed(f"the stream was cut off: {error}") from error
-        finally:
-            outcome.close()
-        reader.end()
+            time.sleep(wait_s or 0.0)
 
     def _send(self, request: httpx.Request, *, stream: bool = False) -> Outcome:
+        """The response; one of a stream is read already where it is no success."""
         try:
-            return self._http.send(request, stream=stream)
+            response = self._http.send(request, stream=stream)
+            if not response.is_success:
+                response.read()
+            return response
         except httpx.RequestError as error:
             return error
 
@@ -307,7 +313,7 @@ class AsyncClient:
         base_url: str = DEFAULT_URL,
         api_key: str | None = None,
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float = _TIMEOUT_S,
         retry: Retry | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -328,8 +334,13 @@ class AsyncClient:
 
     async def act_batch(self, acts: Sequence[BatchItem[AsyncEpisode]]) -> list[Act | ApiError]:
         """As `Client.act_batch`."""
-        results = await self.run(calls.batch([(e.id, e.step, observation, fields) for e, observation, fields in acts]))
-        return _advanced([item[0] for item in acts], results)
+        batch, attempts = _Batch(acts), Attempts(self._retry)
+        while True:
+            batch.take(await self.run(batch.call()))
+            wait_s = attempts.backoff_s() if batch.due else None
+            if wait_s is None:
+                return batch.results
+            await asyncio.sleep(wait_s)
 
     async def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         return await self.run(calls.list_episodes(filters))
@@ -344,20 +355,9 @@ class AsyncClient:
                 return
             page = await self.run(calls.list_episodes(Filters(**labels, cursor=page.next_cursor)))
 
-    async def export(
-        self, format: TrajectoryFormat = "steps", **labels: Unpack[Labels]
-    ) -> AsyncGenerator[dict[str, Any]]:
+    def export(self, format: TrajectoryFormat = "steps", **labels: Unpack[Labels]) -> AsyncGenerator[dict[str, Any]]:
         """As `Client.export`."""
-        call = calls.export(format, labels)
-        try:
-            async with self._requests.stream("GET", call.path) as response:
-                if response.is_error:
-                    await response.aread()
-                    call.settle(response)
-                async for line in response.aiter_lines():
-                    yield json.loads(line)
-        except httpx.RequestError as error:
-            raise ConnectionFailed(f"the export was cut off: {error}") from error
+        return self.stream(calls.export(format, labels), LineReader())
 
     async def profiles(self) -> list[Profile]:
         return await self.run(calls.profiles())
@@ -373,64 +373,65 @@ class AsyncClient:
         await self.run(calls.remove_policy(name))
 
     async def wait_ready(self, timeout_s: float = 300.0) -> None:
-        await self.run(calls.ready(), _until_ready(timeout_s))
+        await self.run(calls.ready(_PROBE_TIMEOUT_S), _until_ready(timeout_s))
 
     async def version(self) -> dict[str, Any]:
         return await self.run(calls.version())
 
     async def run(self, call: Call[T], retry: Retry | None = None) -> T:
         request = call.request(self._requests)
-        attempts = Attempts(retry or self._retry)
+        attempts = Attempts(retry or self._retry, repeatable=call.repeatable)
         while True:
-            outcome = await self._send(request)
+            http = self._take()
+            try:
+                outcome = await self._send(http, request)
+            finally:
+                self._idle.append(http)
             wait_s = attempts.wait_s(outcome)
             if wait_s is None:
                 return call.settle(outcome)
             await asyncio.sleep(wait_s)
 
-    async def stream(self, call: Call[Act]) -> AsyncGenerator[Event]:
+    async def stream(self, call: Call[Any], reader: Reader[T]) -> AsyncGenerator[T]:
         """As `Client.stream`."""
-        http = self._idle.pop() if self._idle else self._open()
+        http = self._take()
         try:
-            outcome = await self._opened(http, call)
-            reader = EventReader()
+            answer = await self._opened(http, call)
             try:
-                async for chunk in outcome.aiter_bytes():
-                    for event in reader.feed(chunk):
-                        yield event
+                async for chunk in answer.aiter_bytes():
+                    with reading(str(call)):
+                        for value in reader.feed(chunk):
+                            yield value
             except httpx.RequestError as error:
-                raise ConnectionFailed(f"the stream was cut off: {error}") from error
+                raise ConnectionFailed(f"{call} was cut off: {error}") from error
             finally:
-                await outcome.aclose()
-            reader.end()
+                await answer.aclose()
         finally:
             self._idle.append(http)
+        reader.end()
 
-    async def _opened(self, http: httpx.AsyncClient, call: Call[Act]) -> httpx.Response:
-        request, attempts = call.request(http), Attempts(self._retry)
+    async def _opened(self, http: httpx.AsyncClient, call: Call[Any]) -> httpx.Response:
+        request, attempts = call.request(http), Attempts(self._retry, repeatable=call.repeatable)
         while True:
-            outcome: Outcome
-            try:
-                outcome = await http.send(request, stream=True)
-                if outcome.is_success:
-                    return outcome
-                await outcome.aread()
-            except httpx.RequestError as error:
-                outcome = error
+            outcome = await self._send(http, request, stream=True)
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                return outcome
             wait_s = attempts.wait_s(outcome)
             if wait_s is None:
                 call.settle(outcome)
-                raise ConnectionFailed("the answer is neither a stream nor a problem")
-            await asyncio.sleep(wait_s)
+            await asyncio.sleep(wait_s or 0.0)
 
-    async def _send(self, request: httpx.Request) -> Outcome:
-        http = self._idle.pop() if self._idle else self._open()
+    async def _send(self, http: httpx.AsyncClient, request: httpx.Request, *, stream: bool = False) -> Outcome:
         try:
-            return await http.send(request)
+            response = await http.send(request, stream=stream)
+            if not response.is_success:
+                await response.aread()
+            return response
         except httpx.RequestError as error:
             return error
-        finally:
-            self._idle.append(http)
+
+    def _take(self) -> httpx.AsyncClient:
+        return self._idle.pop() if self._idle else self._open()
 
     def _open(self) -> httpx.AsyncClient:
         http = httpx.AsyncClient(transport=self._transport, **self._options)
@@ -454,11 +455,29 @@ def _new_ids(n: int) -> list[str]:
     return [str(uuid7()) for _ in range(n)]
 
 
-def _advanced(episodes: Sequence[_Episode[Any]], results: list[Act | ApiError]) -> list[Act | ApiError]:
-    for episode, result in zip(episodes, results, strict=True):
-        if isinstance(result, Act):
-            episode.advance(result)
-    return results
+class _Batch:
+    """Acts of distinct episodes on their way; those that met a passing problem are `due` again."""
+
+    def __init__(self, acts: Sequence[BatchItem[Any]]) -> None:
+        self._episodes: list[_Episode[Any]] = [episode for episode, _, _ in acts]
+        self._items = [(episode.id, episode.step, observation, fields) for episode, observation, fields in acts]
+        self._results: dict[int, Act | ApiError] = {}
+        self.due = list(range(len(acts)))
+
+    @property
+    def results(self) -> list[Act | ApiError]:
+        return [self._results[place] for place in range(len(self._items))]
+
+    def call(self) -> Call[list[Act | ApiError]]:
+        return calls.batch([self._items[place] for place in self.due])
+
+    def take(self, results: list[Act | ApiError]) -> None:
+        found = dict(zip(self.due, results, strict=True))
+        self._results |= found
+        for place, result in found.items():
+            if isinstance(result, Act):
+                self._episodes[place].advance(result)
+        self.due = [place for place, result in found.items() if isinstance(result, Unavailable)]
 
 
 def _http_options(base_url: str, api_key: str | None, timeout_s: float) -> _HttpOptions:
@@ -467,7 +486,7 @@ def _http_options(base_url: str, api_key: str | None, timeout_s: float) -> _Http
     return {
         "base_url": base_url,
         "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
-        "timeout": httpx.Timeout(timeout_s),
+        "timeout": httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
         # Each act in flight holds a connection: a cap here would be a hidden cap on concurrent episodes.
         "limits": httpx.Limits(max_connections=None, max_keepalive_connections=None),
         "verify": httpx.create_ssl_context(),

@@ -15,6 +15,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import httpx
@@ -25,7 +27,8 @@ class EpisodicError(Exception):
 
 
 class ConnectionFailed(EpisodicError):
-    """No answer came. The call may or may not have taken effect; making it again with the same arguments is safe."""
+    """No answer came. The call may or may not have taken effect. Making it again with the same arguments is safe, but
+    for a rating without a rater, which would count twice."""
 
 
 class InvalidResponse(EpisodicError):
@@ -91,8 +94,20 @@ _UNAVAILABLE_STATUS = frozenset({429, 502, 503})
 _STANDARD_FIELDS = frozenset({"type", "title", "status", "code", "detail", "request_id"})
 
 
-def problem(response: httpx.Response) -> ApiError:
-    """The error that a response of status 400 or more stands for, whoever sent it."""
+@contextmanager
+def reading(what: str) -> Generator[None]:
+    """Raises InvalidResponse for an answer that is not what `what` should give."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidResponse(f"{what}: {error}") from error
+
+
+def problem(response: httpx.Response) -> EpisodicError:
+    """The error that a response without success stands for, whoever sent it."""
+    if response.status_code < 400:
+        request = response.request
+        return InvalidResponse(f"{request.method} {request.url}: status {response.status_code} is no answer of its")
     return problem_of(response.status_code, _fields(response), response.headers.get("X-Request-ID"))
 
 

@@ -1,7 +1,7 @@
 """Owns when a call is sent again and after how long a wait.
 
-Every call of the client is safe to repeat: the client chooses the episode's id and the step index, so the service
-recognizes a repeated request and answers as it did the first time.
+A call is safe to repeat when the service recognizes it: the client chooses the episode's id and the step index. One
+that is not is sent again only where nothing of it can have arrived, or where the service said that it did nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ Outcome = httpx.Response | httpx.RequestError
 
 _RETRIED_STATUS = frozenset({429, 502, 503})
 _RETRIED_ERRORS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError)
+_REFUSED_STATUS = frozenset({429, 503})
+_NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +43,26 @@ class Retry:
 class Attempts:
     """Counts the attempts at one call, which begins now."""
 
-    def __init__(self, retry: Retry) -> None:
+    def __init__(self, retry: Retry, *, repeatable: bool = True) -> None:
         self._retry = retry
-        self._num_retries = 0
+        self._status, self._errors = (
+            (_RETRIED_STATUS, _RETRIED_ERRORS) if repeatable else (_REFUSED_STATUS, _NEVER_ARRIVED)
+        )
+        self.num_retries = 0
         self._give_up_at = time.monotonic() + retry.total_s
 
     def wait_s(self, outcome: Outcome) -> float | None:
         """Seconds to wait before the next attempt, or None where `outcome` is final."""
-        if not _is_transient(outcome) or self._num_retries >= self._retry.max_retries:
+        if isinstance(outcome, httpx.Response):
+            asked = outcome.headers.get("Retry-After", "")
+            after_s = float(asked) if asked.isascii() and asked.isdigit() else 0.0
+            return self.backoff_s(after_s) if outcome.status_code in self._status else None
+        return self.backoff_s() if isinstance(outcome, self._errors) else None
+
+    def backoff_s(self, after_s: float = 0.0) -> float | None:
+        """Seconds to wait before the next attempt, at least `after_s`, or None where patience is at its end."""
+        if self.num_retries >= self._retry.max_retries:
             return None
-        wait_s = _retry_after_s(outcome) + random.uniform(0.0, self._retry.backoff_s(self._num_retries))  # noqa: S311 - jitter
-        self._num_retries += 1
+        wait_s = after_s + random.uniform(0.0, self._retry.backoff_s(self.num_retries))  # noqa: S311 - jitter
+        self.num_retries += 1
         return wait_s if time.monotonic() + wait_s < self._give_up_at else None
-
-
-def _is_transient(outcome: Outcome) -> bool:
-    if isinstance(outcome, httpx.Response):
-        return outcome.status_code in _RETRIED_STATUS
-    return isinstance(outcome, _RETRIED_ERRORS)
-
-
-def _retry_after_s(outcome: Outcome) -> float:
-    asked = outcome.headers.get("Retry-After", "") if isinstance(outcome, httpx.Response) else ""
-    return float(asked) if asked.isascii() and asked.isdigit() else 0.0

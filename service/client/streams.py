@@ -6,10 +6,24 @@ import codecs
 import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from service.client.errors import ConnectionFailed, problem_of
 from service.client.models import Act
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Reader(Protocol[T_co]):
+    """Makes values of a stream's bytes, however they are cut."""
+
+    def feed(self, chunk: bytes) -> Iterator[T_co]:
+        """The values that end in this chunk. Raises ValueError, KeyError, TypeError for what is none."""
+        ...
+
+    def end(self) -> None:
+        """Raises ConnectionFailed if the stream ended before it should."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +80,19 @@ class EventReader:
         elif kind == "error":
             document: dict[str, Any] = json.loads(data)
             raise problem_of(int(document["status"]), document, None)
+
+
+class LineReader:
+    """Makes documents of NDJSON, a line each; only a line feed ends a line."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> Iterator[dict[str, Any]]:
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
+
+    def end(self) -> None:
+        if self._rest:
+            raise ConnectionFailed("the stream ended within a line")

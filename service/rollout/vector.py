@@ -1,14 +1,13 @@
 """Owns the playing of a vectorised environment: one batch of acts for each step of all its copies."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import iterate
 
-from service.client import Act, ApiError, Client, Episode
-from service.client.calls import ActFields
+from service.client import Act, ActFields, ApiError, BatchItem, Client, Episode
 from service.environments import TextDescription, describe
 from service.rollout.environment import finite
 
@@ -17,58 +16,86 @@ Info = dict[str, Any]
 
 def play_vector(
     client: Client, envs: SyncVectorEnv, *, num_episodes: int, seed: int = 0, temperature: float = 0.0
-) -> Iterator[float]:
+) -> Generator[float]:
     """Plays at least `num_episodes` episodes in copies of one environment and yields each one's return as it ends.
+    Those under way by then, or when the caller leaves, are truncated.
 
     `envs` must be made with AutoresetMode.DISABLED: its copies are reset here, when the service has heard of their last
     reward. Raises ApiError for an act that the service refuses, ValueError for another autoreset mode.
     """
     if envs.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
         raise ValueError("make the environment with vector_kwargs={'autoreset_mode': AutoresetMode.DISABLED}")
-    texts: list[TextDescription] = [describe(env) for env in envs.envs]
-    episodes = [_begin(client, text, temperature) for text in texts]
-    returns = np.zeros(envs.num_envs)
+    lanes = [_Lane(client, describe(env), temperature) for env in envs.envs]
     observations, infos = envs.reset(seed=seed)
-    fields = [ActFields() for _ in texts]
     num_played = 0
-    while num_played < num_episodes:
-        shown = list(_shown(envs, texts, observations, infos))
-        acts = _acted(client.act_batch(list(zip(episodes, shown, fields, strict=True))))
-        actions = [text.action(act.action) for text, act in zip(texts, acts, strict=True)]
-        observations, rewards, terminated, truncated, infos = envs.step(np.asarray(actions))
-        returns += rewards
-        fields = [ActFields(reward=finite(reward)) for reward in rewards]
-        over = terminated | truncated
-        if not over.any():
-            continue
-        last = list(_shown(envs, texts, observations, infos))
-        ended: list[tuple[Episode, str, ActFields]] = []
-        for i in map(int, np.flatnonzero(over)):
-            ending = ActFields(reward=finite(rewards[i]), terminated=bool(terminated[i]), truncated=bool(truncated[i]))
-            ending["success"] = texts[i].success(
-                float(rewards[i]), bool(terminated[i]), bool(truncated[i]), float(returns[i])
+    try:
+        while num_played < num_episodes:
+            shown = _shown(envs, lanes, observations, infos)
+            acts = _acted(client, [(lane.episode, text, lane.fields) for lane, text in zip(lanes, shown, strict=True)])
+            actions = [lane.text.action(act.action) for lane, act in zip(lanes, acts, strict=True)]
+            observations, rewards, terminated, truncated, infos = envs.step(np.asarray(actions))
+            for lane, *outcome in zip(lanes, rewards, terminated, truncated, strict=True):
+                lane.step(*outcome)
+            over = terminated | truncated
+            if not over.any():
+                continue
+            last = _shown(envs, lanes, observations, infos)
+            ended = [(lane, text) for lane, text, is_over in zip(lanes, last, over, strict=True) if is_over]
+            _acted(client, [(lane.episode, text, lane.fields) for lane, text in ended])
+            observations, infos = envs.reset(options={"reset_mask": over})
+            for lane, _ in ended:
+                num_played += 1
+                yield lane.finish()
+    finally:
+        for lane in lanes:
+            lane.leave()
+
+
+class _Lane:
+    """One copy of the environment: its episode, begun when it is first asked for, and what goes with its next act."""
+
+    def __init__(self, client: Client, text: TextDescription, temperature: float) -> None:
+        self.text = text
+        self.fields = ActFields()
+        self._client, self._temperature = client, temperature
+        self._episode: Episode | None = None
+        self._return = 0.0
+
+    @property
+    def episode(self) -> Episode:
+        if self._episode is None:
+            self._episode = self._client.episode(
+                instructions=self.text.instructions,
+                action_space=self.text.action_space,
+                sampling={"temperature": self._temperature},
+                tags=["rollout"],
             )
-            ended.append((episodes[i], last[i], ending))
-        _acted(client.act_batch(ended))
-        observations, infos = envs.reset(options={"reset_mask": over})
-        for i in map(int, np.flatnonzero(over)):
-            num_played += 1
-            yield float(returns[i])
-            returns[i], fields[i], episodes[i] = 0.0, ActFields(), _begin(client, texts[i], temperature)
-    for episode in episodes:
-        episode.end(truncated=True)
+        return self._episode
+
+    def step(self, reward: Any, terminated: Any, truncated: Any) -> None:
+        """Takes over what the environment gave for the last action."""
+        self._return += float(reward)
+        self.fields = ActFields(reward=finite(reward))
+        if terminated or truncated:
+            self.fields.update(terminated=bool(terminated), truncated=bool(truncated))
+            self.fields["success"] = self.text.success(float(reward), bool(terminated), bool(truncated), self._return)
+
+    def finish(self) -> float:
+        """The return of the episode, which is over; the next one begins when it is asked for."""
+        finished, self._return = self._return, 0.0
+        self._episode, self.fields = None, ActFields()
+        return finished
+
+    def leave(self) -> None:
+        """Truncates an episode that is under way, its last reward included."""
+        if self._episode is not None and not self._episode.done:
+            self._episode.end(reward=self.fields.get("reward"), truncated=True)
 
 
-def _begin(client: Client, text: TextDescription, temperature: float) -> Episode:
-    space = text.action_space
-    sampling = {"temperature": temperature}
-    return client.episode(instructions=text.instructions, action_space=space, sampling=sampling, tags=["rollout"])
-
-
-def _shown(envs: SyncVectorEnv, texts: list[TextDescription], observations: Any, infos: Info) -> Iterator[str]:
+def _shown(envs: SyncVectorEnv, lanes: list[_Lane], observations: Any, infos: Info) -> list[str]:
     space: Any = getattr(envs, "observation_space")  # noqa: B009 - untyped in part
-    for i, (text, observation) in enumerate(zip(texts, iterate(space, observations), strict=True)):
-        yield text.observation(observation, _info(infos, i))
+    each = enumerate(zip(lanes, iterate(space, observations), strict=True))
+    return [lane.text.observation(observation, _info(infos, i)) for i, (lane, observation) in each]
 
 
 def _info(infos: Info, i: int) -> Info:
@@ -76,7 +103,8 @@ def _info(infos: Info, i: int) -> Info:
     return {key: values[i] for key, values in infos.items() if not key.startswith("_") and infos[f"_{key}"][i]}
 
 
-def _acted(results: list[Act | ApiError]) -> list[Act]:
+def _acted(client: Client, acts: list[BatchItem[Episode]]) -> list[Act]:
+    results = client.act_batch(acts)
     for result in results:
         if isinstance(result, ApiError):
             raise result

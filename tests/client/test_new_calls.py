@@ -1,11 +1,13 @@
 """The client against the service itself: streams, batches, forks, other hands, feedback, lists, exports, policies."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,13 @@ from service.client import (
     ConnectionFailed,
     Delta,
     EpisodeNotFound,
+    EpisodicError,
+    InvalidResponse,
     Retry,
     StepConflict,
+    calls,
 )
+from service.client.calls import ActFields
 from service.client.streams import EventReader
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
@@ -215,6 +221,178 @@ async def test_an_export_that_is_cut_off_is_noticed(api: Served, monkeypatch: py
     await blocking(api, use)
 
 
+# Answers that are late, lost, or of something else
+
+
+async def test_an_export_is_cut_into_lines_at_line_feeds_alone(api: Served):
+    await api.open("e", instructions="a\u2028b\u0085c\rd")
+    await api.act("e", None, terminated=True)
+    (line,) = await blocking(api, lambda client: list(client.export()))
+    assert line["episode"]["instructions"] == "a\u2028b\u0085c\rd"
+    async with AsyncClient(api.url, retry=QUICK) as client:
+        assert [found async for found in client.export()] == [line]
+
+
+async def test_none_takes_back_what_a_profile_gives(api: Served):
+    def use(client: Client) -> None:
+        assert client.episode(profile="translation").resource.goal == "Translate into English."
+        episode = client.episode(profile="translation", goal=None, max_steps=None)
+        assert (episode.resource.goal, episode.resource.max_steps) == (None, None)
+
+    await blocking(api, use)
+
+
+async def test_closing_a_blocking_stream_aborts_its_act(api: Served, monkeypatch: pytest.MonkeyPatch):
+    aborted = threading.Event()
+
+    async def endless(*_: Any, on_text: Any, **__: Any) -> Any:
+        try:
+            while True:
+                on_text("x")
+                await asyncio.sleep(0.005)
+        finally:
+            aborted.set()
+
+    monkeypatch.setattr(api.engine, "generate", endless)
+
+    def use(client: Client) -> None:
+        with contextlib.closing(client.episode().stream("write")) as events:
+            next(events)
+        assert aborted.wait(10)
+
+    await blocking(api, use)
+
+
+class Answers(httpx.BaseTransport):
+    """Gives each request the next of these, the last one for ever."""
+
+    def __init__(self, *answers: httpx.Response | httpx.RequestError) -> None:
+        self._answers = answers
+        self.requests: list[httpx.Request] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        answer = self._answers[min(len(self.requests), len(self._answers)) - 1]
+        if isinstance(answer, httpx.RequestError):
+            raise answer
+        return answer
+
+
+def client_of(transport: Answers) -> Client:
+    return Client(transport=transport, retry=QUICK)
+
+
+RATING = {"episode_id": "e", "rating": 5}
+
+
+@pytest.mark.parametrize(
+    ("lost", "rater", "num_requests"),
+    [
+        (httpx.ReadError("lost"), None, 1),
+        (httpx.ReadError("lost"), "ann", 2),
+        (httpx.ConnectError("refused"), None, 2),
+        (httpx.Response(503, json={}), None, 2),
+        (httpx.Response(502, json={}), None, 1),
+    ],
+)
+def test_a_rating_that_would_count_twice_is_not_sent_twice(lost: Any, rater: str | None, num_requests: int):
+    resource = httpx.Response(200, json={"episode_id": "e", "status": "active", "step": 1})
+    transport = Answers(resource, lost, httpx.Response(201, json=RATING))
+    with client_of(transport) as client:
+        episode = client.resume("e")
+        with contextlib.nullcontext() if num_requests == 2 else pytest.raises(EpisodicError):
+            assert episode.feedback(5, rater=rater).rating == 5
+    assert len(transport.requests) == 1 + num_requests
+
+
+def test_a_removal_whose_answer_is_lost_is_not_made_again():
+    transport = Answers(httpx.ReadError("lost"), httpx.Response(404, json={"code": "policy_not_found"}))
+    with client_of(transport) as client, pytest.raises(ConnectionFailed):
+        client.remove_policy("walker")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.wait_ready(),
+        lambda client: client.remove_policy("walker"),
+        lambda client: list(client.export()),
+        lambda client: client.profiles(),
+    ],
+)
+@pytest.mark.parametrize(
+    "answer", [httpx.Response(302, headers={"Location": "/login"}), httpx.Response(304)], ids=["302", "304"]
+)
+def test_a_redirect_is_no_answer(call: Callable[[Client], Any], answer: httpx.Response):
+    with client_of(Answers(answer)) as client, pytest.raises(InvalidResponse, match=str(answer.status_code)):
+        call(client)
+
+
+ACT = b'event: act\ndata: {"step": "x"}\n\n'
+ERROR = b"event: error\ndata: {}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("call", "body"),
+    [
+        *((Client.profiles, body) for body in (b"<html>", b"[1]", b'{"results": []}')),
+        (lambda client: list(client.export()), b"<html>\n"),
+        (lambda client: client.act_batch([(client.resume("e"), "x", {})]), b'{"results": []}'),
+        *((lambda client: list(client.resume("e").stream("x")), body) for body in (ACT, ERROR, b"data: 1\n\n" + ACT)),
+    ],
+)
+def test_what_is_not_the_services_is_named_so(call: Callable[[Client], Any], body: bytes):
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/episode/e":
+            return httpx.Response(200, json={"episode_id": "e", "status": "active", "step": 0})
+        return httpx.Response(200, content=body)
+
+    with Client(transport=httpx.MockTransport(handle)) as client, pytest.raises(InvalidResponse):
+        call(client)
+
+
+def test_an_export_waits_for_a_busy_service():
+    busy = httpx.Response(503, json={"code": "draining"}, headers={"Retry-After": "0"})
+    transport = Answers(busy, httpx.Response(200, content=b'{"a": 1}\n'))
+    with client_of(transport) as client:
+        assert list(client.export()) == [{"a": 1}]
+    assert transport.requests[0].headers["accept"] == "application/x-ndjson"
+
+
+def test_an_export_that_ends_within_a_line_is_cut_off():
+    with client_of(Answers(httpx.Response(200, content=b'{"a": 1}\n{"b": '))) as client:
+        lines = client.export()
+        assert next(lines) == {"a": 1}
+        with pytest.raises(ConnectionFailed):
+            next(lines)
+
+
+def test_a_batchs_passing_problems_are_sent_again():
+    opened = [httpx.Response(200, json={"episode_id": name, "status": "active", "step": 0}) for name in "ab"]
+    acted = [{"episode_id": name, "step": 0, "action": "go"} for name in "ab"]
+    busy = {"status": 503, "code": "engine_unavailable"}
+    transport = Answers(
+        *opened,
+        httpx.Response(200, json={"results": [acted[0], busy]}),
+        httpx.Response(200, json={"results": [acted[1]]}),
+    )
+    with client_of(transport) as client:
+        one, two = client.resume("a"), client.resume("b")
+        results = client.act_batch([(one, "x", {}), (two, "y", {})])
+        assert [result.episode_id for result in results if isinstance(result, Act)] == ["a", "b"]
+        assert (one.step, two.step) == (1, 1)
+    again = json.loads(transport.requests[-1].content)["acts"]
+    assert [act["episode_id"] for act in again] == ["b"]
+
+
+def test_a_batch_waits_as_long_as_its_acts_may_take():
+    def timeout_s(*deadlines_s: float | None) -> float | None:
+        return calls.batch([("e", 0, "x", ActFields(timeout_s=deadline_s)) for deadline_s in deadlines_s]).timeout_s
+
+    assert timeout_s(100.0, 700.0) == 705.0
+    assert timeout_s(100.0, None) is None
+
+
 # The command line
 
 
@@ -238,6 +416,13 @@ async def test_the_commands_list_and_export(api: Served, tmp_path: Path):
     assert (exported.returncode, exported.stderr) == (0, "1 trajectories\n")
     (line,) = file.read_text().splitlines()
     assert json.loads(line) == await api.trajectory("a", "tokens")
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://[::1"])
+async def test_a_command_with_no_url_says_so(url: str):
+    failed = await run("episodes", "--url", url)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("Error: ")
 
 
 async def test_a_command_without_a_service_says_so(tmp_path: Path):
@@ -273,8 +458,29 @@ async def test_a_vector_environment_is_driven_by_batches(api: Served):
     episodes = (await api.client.get("/episode?status=ended&limit=100")).json()["episodes"]
     over = [episode for episode in episodes if episode["success"] is not None]
     assert sorted(episode["episode_return"] for episode in over)[: len(returns)] == sorted(returns)
-    assert all(episode["step"] <= 9 for episode in episodes)
+    assert all(0 < episode["step"] <= 9 for episode in episodes)
+    for episode in episodes:
+        steps = (await api.trajectory(episode["episode_id"]))["steps"]
+        assert all(step["reward"] is not None for step in steps), "each action has its reward, the last one too"
     assert (await api.client.get("/episode?status=active")).json()["episodes"] == []
+
+
+async def test_a_vector_rollout_that_is_left_ends_its_episodes(api: Served):
+    import gymnasium
+    from gymnasium.vector import AutoresetMode
+
+    from service.rollout.vector import play_vector
+
+    mode: Any = {"autoreset_mode": AutoresetMode.DISABLED}
+    envs: Any = gymnasium.make_vec("Blackjack-v1", num_envs=8, vectorization_mode="sync", vector_kwargs=mode)
+
+    def use(client: Client) -> None:
+        with contextlib.closing(play_vector(client, envs, num_episodes=100, temperature=1.0)) as returns:
+            next(returns)
+
+    await blocking(api, use)
+    episodes = (await api.client.get("/episode?limit=100")).json()["episodes"]
+    assert {episode["status"] for episode in episodes} == {"ended"}
 
 
 def test_another_autoreset_mode_is_refused():
