@@ -99,7 +99,8 @@ class Sessions:
         name = request.get("policy") or info.model
         if name not in self.agent.policies:
             raise Unprocessable(f"the policy {name[:200]!r} is not served (GET /policy)", "policy")
-        request = {**self._defaults, **request, "policy": name}
+        unnamed = {field: value for field, value in self._defaults.items() if request.get(field) is None}
+        request = {**request, **unnamed, "policy": name}
         options = await self._checked_options(request)
         config = EpisodeConfig(episode_id, request, digest, self.agent.policies.get(name).version, now)
         record = EpisodeRecord(config, EpisodeHead(updated_at=now, expires_at=options.expires_at(now)))

@@ -165,8 +165,14 @@ async def _while_connected(request: Request) -> AsyncGenerator[None]:
     http.disconnect."""
     inside = asyncio.current_task()
     assert inside is not None
+    is_inside = True
+
+    def leave(task: "asyncio.Future[Any]") -> None:
+        if is_inside and not task.cancelled():
+            inside.cancel()
+
     watching = asyncio.ensure_future(request.receive())
-    watching.add_done_callback(lambda task: task.cancelled() or inside.cancel())
+    watching.add_done_callback(leave)
     try:
         yield
     except asyncio.CancelledError as error:
@@ -175,4 +181,5 @@ async def _while_connected(request: Request) -> AsyncGenerator[None]:
         inside.uncancel()
         raise _Gone from error
     finally:
+        is_inside = False  # the answer may come as the caller leaves
         watching.cancel()

@@ -21,14 +21,18 @@ def as_steps(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
 
 
 def as_messages(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
-    """The conversation as chat messages: system, then user (observation) and assistant (action) in turns."""
+    """The conversation as chat messages: system, then user (observation) and assistant (action) in turns; a thought is
+    the assistant's `reasoning_content`, as the chat templates of models that think name it."""
     system = system_text(record.config.request)
     messages = [{"role": "system", "content": system}] if system else []
     for row in rows:
         if row.message.observation is not None:
             messages.append({"role": "user", "content": observation_text(row.message.observation)})
-        if not row.closing:
-            messages.append({"role": "assistant", "content": row.answer["text"]})
+        if row.closing:
+            continue
+        thought = row.answer["reasoning"]
+        thinking = {} if thought is None else {"reasoning_content": thought}
+        messages.append({"role": "assistant", **thinking, "content": row.answer["text"]})
     return {"messages": messages}
 
 

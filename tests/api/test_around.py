@@ -312,6 +312,7 @@ async def test_the_settings_limits_hold_where_an_episode_names_none(tmp_path: Pa
     async with serve(tmp_path, ScriptedEngine(tokenizer), max_steps=1, idle_ttl_s=60.0) as api:
         assert (await api.open()).items() >= {"max_steps": 1, "idle_ttl_s": 60.0}.items()
         assert (await api.open("own", max_steps=5))["max_steps"] == 5
+        assert (await api.open("null", max_steps=None, idle_ttl_s=None))["max_steps"] == 1
         await api.act()
         last = await api.act(reward=1.0)
         assert last["done"]

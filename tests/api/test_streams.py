@@ -4,10 +4,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from service.api import acts
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
 from tests.serving import DISCRETE, HeldEngine, Served, serve, until
@@ -56,6 +58,8 @@ async def test_reasoning_and_text_come_apart(api: Served):
     assert "a short plan" in thought
     assert events[-1][1]["reasoning"] == "a short plan"
     assert "".join(data["delta"] for name, data in events if name == "text") == "go to the door"
+    said = {"role": "assistant", "reasoning_content": "a short plan", "content": "go to the door"}
+    assert (await api.trajectory(format="messages"))["messages"][-1] == said
 
 
 async def test_a_discrete_action_is_one_delta(api: Served):
@@ -151,6 +155,16 @@ async def test_a_client_that_leaves_between_deltas_aborts(api: Served, monkeypat
         await aborted.wait()
     await until(lambda: api.app.state.sessions._live["e"].flight is None)
     assert (await api.get())["step"] == 0
+
+
+async def test_a_caller_that_leaves_as_its_answer_comes_cancels_nothing_else():
+    left = asyncio.Event()
+    request: Any = SimpleNamespace(receive=left.wait)
+    async with acts._while_connected(request):
+        left.set()
+        await asyncio.sleep(0)
+    for _ in range(3):
+        await asyncio.sleep(0)  # where a late cancellation would arrive
 
 
 async def test_aborted_acts_leave_nothing_behind(held: Served):
