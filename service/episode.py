@@ -1,4 +1,4 @@
-"""Owns one live episode: its options, its token log, its head, and the one act that may be in flight."""
+"""Owns one live episode: its token log, its head, and the one act that may be in flight."""
 
 import asyncio
 import random
@@ -6,21 +6,12 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from service.actions import (
-    ActionSpace,
-    ActionSpaceError,
-    DiscreteSpace,
-    TextSpace,
-    discrete_space,
-    json_space,
-    regex_space,
-    tools_space,
-)
-from service.engine.base import EngineInfo, OnText
+from service.actions import ActionSpaceError, DiscreteSpace
+from service.engine.base import OnText
 from service.errors import Conflict, Unprocessable
-from service.prompt import system_text
+from service.options import Options
 from service.token_log import TokenLog
 from service.trajectory import (
     EMPTY_SPAN,
@@ -30,67 +21,11 @@ from service.trajectory import (
     EpisodeRecord,
     JsonValue,
     Message,
-    Overflow,
-    Sampling,
     Span,
     Step,
     StopReason,
     Usage,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    """A thought before each action, of at most `max_tokens` tokens; `keep`: later prompts hold it too."""
-
-    max_tokens: int
-    keep: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What POST /episode asked for, made ready: defaults filled in, the action space built. Limits are in tokens."""
-
-    system: str
-    action_space: ActionSpace
-    sampling: Sampling
-    reasoning: Reasoning | None
-    overflow: Overflow
-    max_context_tokens: int
-    max_steps: int | None
-    idle_ttl_s: float | None
-
-    @classmethod
-    def of(cls, request: dict[str, Any], info: EngineInfo) -> "Options":
-        """Raises ActionSpaceError for a space that cannot be, Unprocessable for limits that leave no room."""
-        context: dict[str, Any] = request.get("context") or {}
-        given: dict[str, Any] = request.get("sampling") or {}
-        limit = min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
-        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        if asked.get("max_tokens", 0) >= limit:
-            raise Unprocessable(f"max_tokens must be below the context's {limit} tokens", "sampling", "max_tokens")
-        asked["stop"] = tuple(asked.get("stop", ()))
-        sampling = replace(info.default_sampling, **asked)
-        thought: dict[str, Any] | None = request.get("reasoning")
-        reasoning = Reasoning(thought["max_tokens"], thought.get("history") != "drop") if thought else None
-        room = limit - reasoning.max_tokens if reasoning else limit
-        if room <= asked.get("max_tokens", 1):
-            raise Unprocessable(
-                f"the thought must leave room in the context's {limit} tokens", "reasoning", "max_tokens"
-            )
-        return cls(
-            system=system_text(request),
-            action_space=_action_space(request.get("action_space") or {"type": "text"}),
-            sampling=replace(sampling, max_tokens=min(sampling.max_tokens, max(room // 2, 1))),
-            reasoning=reasoning,
-            overflow=context.get("overflow", "slide"),
-            max_context_tokens=limit,
-            max_steps=request.get("max_steps"),
-            idle_ttl_s=request.get("idle_ttl_s"),
-        )
-
-    def expires_at(self, now: float) -> float | None:
-        return None if self.idle_ttl_s is None else now + self.idle_ttl_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,27 +269,6 @@ class Episode:
             self.log.start = step.window_start
 
 
-def resource(record: EpisodeRecord) -> dict[str, JsonValue]:
-    """The episode resource of the HTTP contract."""
-    config, head = record.config, record.head
-    return {
-        **_RESOURCE_DEFAULTS,
-        **config.request,
-        "episode_id": config.episode_id,
-        "status": head.status,
-        "stop_reason": head.stop_reason,
-        "success": head.success,
-        "step": head.step,
-        "episode_return": head.episode_return,
-        "num_tokens": head.num_tokens,
-        "policy_version": config.policy_version,
-        "parent": config.parent and {"episode_id": config.parent[0], "step": config.parent[1]},
-        "created_at": config.created_at,
-        "updated_at": head.updated_at,
-        "ended_at": head.ended_at,
-    }
-
-
 def _answer(episode_id: str, index: int, policy_version: str, decision: Decision | None) -> dict[str, JsonValue]:
     """What POST /act answers, but for `replayed` and `timing`."""
     failure = decision.parse_failure if decision else None
@@ -380,33 +294,3 @@ def _usage(usage: Usage) -> dict[str, JsonValue]:
         "cached_tokens": usage.cached_tokens,
         "completion_tokens": usage.completion_tokens,
     }
-
-
-_RESOURCE_DEFAULTS: dict[str, JsonValue] = {
-    "profile": None,
-    "instructions": "",
-    "goal": None,
-    "action_space": {"type": "text"},
-    "sampling": {},
-    "reasoning": None,
-    "context": {"overflow": "slide"},
-    "max_steps": None,
-    "idle_ttl_s": None,
-    "tags": [],
-    "metadata": {},
-    "group": None,
-}
-
-
-def _action_space(asked: dict[str, Any]) -> ActionSpace:
-    match asked["type"]:
-        case "discrete":
-            return discrete_space(tuple(cast("list[str]", asked["actions"])))
-        case "json":
-            return json_space(asked["schema"])
-        case "regex":
-            return regex_space(asked["pattern"])
-        case "tools":
-            return tools_space(asked["tools"])
-        case _:
-            return TextSpace()

@@ -18,7 +18,7 @@ from service import logs, metrics
 from service.actions import ActionSpaceError, DiscreteSpace, RegexSpace
 from service.agent import Agent
 from service.engine.base import ConstraintRefused, Engine, EngineUnavailable
-from service.episode import Call, Episode, Flight, Landing, Options
+from service.episode import Call, Episode, Flight, Landing
 from service.errors import (
     Conflict,
     DeadlineExceeded,
@@ -28,6 +28,7 @@ from service.errors import (
     episode_deleted,
     episode_not_found,
 )
+from service.options import Options
 from service.policies import Policies
 from service.prompt import Prompt, TemplateReport
 from service.store.base import Commit, EpisodeExists, Filter, ParentGone, StepTaken, Store, StoreUnavailable

@@ -9,7 +9,8 @@ from service.agent import Agent
 from service.engine.base import Completion, Constraint, EngineUnavailable, Scores
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
-from service.episode import Call, Episode, Options
+from service.episode import Call, Episode
+from service.options import Options
 from service.policies import Policies
 from service.prompt import Prompt
 from service.store.memory import MemoryStore

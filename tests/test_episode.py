@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from service.api.formats import resource
 from service.engine.base import EngineInfo
-from service.episode import Call, Episode, Options, resource
+from service.episode import Call, Episode
 from service.errors import Conflict, Unprocessable
+from service.options import Options
 from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, Message, Sampling, StopReason
 
 INFO = EngineInfo("p", "v", 1000, Sampling(temperature=0.7, top_p=0.9, max_tokens=64))

@@ -8,8 +8,9 @@ from service.agent import Agent
 from service.api.formats import as_tokens
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
-from service.episode import Call, Episode, Options
+from service.episode import Call, Episode
 from service.errors import Unprocessable
+from service.options import Options
 from service.policies import Policies
 from service.prompt import Prompt
 from service.store.memory import MemoryStore

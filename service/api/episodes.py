@@ -13,7 +13,7 @@ from uuid_utils import uuid7
 
 from service import trajectory as trajectories
 from service.api import acts, body, formats, problems
-from service.api.formats import Format
+from service.api.formats import Format, resource
 from service.api.openapi import request_body
 from service.api.schemas import (
     Act,
@@ -27,7 +27,7 @@ from service.api.schemas import (
     Forks,
     RecordRequest,
 )
-from service.episode import Call, Recorded, resource
+from service.episode import Call, Recorded
 from service.errors import Unprocessable
 from service.sessions import Sessions
 from service.store.base import Filter

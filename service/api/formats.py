@@ -1,15 +1,50 @@
-"""Owns the three faces of a trajectory: steps, chat messages, and tokens as the policy saw and drew them."""
+"""Owns the faces of what is kept: an episode as a resource, a trajectory as steps, chat messages, or tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
-from service.episode import resource
 from service.prompt import observation_text, system_text
 from service.trajectory import EpisodeRecord, Feedback, JsonValue, Step
 
 Rendered = dict[str, JsonValue]
+
+_RESOURCE_DEFAULTS: dict[str, JsonValue] = {
+    "profile": None,
+    "instructions": "",
+    "goal": None,
+    "action_space": {"type": "text"},
+    "sampling": {},
+    "reasoning": None,
+    "context": {"overflow": "slide"},
+    "max_steps": None,
+    "idle_ttl_s": None,
+    "tags": [],
+    "metadata": {},
+    "group": None,
+}
+
+
+def resource(record: EpisodeRecord) -> dict[str, JsonValue]:
+    """The episode resource of the HTTP contract."""
+    config, head = record.config, record.head
+    return {
+        **_RESOURCE_DEFAULTS,
+        **config.request,
+        "episode_id": config.episode_id,
+        "status": head.status,
+        "stop_reason": head.stop_reason,
+        "success": head.success,
+        "step": head.step,
+        "episode_return": head.episode_return,
+        "num_tokens": head.num_tokens,
+        "policy_version": config.policy_version,
+        "parent": config.parent and {"episode_id": config.parent[0], "step": config.parent[1]},
+        "created_at": config.created_at,
+        "updated_at": head.updated_at,
+        "ended_at": head.ended_at,
+    }
 
 
 def as_steps(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
