@@ -1,10 +1,13 @@
 """Runs the README's curl lines and its Python loop against the real server."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.e2e.server import Server
 
@@ -34,18 +37,26 @@ def python(script: str, server: Server) -> str:
     return ran.stdout
 
 
-def test_the_readmes_curl_lines_work_in_their_order(server: Server, tmp_path: Path) -> None:
-    walk, talk, fork = (shell(script, server, tmp_path) for script in blocks(README, "sh"))
-    assert '"done":true' in walk
-    assert '"loss_mask"' in walk
+def test_the_readmes_shell_lines_work_in_their_order(server: Server, tmp_path: Path) -> None:
+    rollout, walk, forks, end, talk = (shell(script, server, tmp_path) for script in blocks(README, "sh"))
+    assert "1.000" in next(line for line in rollout.splitlines() if "completion rate" in line)
+    _, *acts = [json.loads(document) for document in walk.replace("}{", "}\n{").splitlines()]
+    (shown,) = [json.loads(answer) for answer in blocks(README, "json")]
+    for name in ("action_probs", "logprob"):
+        assert acts[-1][name] == pytest.approx(shown.pop(name), abs=1e-3)
+    assert acts[-1].items() >= shown.items()
+    assert forks.count('"replayed":false') == 2
+    assert '"done":true' in end
+    assert '"rating":4' in end
+    assert '"loss_mask"' in end
     assert "event: text" in talk
     assert "event: act" in talk
-    assert fork.count('"replayed":false') == 2
 
 
 def test_the_readmes_python_lines_work(server: Server) -> None:
-    loop, vector, chat = (python(script, server) for script in blocks(README, "python"))
+    loop, around, vector, chat = (python(script, server) for script in blocks(README, "python"))
     assert "return 1.0" in loop
+    assert around.endswith("episodes 2\n")
     assert vector.count("-13.0") >= 8
     assert chat.startswith("chat ")
 
@@ -60,8 +71,6 @@ def test_the_training_page_loads_what_was_played(server: Server, tmp_path: Path)
 
 
 def test_the_rollout_beats_the_random_policy(server: Server) -> None:
-    import json
-
     command = [sys.executable, "-m", "service", "rollout", "--env", "episodic/FrozenLakeRandom-v0", "--episodes", "40"]
     options = ["--env-kwargs", '{"maps": "held_out"}', "--seed", "7", "--url", server.url, "--json"]
     ran = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
