@@ -10,7 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 from service.engine.base import Constraint
-from service.json_schema import Schema, SchemaMismatch, SchemaRefused, inlined
+from service.json_schema import Schema, SchemaMismatch, SchemaRefused
+from service.strict_schema import strict
 from service.trajectory import JsonValue, ParseFailure, Sampling
 
 MAX_ACTIONS = 1024
@@ -106,7 +107,7 @@ def json_space(schema: dict[str, Any]) -> JsonSpace:
 
 def tools_space(tools: Sequence[dict[str, Any]]) -> JsonSpace:
     """An action is {"name", "arguments"}, valid under that tool's schema. Raises ActionSpaceError for names that clash,
-    and for parameters that are no object's, refer to themselves, or cannot be a schema (json_space)."""
+    and for parameters that are no object's or that the grammar cannot hold a call to (strict_schema)."""
     names = [tool["name"] for tool in tools]
     if twins := sorted({name for name in names if names.count(name) > 1}):
         raise ActionSpaceError(f"two tools are named {twins[0]!r}")
@@ -115,7 +116,7 @@ def tools_space(tools: Sequence[dict[str, Any]]) -> JsonSpace:
 
 def _call_schema(tool: dict[str, Any]) -> dict[str, Any]:
     try:
-        parameters = inlined(tool.get("parameters") or {"type": "object", "properties": {}})
+        parameters = strict(tool.get("parameters") or {"type": "object", "properties": {}})
     except SchemaRefused as error:
         raise ActionSpaceError(f"tool {tool['name']!r}: {error}") from error
     if parameters.get("type") != "object":

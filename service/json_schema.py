@@ -5,7 +5,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
-from urllib.parse import unquote
 
 import jsonschema.validators
 from jsonschema import Draft202012Validator
@@ -56,51 +55,6 @@ class Schema:
             raise SchemaMismatch(error.message[:500]) from error
         except Unresolvable as error:
             raise SchemaMismatch(f"the schema refers to what it does not hold: {error.ref}"[:500]) from error
-
-
-def inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with each reference replaced by what it refers to, so that it can stand inside another one. Raises
-    SchemaRefused for a reference that is recursive or not a JSON pointer within the schema (RFC 6901)."""
-    return _Inliner(schema).inline(schema, ())
-
-
-class _Inliner:
-    def __init__(self, schema: dict[str, Any]) -> None:
-        self._schema = schema
-        self._num_nodes = 0
-
-    def inline(self, node: Any, seen: tuple[str, ...]) -> Any:
-        self._num_nodes += 1
-        if self._num_nodes > MAX_SCHEMA_BYTES or len(seen) > MAX_NESTING:
-            raise SchemaRefused("the schema is too large with its references written out")
-        if isinstance(node, list):
-            return [self.inline(child, seen) for child in cast("list[Any]", node)]
-        if not isinstance(node, dict):
-            return node
-        found = cast("dict[str, Any]", node)
-        if "$dynamicRef" in found or "$recursiveRef" in found:
-            raise SchemaRefused("the schema refers to itself dynamically")
-        rest = {name: self.inline(child, seen) for name, child in found.items() if name not in ("$ref", "$defs")}
-        target = found.get("$ref")
-        if not isinstance(target, str):  # a property may be named so
-            return rest if target is None else {**rest, "$ref": self.inline(target, seen)}
-        if target in seen:
-            raise SchemaRefused(f"the schema is recursive: {target}")
-        referred = self.inline(self._resolve(target), (*seen, target))
-        return referred if not rest else {**rest, "allOf": [*rest.get("allOf", []), referred]}
-
-    def _resolve(self, target: str) -> Any:
-        node: Any = self._schema
-        pointer = target.removeprefix("#")
-        if pointer == target or (pointer and not pointer.startswith("/")):
-            raise SchemaRefused(f"the schema refers to {target[:100]!r}, which is not a place within it (#/...)")
-        for part in pointer.split("/")[1:]:
-            name = unquote(part).replace("~1", "/").replace("~0", "~")
-            try:
-                node = cast("list[Any]", node)[int(name)] if isinstance(node, list) else node[name]
-            except (KeyError, IndexError, ValueError, TypeError) as error:
-                raise SchemaRefused(f"the schema refers to {target[:100]!r}, which it does not hold") from error
-        return node
 
 
 class _TooMuchWork(Exception):

@@ -1,0 +1,146 @@
+"""Owns the rewriting of a schema so that the engine's grammar holds a completion to all of it, or its refusal.
+
+xgrammar, which compiles schemas for vLLM, passes over some keywords in silence: a completion could break them. Tools
+are promised to be valid by construction, so what cannot be written without such a keyword is refused.
+"""
+
+from typing import Any, cast
+from urllib.parse import unquote
+
+from service.json_schema import MAX_NESTING, MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused
+
+Node = dict[str, Any]
+
+_MAX_NODES = MAX_SCHEMA_BYTES // 4
+"""More than a schema that is not too large can have."""
+
+_ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "discriminator"}
+)
+_DROPPED = frozenset({"$defs", "definitions", "$schema", "$id"})
+_PASSED_OVER = ("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "contains")
+_NEED_A_TYPE = frozenset(
+    {"minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+    | {"multipleOf", "minItems", "maxItems", "uniqueItems", "minProperties", "maxProperties"}
+)
+_ALTERNATIVES = ("anyOf", "oneOf", "allOf")
+_SCHEMA = ("items", "additionalProperties", "propertyNames", "unevaluatedItems", "unevaluatedProperties")
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties"})
+_SCHEMAS_IN_ORDER = frozenset({*_ALTERNATIVES, "prefixItems"})
+
+
+def strict(schema: Node) -> Node:
+    """The schema with its references written out, so that it can stand inside another one, and with nothing in it that
+    the grammar passes over. Raises SchemaRefused for a reference that is recursive or not a JSON pointer within the
+    schema (RFC 6901), and for what cannot be held."""
+    Schema(schema)
+    return _Rewriting(schema).node(schema, ())
+
+
+class _Rewriting:
+    def __init__(self, root: Node) -> None:
+        self._root = root
+        self._num_nodes = 0
+
+    def node(self, schema: Any, seen: tuple[str, ...]) -> Any:
+        self._num_nodes += 1
+        if self._num_nodes > _MAX_NODES or len(seen) > MAX_NESTING:
+            raise SchemaRefused("the schema is too large with its references written out")
+        if not isinstance(schema, dict):
+            return schema  # true or false
+        found = {name: value for name, value in cast("Node", schema).items() if name not in _DROPPED}
+        if "$dynamicRef" in found:
+            raise SchemaRefused("the schema refers to itself dynamically")
+        if "$ref" in found:
+            return self._referred(found, seen)
+        return _held(found | self._parts(found, seen))
+
+    def _parts(self, found: Node, seen: tuple[str, ...]) -> Node:
+        parts: Node = {name: self.node(found[name], seen) for name in _SCHEMA if name in found}
+        for name in found.keys() & _SCHEMAS_BY_NAME:
+            parts[name] = {key: self.node(child, seen) for key, child in found[name].items()}
+        for name in found.keys() & _SCHEMAS_IN_ORDER:
+            parts[name] = [self.node(child, seen) for child in found[name]]
+        return parts
+
+    def _referred(self, found: Node, seen: tuple[str, ...]) -> Any:
+        target = found.pop("$ref")
+        if target in seen:
+            raise SchemaRefused(f"the schema is recursive: {target}")
+        if rest := found.keys() - _ANNOTATIONS:
+            raise SchemaRefused(f"{min(rest)!r} beside $ref cannot be held; write the two as one schema")
+        referred = self.node(self._resolve(target), (*seen, target))
+        return {**cast("Node", referred), **found} if isinstance(referred, dict) else referred
+
+    def _resolve(self, target: str) -> Any:
+        node: Any = self._root
+        pointer = target.removeprefix("#")
+        if pointer and not pointer.startswith("/"):
+            raise SchemaRefused(f"the schema refers to {target[:100]!r}, which is not a place within it (#/...)")
+        for part in pointer.split("/")[1:]:
+            name = unquote(part).replace("~1", "/").replace("~0", "~")
+            try:
+                node = cast("list[Any]", node)[int(name)] if isinstance(node, list) else node[name]
+            except (KeyError, IndexError, ValueError, TypeError) as error:
+                raise SchemaRefused(f"the schema refers to {target[:100]!r}, which it does not hold") from error
+        return node
+
+
+def _held(found: Node) -> Node:
+    """The node, whose parts are held, so that the grammar holds it. It looks at one of enum, const, anyOf, oneOf and
+    allOf, and then at nothing beside them."""
+    for name in _PASSED_OVER:
+        if name in found:
+            raise SchemaRefused(f"{name!r} cannot be held")
+    if "enum" in found or "const" in found:
+        return _chosen(found)
+    for name in _ALTERNATIVES:
+        if name in found:
+            return _alternatives(found, name)
+    if "type" not in found and (untyped := found.keys() & _NEED_A_TYPE):
+        raise SchemaRefused(f"{min(untyped)!r} cannot be held without a type beside it")
+    if unknown := set(found.get("required", ())) - found.get("properties", {}).keys():
+        raise SchemaRefused(f"{min(unknown)!r} is required and not among the properties")
+    return found
+
+
+def _chosen(found: Node) -> Node:
+    """Of the listed values those that are valid under all that stands beside them."""
+    if beside := found.keys() & {"pattern", "format", "patternProperties"}:
+        raise SchemaRefused(f"{min(beside)!r} beside enum or const cannot be held")
+    checked = Schema(found)
+    valid = [value for value in found.get("enum", [found.get("const")]) if _is_valid(checked, value)]
+    if not valid:
+        raise SchemaRefused("none of the values of an enum or const is valid")
+    return {**_annotations(found), "enum": valid}
+
+
+def _is_valid(schema: Schema, value: Any) -> bool:
+    try:
+        schema.validate(value)
+    except SchemaMismatch:
+        return False
+    return True
+
+
+def _alternatives(found: Node, name: str) -> Node:
+    branches = found[name]
+    rest = found.keys() - _ANNOTATIONS - {name}
+    if rest == {"type"} and all(_type(branch) == found["type"] for branch in branches):
+        rest = set[str]()
+    if rest:
+        raise SchemaRefused(f"{min(rest)!r} beside {name} cannot be held; write it into each of its schemas")
+    if name == "allOf":
+        if len(branches) > 1:
+            raise SchemaRefused("allOf of several schemas cannot be held; write them as one")
+        (branch,) = branches
+        return {**branch, **_annotations(found)} if isinstance(branch, dict) else branch
+    return {**_annotations(found), name: branches}
+
+
+def _type(schema: Any) -> Any:
+    return cast("Node", schema).get("type") if isinstance(schema, dict) else None
+
+
+def _annotations(found: Node) -> Node:
+    return {name: value for name, value in found.items() if name in _ANNOTATIONS}
