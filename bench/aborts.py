@@ -6,10 +6,9 @@ import time
 from typing import Annotated
 
 import httpx
-import psutil
 import typer
 
-from bench.served import served
+from bench.served import served, server_of
 
 _NUM_LANES = 16
 _SETTLE_S = 12.0
@@ -18,7 +17,7 @@ _ENDLESS = {"type": "regex", "pattern": "[a-z]{2000}"}
 
 
 async def _measure(url: str, num_aborts: int) -> None:
-    process = _server(url)
+    process = server_of(url)
     async with _client(url) as http:
         for lane in range(_NUM_LANES):
             body = {"episode_id": f"e{lane}", "action_space": _ENDLESS, "sampling": {"max_tokens": 1500}}
@@ -78,14 +77,6 @@ async def _until_free(http: httpx.AsyncClient) -> None:
 async def _metric(http: httpx.AsyncClient, name: str) -> float:
     lines = (await http.get("/metrics")).text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
-
-
-def _server(url: str) -> psutil.Process:
-    port = int(url.rpartition(":")[2])
-    for child in psutil.Process().children(recursive=True):
-        if any(at.laddr.port == port and at.status == psutil.CONN_LISTEN for at in child.net_connections("tcp")):
-            return child
-    raise RuntimeError("the service is not a child of this process")
 
 
 def main(num_aborts: Annotated[int, typer.Option()] = 5_000) -> None:

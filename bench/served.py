@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 _START_LIMIT_S = 300.0
 
@@ -47,3 +48,12 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
             pass
         time.sleep(0.2)
     raise RuntimeError("the service did not start; the end of its log:\n" + log.read_text(errors="replace")[-2000:])
+
+
+def server_of(url: str) -> psutil.Process:
+    """The process that listens there, a descendant of this one."""
+    port = int(url.rpartition(":")[2])
+    for child in psutil.Process().children(recursive=True):
+        if any(at.laddr.port == port and at.status == psutil.CONN_LISTEN for at in child.net_connections("tcp")):
+            return child
+    raise RuntimeError("the service is not a child of this process")
