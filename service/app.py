@@ -83,7 +83,7 @@ async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessi
             _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")
         if not report.canonical:
             _log.warning("the chat template's own tokenization differs from the episode's")
-        sweeper = asyncio.create_task(sessions.sweep(), name="sweeper")
+        sweeper = asyncio.create_task(sessions.sweeper.run(), name="sweeper")
         try:
             await loaded.watch()
         finally:

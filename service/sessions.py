@@ -5,16 +5,14 @@ differ from the store's copy, and the next touch reads it again.
 """
 
 import asyncio
-import contextlib
 import hashlib
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from service import logs, metrics
+from service import metrics
 from service.actions import ActionSpaceError, DiscreteSpace, RegexSpace
 from service.agent import Agent
 from service.engine.base import ConstraintRefused, Engine, EngineUnavailable
@@ -32,6 +30,7 @@ from service.options import Options
 from service.policies import Policies
 from service.prompt import Prompt, TemplateReport
 from service.store.base import Commit, EpisodeExists, Filter, ParentGone, StepTaken, Store, StoreUnavailable
+from service.sweeper import Sweeper
 from service.trajectory import (
     EpisodeConfig,
     EpisodeHead,
@@ -43,15 +42,11 @@ from service.trajectory import (
     StopReason,
 )
 
-_log = logs.get(__name__)
-
 T = TypeVar("T")
 Answer = dict[str, JsonValue]
 
 _NONE: Mapping[str, JsonValue] = {}
 _SWEEP_BATCH = 256
-_LONGEST_SLEEP_S = 86_400.0
-_SWEEP_RETRY_S = 10.0
 _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0)
 
 
@@ -62,8 +57,7 @@ class Sessions:
         """`defaults`: fields of POST /episode where a call names none."""
         self.store = store
         self._defaults = defaults
-        self._sooner = asyncio.Event()
-        self._next_sweep = math.inf
+        self.sweeper = Sweeper(store.next_expiry, self._end_expired)
         self.draining = False
         self._agent: Agent | None = None
         self._max_live = max_live_episodes
@@ -170,23 +164,6 @@ class Sessions:
     async def feedback(self, episode_id: str) -> list[Feedback]:
         """What people said of it, oldest first."""
         return await self.store.feedback(episode_id)
-
-    async def sweep(self) -> None:
-        """Ends episodes when their idle time is over, for ever; sleeps until the next one's, and does nothing else."""
-        while True:
-            self._sooner.clear()
-            try:
-                self._next_sweep = await self.store.next_expiry() or math.inf
-                if self._next_sweep <= time.time():
-                    await self._end_expired()
-                    continue
-            except (StoreUnavailable, ExceptionGroup) as error:
-                _log.warning("idle episodes cannot be ended yet", reason=str(error))
-                await asyncio.sleep(_SWEEP_RETRY_S)
-                continue
-            wait_s = min(self._next_sweep - time.time(), _LONGEST_SLEEP_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._sooner.wait(), wait_s)
 
     async def _end_expired(self) -> None:
         call = Call(Message(), digest=b"idle_ttl")
@@ -415,9 +392,7 @@ class Sessions:
             self._keep(episode)
         metrics.EPISODES_STARTED.inc(len(episodes))
         metrics.ACTIVE_EPISODES.inc(len(episodes))
-        expires_at = episodes[0].head.expires_at
-        if expires_at is not None and expires_at < self._next_sweep:
-            self._sooner.set()
+        self.sweeper.expect(episodes[0].head.expires_at)
 
     def _keep(self, episode: Episode) -> None:
         self._live[episode.episode_id] = episode
