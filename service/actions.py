@@ -9,8 +9,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from service import strict_json
 from service.engine.base import Constraint
-from service.json_schema import Schema, SchemaMismatch, SchemaRefused
+from service.json_schema import MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused
 from service.strict_schema import strict
 from service.trajectory import JsonValue, ParseFailure, Sampling
 
@@ -63,11 +64,12 @@ class JsonSpace:
         if finish_reason != "stop":
             return None, ParseFailure("length", "The completion was cut before the JSON value was complete.")
         try:
-            value = json.loads(text)
+            value = strict_json.parse(text)
+            strict_json.dump(value)  # a value that could not be kept is none
             self.schema.validate(value)
         except SchemaMismatch as error:
             return None, ParseFailure("schema", str(error))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             return None, ParseFailure("json", str(error)[:500])
         return value, None
 
@@ -93,7 +95,21 @@ class DiscreteSpace:
         return action
 
 
-ActionSpace = TextSpace | RegexSpace | JsonSpace | DiscreteSpace
+@dataclass(frozen=True, slots=True)
+class RefusedSpace:
+    """The space of an episode that was opened when it was accepted, and is not any more: the episode can only end."""
+
+    reason: str
+    constraint: Constraint | None = None
+
+    def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
+        raise ActionSpaceError(self.reason)
+
+    def write(self, action: JsonValue) -> str:
+        raise ActionSpaceError(self.reason)
+
+
+ActionSpace = TextSpace | RegexSpace | JsonSpace | DiscreteSpace | RefusedSpace
 
 
 def json_space(schema: dict[str, Any]) -> JsonSpace:
@@ -111,7 +127,15 @@ def tools_space(tools: Sequence[dict[str, Any]]) -> JsonSpace:
     names = [tool["name"] for tool in tools]
     if twins := sorted({name for name in names if names.count(name) > 1}):
         raise ActionSpaceError(f"two tools are named {twins[0]!r}")
-    return json_space({"anyOf": [_call_schema(tool) for tool in tools]})
+    calls: list[dict[str, Any]] = []
+    room = MAX_SCHEMA_BYTES
+    for tool in tools:
+        call = _call_schema(tool)
+        room -= len(json.dumps(call))
+        if room < 0:
+            raise ActionSpaceError("the tools' schemas are too large with their references written out")
+        calls.append(call)
+    return json_space({"anyOf": calls})
 
 
 def _call_schema(tool: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +143,7 @@ def _call_schema(tool: dict[str, Any]) -> dict[str, Any]:
         parameters = strict(tool.get("parameters") or {"type": "object", "properties": {}})
     except SchemaRefused as error:
         raise ActionSpaceError(f"tool {tool['name']!r}: {error}") from error
-    if parameters.get("type") != "object":
+    if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise ActionSpaceError(f"tool {tool['name']!r}: the parameters must be of type object")
     return {
         "type": "object",
@@ -221,7 +245,9 @@ class DecisionTrie:
         temperature = sampling.temperature or 1.0
         totals = [0.0] * len(self.actions)
         for branch, logprobs in zip(self.branches, scores, strict=True):
-            for child, logprob in enumerate(log_softmax([value / temperature for value in logprobs])):
+            top = max(logprobs)
+            scaled = logprobs if top == -math.inf else [(value - top) / temperature for value in logprobs]
+            for child, logprob in enumerate(log_softmax(scaled)):
                 for row in range(branch.bounds[child], branch.bounds[child + 1]):
                     totals[row] += logprob
         return _filtered([math.exp(total) for total in totals], sampling)

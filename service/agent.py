@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 
-from service.actions import DiscreteSpace, JsonSpace, RegexSpace, TextSpace
+from service.actions import DiscreteSpace, JsonSpace, RefusedSpace, RegexSpace, TextSpace
 from service.engine.base import Engine, OnText, Scores
 from service.episode import Call, Episode, Recorded
 from service.policies import Policies, Policy
@@ -30,14 +30,15 @@ class Agent:
 
         Raises Conflict (context_overflow), EngineUnavailable.
         """
-        message, policy = call.message, self.policies.get(episode.policy)
+        message = call.message
         if stop_reason := message.ends or (StopReason.MAX_STEPS if episode.max_steps_reached else None):
-            return episode.closing_step(call, policy.version), stop_reason
+            return episode.closing_step(call), stop_reason
+        policy = self.policies.get(episode.policy)
         thinks = episode.options.reasoning is not None and call.recorded is None
         turn = self._observe(episode, message, thinks=thinks)
         start = episode.fit(len(turn), self._reserve(episode, call))
         if start is None:
-            return episode.closing_step(call, policy.version), episode.overflow()
+            return episode.closing_step(call), episode.overflow()
         prompt = episode.log.window(start) + turn
         if call.recorded:
             decision = self._record(episode.options.action_space.write(call.recorded.action), call.recorded)
@@ -84,6 +85,7 @@ class Agent:
         space, generator = episode.options.action_space, self._generator(episode)
         if isinstance(space, DiscreteSpace):
             return await self._choose(call.message.legal_actions or space.actions, prompt, episode, policy, generator)
+        assert not isinstance(space, RefusedSpace)  # Episode.check_call lets no act so far
         return await self._write(space, prompt, episode, policy, generator, call.listener("text"))
 
     async def _choose(

@@ -1,6 +1,7 @@
 """Owns one live episode: its token log, its head, and the one act that may be in flight."""
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-from service.actions import ActionSpaceError, DiscreteSpace
+from service.actions import ActionSpaceError, DiscreteSpace, RefusedSpace
 from service.engine.base import OnText
 from service.errors import Conflict, Unprocessable
 from service.options import Options
@@ -92,16 +93,12 @@ class Episode:
     __slots__ = ("_flight", "config", "head", "keys", "log", "options")
 
     def __init__(self, record: EpisodeRecord, options: Options, steps: Sequence[Step] = ()) -> None:
-        rows = [step for step in steps if not step.closing]
         self.config: EpisodeConfig = record.config
         self.head: EpisodeHead = record.head
         self.options = options
-        self.log = TokenLog(start=rows[-1].window_start if rows else 1)
-        for row in rows:
-            self.log.append(row.span, row.dropped)
-        own = [
-            step for step in steps if step.episode_id == self.episode_id
-        ]  # a fork's callers have not used the others
+        self.log = _log_of(steps)
+        # A fork's callers have not used the keys of its ancestors' steps.
+        own = [step for step in steps if step.episode_id == self.episode_id]
         self.keys: dict[str, int] = {step.idempotency_key: step.index for step in own if step.idempotency_key}
         self._flight: Flight | None = None
 
@@ -141,10 +138,12 @@ class Episode:
             raise Conflict("episode_ended", f"The episode ended ({reason}).", stop_reason=reason)
 
     def check_call(self, call: Call) -> None:
-        """Raises Unprocessable for what this episode's action space cannot take."""
+        """Raises Unprocessable for what this episode cannot take."""
         self.check_message(call.message)
         if call.recorded is None:
             return
+        if call.message.ends:
+            raise Unprocessable("what ends the episode has no action; record the action, then end it", "action")
         try:
             text = self.options.action_space.write(call.recorded.action)
         except ActionSpaceError as error:
@@ -159,6 +158,10 @@ class Episode:
             raise Unprocessable("an observation is required unless the episode ends here", "observation")
         if message.success is not None and message.ends is None:
             raise Unprocessable("success is told only when the episode ends", "success")
+        if message.reward is not None and not math.isfinite(self.head.episode_return + message.reward):
+            raise Unprocessable("the sum of the episode's rewards is too large a number", "reward")
+        if isinstance(self.options.action_space, RefusedSpace) and message.ends is None:
+            raise Unprocessable(self.options.action_space.reason, "action_space")
         if legal is None:
             return
         space = self.options.action_space
@@ -189,13 +192,13 @@ class Episode:
         begins at `start`."""
         answer = _answer(self.episode_id, self.head.step, policy_version, decision)
         step = self._step(call, answer, span, start, closing=False)
-        if self.options.reasoning is None or self.options.reasoning.keep:
+        if self.options.reasoning is None or self.options.reasoning.keep or decision.dropped == (0, 0):
             return step
         return replace(step, dropped=(turn_len + decision.dropped[0], turn_len + decision.dropped[1]))
 
-    def closing_step(self, call: Call, policy_version: str) -> Step:
-        """The row of a message that ends the episode: no action is asked for."""
-        answer = _answer(self.episode_id, self.head.step, policy_version, None)
+    def closing_step(self, call: Call) -> Step:
+        """The row of a message that ends the episode: no action is asked for, of any policy."""
+        answer = _answer(self.episode_id, self.head.step, self.config.policy_version, None)
         return self._step(call, answer, EMPTY_SPAN, self.log.start, closing=True)
 
     def _step(self, call: Call, answer: dict[str, JsonValue], span: Span, start: int, *, closing: bool) -> Step:
@@ -238,11 +241,13 @@ class Episode:
             updated_at=now,
             expires_at=self.options.expires_at(now),
         )
-        return [self._fork(rows, head, name, group, digest, place) for place, name in enumerate(episode_ids)]
+        forks = [self._fork(head, name, group, digest, place) for place, name in enumerate(episode_ids)]
+        log = _log_of(rows)
+        for fork in forks:
+            fork.log = log.copy()
+        return forks
 
-    def _fork(
-        self, rows: Sequence[Step], head: EpisodeHead, episode_id: str, group: str, digest: bytes, place: int
-    ) -> "Episode":
+    def _fork(self, head: EpisodeHead, episode_id: str, group: str, digest: bytes, place: int) -> "Episode":
         request: dict[str, Any] = {**self.config.request, "group": group}
         options = self.options
         if options.sampling.seed is not None and place:
@@ -257,7 +262,7 @@ class Episode:
             created_at=head.updated_at + place * 1e-6,  # so that lists have them in order
             parent=(self.episode_id, head.step),
         )
-        return Episode(EpisodeRecord(config, head), options, rows)
+        return Episode(EpisodeRecord(config, head), options)
 
     def record(self, step: Step, head: EpisodeHead) -> None:
         """Takes over a committed step."""
@@ -267,6 +272,14 @@ class Episode:
         if not step.closing:
             self.log.append(step.span, step.dropped)
             self.log.start = step.window_start
+
+
+def _log_of(steps: Sequence[Step]) -> TokenLog:
+    rows = [step for step in steps if not step.closing]
+    log = TokenLog(start=rows[-1].window_start if rows else 1)
+    for row in rows:
+        log.append(row.span, row.dropped)
+    return log
 
 
 def _answer(episode_id: str, index: int, policy_version: str, decision: Decision | None) -> dict[str, JsonValue]:

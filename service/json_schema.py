@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jsonschema.validators
@@ -47,7 +48,7 @@ class Schema:
     def validate(self, value: Any) -> None:
         """Raises SchemaMismatch, also when telling would take too long."""
         try:
-            with _bounded():
+            with _bounded(value):
                 self._validator.validate(value)
         except _TooMuchWork as error:
             raise SchemaMismatch("comparing the value with the schema takes too long") from error
@@ -55,35 +56,78 @@ class Schema:
             raise SchemaMismatch(error.message[:500]) from error
         except Unresolvable as error:
             raise SchemaMismatch(f"the schema refers to what it does not hold: {error.ref}"[:500]) from error
+        except RecursionError as error:
+            raise SchemaMismatch("the schema refers to itself without end") from error
+        except ArithmeticError as error:
+            raise SchemaMismatch(f"a number is too large to compare: {error}") from error
 
 
 class _TooMuchWork(Exception):
     pass
 
 
-_comparisons_left: ContextVar[int] = ContextVar("comparisons_left")
+@dataclass(slots=True)
+class _Work:
+    """What comparing may still take, and the size of each list and object in the value, by its identity."""
+
+    left: int
+    sizes: dict[int, int]
+
+
+_work: ContextVar[_Work] = ContextVar("work")
 
 
 @contextmanager
-def _bounded() -> Generator[None]:
-    token = _comparisons_left.set(MAX_COMPARISONS)
+def _bounded(value: Any) -> Generator[None]:
+    sizes: dict[int, int] = {}
+    _measure(value, sizes)
+    token = _work.set(_Work(MAX_COMPARISONS, sizes))
     try:
         yield
     finally:
-        _comparisons_left.reset(token)
+        _work.reset(token)
+
+
+def _measure(value: Any, sizes: dict[int, int]) -> int:
+    if isinstance(value, str):
+        return 1 + len(value) // 8
+    if not isinstance(value, dict | list):
+        return 1
+    size = 1 + sum(_measure(child, sizes) for child in _children(value))
+    sizes[id(cast("object", value))] = size
+    return size
 
 
 def _counted(check: Callable[..., Any]) -> Callable[..., Any]:
-    """Nested alternatives make a short schema take exponential time; no episode may stall the others with one."""
+    """Nested alternatives make a short schema take exponential time; no episode may stall the others with one. A
+    keyword counts for the list that it goes through, and for the size of a value that its message would show."""
 
-    def counted(*args: Any) -> Any:
-        left = _comparisons_left.get()
-        if not left:
+    def counted(validator: Any, wanted: Any, instance: Any, schema: dict[str, Any]) -> Any:
+        work = _work.get()
+        listed = len(cast("list[Any]", wanted)) if isinstance(wanted, list) else 0
+        work.left -= 1 + listed + work.sizes.get(id(instance), 0) // 64
+        if work.left < 0:
             raise _TooMuchWork
-        _comparisons_left.set(left - 1)
-        return check(*args)
+        return check(validator, wanted, instance, schema)
 
     return counted
+
+
+def _unique_items(validator: Any, wanted: Any, instance: Any, schema: dict[str, Any]) -> Generator[ValidationError]:
+    """The keyword's own check compares each item with each other one."""
+    if wanted and isinstance(instance, list):
+        items = cast("list[Any]", instance)
+        if len({_identity(item) for item in items}) < len(items):
+            yield ValidationError(f"{str(items)[:100]} has non-unique elements")
+
+
+def _identity(value: Any) -> Any:
+    """Equal for values that JSON Schema takes as equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, dict):
+        return "object", frozenset((key, _identity(item)) for key, item in cast("dict[str, Any]", value).items())
+    if isinstance(value, list):
+        return "array", tuple(_identity(item) for item in cast("list[Any]", value))
+    return isinstance(value, bool), value
 
 
 def _left_to_the_grammar(*_: Any) -> None:
@@ -103,6 +147,7 @@ _KEYWORDS = {
     "pattern": _left_to_the_grammar,
     "patternProperties": _left_to_the_grammar,
     "additionalProperties": _additional_properties,
+    "uniqueItems": _unique_items,
     "unevaluatedProperties": _left_to_the_grammar,  # it matches the patterns of all it evaluated
 }
 _Validator: Any = cast("Any", jsonschema.validators).extend(

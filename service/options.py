@@ -3,11 +3,24 @@
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from service.actions import ActionSpace, TextSpace, discrete_space, json_space, regex_space, tools_space
+from service.actions import (
+    ActionSpace,
+    ActionSpaceError,
+    JsonSpace,
+    RefusedSpace,
+    RegexSpace,
+    TextSpace,
+    discrete_space,
+    json_space,
+    regex_space,
+    tools_space,
+)
 from service.engine.base import EngineInfo
 from service.errors import Unprocessable
 from service.prompt import system_text
 from service.trajectory import Overflow, Sampling
+
+_CONSTRAINED = (JsonSpace, RegexSpace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +46,46 @@ class Options:
 
     @classmethod
     def of(cls, request: dict[str, Any], info: EngineInfo) -> "Options":
-        """Raises ActionSpaceError for a space that cannot be, Unprocessable for limits that leave no room."""
-        context: dict[str, Any] = request.get("context") or {}
-        given: dict[str, Any] = request.get("sampling") or {}
-        limit = min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
-        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        if asked.get("max_tokens", 0) >= limit:
+        """Raises ActionSpaceError for a space that cannot be, Unprocessable for limits that leave no room and for stop
+        strings that would cut short what the space promises."""
+        space, limit = _asked_space(request), _limit(request, info)
+        sampling: dict[str, Any] = request.get("sampling") or {}
+        thought: dict[str, Any] | None = request.get("reasoning")
+        max_tokens: int = sampling.get("max_tokens") or 0
+        if max_tokens >= limit:
             raise Unprocessable(f"max_tokens must be below the context's {limit} tokens", "sampling", "max_tokens")
-        asked["stop"] = tuple(asked.get("stop", ()))
+        if thought and limit - thought["max_tokens"] <= max(max_tokens, 1):
+            detail = f"the thought must leave room in the context's {limit} tokens"
+            raise Unprocessable(detail, "reasoning", "max_tokens")
+        if sampling.get("stop") and isinstance(space, _CONSTRAINED):
+            raise Unprocessable("a stop string would end an action before it is whole", "sampling", "stop")
+        return cls._made(request, info, space)
+
+    @classmethod
+    def restored(cls, request: dict[str, Any], info: EngineInfo) -> "Options":
+        """Of an episode that was opened before, under other limits or rules perhaps: limits are cut to fit, and a space
+        that would not be accepted now lets the episode do nothing but end."""
+        try:
+            space = _asked_space(request)
+        except ActionSpaceError as error:
+            space = RefusedSpace(f"the episode's action space is not accepted any more: {error}")
+        return cls._made(request, info, space)
+
+    @classmethod
+    def _made(cls, request: dict[str, Any], info: EngineInfo, space: ActionSpace) -> "Options":
+        given: dict[str, Any] = request.get("sampling") or {}
+        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        asked["stop"] = () if isinstance(space, _CONSTRAINED) else tuple(asked.get("stop", ()))
         sampling = replace(info.default_sampling, **asked)
         thought: dict[str, Any] | None = request.get("reasoning")
-        reasoning = Reasoning(thought["max_tokens"], thought.get("history") != "drop") if thought else None
+        context: dict[str, Any] = request.get("context") or {}
+        limit, reasoning = _limit(request, info), None
+        if thought:
+            reasoning = Reasoning(min(thought["max_tokens"], limit - 2), thought.get("history") != "drop")
         room = limit - reasoning.max_tokens if reasoning else limit
-        if room <= asked.get("max_tokens", 1):
-            raise Unprocessable(
-                f"the thought must leave room in the context's {limit} tokens", "reasoning", "max_tokens"
-            )
         return cls(
             system=system_text(request),
-            action_space=_action_space(request.get("action_space") or {"type": "text"}),
+            action_space=space,
             sampling=replace(sampling, max_tokens=min(sampling.max_tokens, max(room // 2, 1))),
             reasoning=reasoning,
             overflow=context.get("overflow", "slide"),
@@ -64,7 +98,14 @@ class Options:
         return None if self.idle_ttl_s is None else now + self.idle_ttl_s
 
 
-def _action_space(asked: dict[str, Any]) -> ActionSpace:
+def _limit(request: dict[str, Any], info: EngineInfo) -> int:
+    """Tokens of the context."""
+    context: dict[str, Any] = request.get("context") or {}
+    return min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
+
+
+def _asked_space(request: dict[str, Any]) -> ActionSpace:
+    asked: dict[str, Any] = request.get("action_space") or {"type": "text"}
     match asked["type"]:
         case "discrete":
             return discrete_space(tuple(cast("list[str]", asked["actions"])))

@@ -1,6 +1,7 @@
 """Owns the policies: the base model and its LoRA adapters, which are loaded, replaced and removed while it serves."""
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
@@ -67,8 +68,8 @@ class Policies:
                 continue
             try:
                 checked = await self._adopted(record.name, self._kept / record.digest, record.loaded_at)
-                await self._load(checked)
-            except (AdapterRefused, OSError) as error:
+                self._adapters[record.name] = await self._load(checked)
+            except AdapterRefused as error:
                 _log.error("an adapter cannot be loaded again", policy=record.name, reason=str(error))
 
     async def load(self, name: str, path: str) -> tuple[Policy, bool]:
@@ -78,10 +79,7 @@ class Policies:
             raise Unprocessable("adapters are off: name their folder in EPISODIC_ADAPTERS", "path")
         if name == self._base.name:
             raise Unprocessable(f"{name!r} is the base model", "name")
-        root = self._source.resolve()
-        folder = (root / path).resolve()
-        if not folder.is_relative_to(root) or not folder.is_dir():
-            raise Unprocessable(f"there is no folder {path[:200]!r} among the adapters", "path")
+        folder = _below(self._source, path)
         async with self._changing:
             try:
                 record = await self._adopted(name, folder, time.time())
@@ -91,9 +89,14 @@ class Policies:
                 policy = await self._load(record)
             except AdapterRefused as error:
                 raise Unprocessable(str(error), "path") from error
-            await self._store.put_policy(record)
-            if known and known.adapter:
-                await self._engine.unload_adapter(known.adapter)
+            try:
+                await self._store.put_policy(record)
+            except BaseException:
+                await self._unload(policy)  # what is not kept is not served: it would be gone at the next start
+                raise
+            self._adapters[name] = policy
+            if known:
+                await self._unload(known)
         return policy, known is None
 
     async def remove(self, name: str) -> None:
@@ -106,19 +109,34 @@ class Policies:
                 raise NotFound("policy_not_found", f"There is no policy {name!r}.")
             await self._store.delete_policy(name)
             del self._adapters[name]
-            if policy.adapter:
-                await self._engine.unload_adapter(policy.adapter)
+            await self._unload(policy)
 
     async def _adopted(self, name: str, folder: Path, loaded_at: float) -> PolicyRecord:
         """Checked against the base model that is served now, which may be another than when it was first loaded."""
         info = self._engine.info
-        found = await asyncio.to_thread(adopt, folder, self._kept, base=info.weight_shapes, max_rank=info.max_lora_rank)
+        try:
+            shapes, max_rank = info.weight_shapes, info.max_lora_rank
+            found = await asyncio.to_thread(adopt, folder, self._kept, base=shapes, max_rank=max_rank)
+        except OSError as error:
+            raise AdapterRefused(f"its files cannot be copied: {error.strerror}") from error
         version = hashlib.sha256(f"{info.version}:{found.digest}".encode()).hexdigest()[:12]
         return PolicyRecord(name, found.digest, version, found.rank, loaded_at)
 
     async def _load(self, record: PolicyRecord) -> Policy:
         adapter = Adapter(record.name, record.version, str(self._kept / record.digest), record.rank)
         await self._engine.load_adapter(adapter)
-        policy = Policy(record.name, record.version, adapter, record.loaded_at)
-        self._adapters[record.name] = policy
-        return policy
+        return Policy(record.name, record.version, adapter, record.loaded_at)
+
+    async def _unload(self, policy: Policy) -> None:
+        assert policy.adapter is not None
+        await self._engine.unload_adapter(policy.adapter)
+
+
+def _below(source: Path, path: str) -> Path:
+    """The folder of this path among the adapters. Raises Unprocessable."""
+    root = source.resolve()
+    with contextlib.suppress(OSError, ValueError):  # too long a name, a NUL in it
+        folder = (root / path).resolve()
+        if folder.is_relative_to(root) and folder.is_dir():
+            return folder
+    raise Unprocessable(f"there is no folder {path[:200]!r} among the adapters", "path")

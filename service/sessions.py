@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from service import metrics
+from service import logs, metrics
 from service.actions import ActionSpaceError, DiscreteSpace, RegexSpace
 from service.agent import Agent
 from service.engine.base import ConstraintRefused, Engine, EngineUnavailable
@@ -21,6 +21,7 @@ from service.errors import (
     Conflict,
     DeadlineExceeded,
     EpisodicError,
+    Gone,
     Unavailable,
     Unprocessable,
     episode_deleted,
@@ -29,7 +30,7 @@ from service.errors import (
 from service.options import Options
 from service.policies import Policies
 from service.prompt import Prompt, TemplateReport
-from service.store.base import Commit, EpisodeExists, Filter, ParentGone, StepTaken, Store, StoreUnavailable
+from service.store.base import Commit, EpisodeExists, EpisodeGone, Filter, StepTaken, Store, StoreUnavailable
 from service.sweeper import Sweeper
 from service.trajectory import (
     EpisodeConfig,
@@ -41,6 +42,8 @@ from service.trajectory import (
     Step,
     StopReason,
 )
+
+_log = logs.get(__name__)
 
 T = TypeVar("T")
 Answer = dict[str, JsonValue]
@@ -109,6 +112,11 @@ class Sessions:
         self._began([Episode(record, options)])
         return record, True
 
+    async def opened(self, episode_id: str, digest: bytes) -> EpisodeRecord | None:
+        """The episode, if it was opened by the same call before."""
+        known = await self.store.episode(episode_id)
+        return known if known and not known.deleted and known.config.digest == digest else None
+
     async def fork(
         self, parent_id: str, at_step: int | None, episode_ids: Sequence[str], group: str | None, digest: bytes
     ) -> tuple[list[EpisodeRecord], bool]:
@@ -118,6 +126,21 @@ class Sessions:
         """
         self._refuse_while_draining()
         digest = hashlib.blake2b(digest + parent_id.encode(), digest_size=16).digest()
+        try:
+            forks = await self._forked(parent_id, at_step, episode_ids, group, digest)
+        except (EpisodeExists, Gone) as error:
+            known = [await self.opened(episode_id, digest) for episode_id in episode_ids]
+            if all(known):
+                return [record for record in known if record], False
+            if isinstance(error, Gone):
+                raise
+            raise Conflict("idempotency_mismatch", "One of these episodes exists already.") from error
+        self._began(forks)
+        return [EpisodeRecord(fork.config, fork.head) for fork in forks], True
+
+    async def _forked(
+        self, parent_id: str, at_step: int | None, episode_ids: Sequence[str], group: str | None, digest: bytes
+    ) -> list[Episode]:
         parent = await self._episode(parent_id)
         rows = [row for row in await self.store.steps(parent_id) if not row.closing]
         step = len(rows) if at_step is None else at_step
@@ -127,15 +150,9 @@ class Sessions:
         forks = parent.forks(rows[:step], episode_ids, shared_group, digest)
         try:
             await self.store.fork([EpisodeRecord(fork.config, fork.head) for fork in forks])
-        except EpisodeExists:
-            known = [await self.store.episode(episode_id) for episode_id in episode_ids]
-            if any(record is None or record.deleted or record.config.digest != digest for record in known):
-                raise Conflict("idempotency_mismatch", "One of these episodes exists already.") from None
-            return [record for record in known if record is not None], False
-        except ParentGone as error:
+        except EpisodeGone as error:
             raise episode_deleted(parent_id) from error
-        self._began(forks)
-        return [EpisodeRecord(fork.config, fork.head) for fork in forks], True
+        return forks
 
     async def get(self, episode_id: str) -> EpisodeRecord:
         """Raises NotFound, Gone."""
@@ -159,22 +176,32 @@ class Sessions:
         record = await self._record(feedback.episode_id)
         if feedback.step is not None and feedback.step >= record.head.step:
             raise Unprocessable(f"the episode has {record.head.step} steps", "step")
-        await self.store.add_feedback(feedback)
+        try:
+            await self.store.add_feedback(feedback)
+        except EpisodeGone as error:
+            raise episode_deleted(feedback.episode_id) from error
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         """What people said of it, oldest first."""
         return await self.store.feedback(episode_id)
 
-    async def _end_expired(self) -> None:
+    async def _end_expired(self) -> bool:
+        """Ends what expired; says whether it ended all of it: an act in flight may be in the way."""
         call = Call(Message(), digest=b"idle_ttl")
-        failures: list[Exception] = []
-        for episode_id in await self.store.expired(time.time(), _SWEEP_BATCH):
-            try:
-                await self._twice(episode_id, lambda episode: self._expire(episode, call))
-            except (EpisodicError, EngineUnavailable) as failure:  # one that cannot end keeps no other from it
-                failures.append(failure)
-        if failures:
-            raise ExceptionGroup(f"{len(failures)} episodes", failures)
+        left: set[str] = set()
+        while found := await self.store.expired(time.time(), _SWEEP_BATCH + len(left)):
+            due = [episode_id for episode_id in found if episode_id not in left]
+            if not due:
+                return False
+            for episode_id in due:
+                try:
+                    await self._twice(episode_id, lambda episode: self._expire(episode, call))
+                except Conflict:
+                    left.add(episode_id)
+                except Exception as failure:  # noqa: BLE001 - one that cannot end keeps no other from it
+                    _log.warning("an idle episode cannot be ended", episode_id=episode_id, reason=repr(failure))
+                    left.add(episode_id)
+        return True
 
     async def _expire(self, episode: Episode, call: Call) -> None:
         expires_at = episode.head.expires_at
@@ -190,8 +217,12 @@ class Sessions:
 
     async def steps(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]]:
         """The episode and its rows. Raises NotFound, Gone."""
-        record = await self._record(episode_id)
-        return record, await self.store.steps(episode_id)
+        found = await self.store.trajectory(episode_id)
+        if found is None:
+            raise episode_not_found(episode_id)
+        if found[0].deleted:
+            raise episode_deleted(episode_id)
+        return found
 
     async def act(self, episode_id: str, call: Call) -> Answer:
         """Answers with the step's action once it is committed. Raises EpisodicError, EngineUnavailable,
@@ -251,6 +282,8 @@ class Sessions:
         try:
             step, timing = await flight.join(call.timeout_s)
         except TimeoutError as error:
+            if call.timeout_s is None:
+                raise
             raise DeadlineExceeded("deadline_exceeded", f"{call.timeout_s:g} s ran out.") from error
         return {**step.answer, "replayed": joined, "timing": timing}
 
@@ -266,7 +299,7 @@ class Sessions:
         if index == episode.head.step and episode.head.status == "active":
             return None
         step = next(iter(await self.store.steps(episode.episode_id, index)), None)
-        if step is None or (step.closing and step.digest != call.digest):
+        if step is None or (step.closing and step.digest != call.digest and call.idempotency_key not in episode.keys):
             return None
         if step.digest != call.digest:
             raise _mismatch()
@@ -292,7 +325,10 @@ class Sessions:
 
     async def _decide(self, episode: Episode, call: Call) -> Landing:
         began = time.perf_counter()
-        step, stop_reason = await self.agent.act(episode, call)
+        try:
+            step, stop_reason = await self.agent.act(episode, call)
+        except ActionSpaceError as error:  # the policy's tokenizer is another than when the episode was opened
+            raise Unprocessable(str(error), "action_space") from error
         decided = time.perf_counter()
         step = await self._commit(episode, step, stop_reason)
         ended = time.perf_counter()
@@ -315,8 +351,7 @@ class Sessions:
             await flight.join(None)
 
     async def _close(self, episode: Episode, call: Call, stop_reason: StopReason) -> Landing:
-        step = episode.closing_step(call, episode.config.policy_version)
-        return await self._commit(episode, step, stop_reason), dict(_NO_TIME)
+        return await self._commit(episode, episode.closing_step(call), stop_reason), dict(_NO_TIME)
 
     async def _commit(self, episode: Episode, step: Step, stop_reason: StopReason | None) -> Step:
         """The committed step: this one, or one that another replica committed first for a retry of the same call."""
@@ -360,8 +395,8 @@ class Sessions:
 
     async def _load(self, episode_id: str) -> Episode:
         info = self.agent.engine.info
-        record = await self._record(episode_id)
-        episode = Episode(record, Options.of(record.config.request, info), await self.store.steps(episode_id))
+        record, steps = await self.steps(episode_id)
+        episode = Episode(record, Options.restored(record.config.request, info), steps)
         self._keep(episode)
         return episode
 

@@ -29,7 +29,7 @@ _SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties"})
 _SCHEMAS_IN_ORDER = frozenset({*_ALTERNATIVES, "prefixItems"})
 
 
-def strict(schema: Node) -> Node:
+def strict(schema: Node) -> Node | bool:
     """The schema with its references written out, so that it can stand inside another one, and with nothing in it that
     the grammar passes over. Raises SchemaRefused for a reference that is recursive or not a JSON pointer within the
     schema (RFC 6901), and for what cannot be held."""
@@ -41,11 +41,19 @@ class _Rewriting:
     def __init__(self, root: Node) -> None:
         self._root = root
         self._num_nodes = 0
+        self._depth = 0
 
     def node(self, schema: Any, seen: tuple[str, ...]) -> Any:
         self._num_nodes += 1
-        if self._num_nodes > _MAX_NODES or len(seen) > MAX_NESTING:
+        if self._num_nodes > _MAX_NODES or self._depth > MAX_NESTING:
             raise SchemaRefused("the schema is too large with its references written out")
+        self._depth += 1
+        try:
+            return self._rewritten(schema, seen)
+        finally:
+            self._depth -= 1
+
+    def _rewritten(self, schema: Any, seen: tuple[str, ...]) -> Any:
         if not isinstance(schema, dict):
             return schema  # true or false
         found = {name: value for name, value in cast("Node", schema).items() if name not in _DROPPED}
@@ -69,7 +77,12 @@ class _Rewriting:
             raise SchemaRefused(f"the schema is recursive: {target}")
         if rest := found.keys() - _ANNOTATIONS:
             raise SchemaRefused(f"{min(rest)!r} beside $ref cannot be held; write the two as one schema")
-        referred = self.node(self._resolve(target), (*seen, target))
+        resolved = self._resolve(target)
+        if isinstance(resolved, dict):
+            Schema(cast("Node", resolved))  # it may stand where no schema does, and be none
+        elif not isinstance(resolved, bool):
+            raise SchemaRefused(f"{target!r} is not a schema")
+        referred = self.node(resolved, (*seen, target))
         return {**cast("Node", referred), **found} if isinstance(referred, dict) else referred
 
     def _resolve(self, target: str) -> Any:

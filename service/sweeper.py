@@ -12,14 +12,15 @@ from service.store.base import StoreUnavailable
 _log = logs.get(__name__)
 
 _LONGEST_SLEEP_S = 86_400.0
-_RETRY_S = 10.0
+_RETRY_S = 1.0
 
 
 class Sweeper:
-    """Calls `end_expired` when it is time. `next_expiry` gives when that is, in Unix seconds, None for never."""
+    """Calls `end_expired`, which says whether all are ended, when it is time. `next_expiry` gives when that is, in Unix
+    seconds, None for never."""
 
     def __init__(
-        self, next_expiry: Callable[[], Awaitable[float | None]], end_expired: Callable[[], Awaitable[None]]
+        self, next_expiry: Callable[[], Awaitable[float | None]], end_expired: Callable[[], Awaitable[bool]]
     ) -> None:
         self._next_expiry = next_expiry
         self._end_expired = end_expired
@@ -39,9 +40,10 @@ class Sweeper:
             try:
                 self._next = await self._next_expiry() or math.inf
                 if self._next <= time.time():
-                    await self._end_expired()
+                    if not await self._end_expired():
+                        await asyncio.sleep(_RETRY_S)
                     continue
-            except (StoreUnavailable, ExceptionGroup) as error:
+            except StoreUnavailable as error:
                 _log.warning("idle episodes cannot be ended yet", reason=str(error))
                 await asyncio.sleep(_RETRY_S)
                 continue

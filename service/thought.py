@@ -53,7 +53,7 @@ async def think(
     tags = prompt.think_tags
     sampling = replace(sampling, stop=tags.stop, stop_token_ids=tags.stop_token_ids)
     drawn = await engine.generate(token_ids, sampling, None, adapter=adapter, on_text=on_text)
-    is_closed = drawn.finish_reason == "stop" and not _ended_turn(drawn.token_ids, prompt)
+    is_closed = drawn.finish_reason == "stop" and _has_end(drawn.token_ids, prompt)
     num_kept = len(drawn.token_ids) - (drawn.finish_reason == "stop" and not is_closed)
     forced = [*([] if is_closed else tags.end), *tags.separator]
     num_thought = num_kept - (is_closed and bool(tags.stop_token_ids))
@@ -67,5 +67,8 @@ async def think(
     return Thought(drawn.text.strip(), span, dropped, Usage(len(token_ids), drawn.cached_tokens, num_kept))
 
 
-def _ended_turn(token_ids: tuple[int, ...], prompt: Prompt) -> bool:
-    return token_ids[-1:] in ((prompt.terminator,), (prompt.tokenizer.eos_token_id,))
+def _has_end(token_ids: tuple[int, ...], prompt: Prompt) -> bool:
+    tags = prompt.think_tags
+    if tags.stop_token_ids:
+        return token_ids[-1:] == tags.stop_token_ids
+    return any(stop in prompt.tokenizer.decode(token_ids) for stop in tags.stop)

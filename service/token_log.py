@@ -24,6 +24,11 @@ class TokenLog:
         for span in spans:
             self.append(span)
 
+    def copy(self) -> "TokenLog":
+        twin = TokenLog(start=self.start)
+        twin._ids, twin._ends = self._ids[:], self._ends[:]
+        return twin
+
     def __len__(self) -> int:
         return len(self._ids)
 

@@ -99,7 +99,7 @@ def test_a_full_context_ends_the_episode_only_where_asked_to(overflow: str, reas
 
 def test_success_counts_at_the_end_only():
     playing = episode()
-    closing = playing.closing_step(Call(Message(reward=-1.5, terminated=True, success=True), b""), "v")
+    closing = playing.closing_step(Call(Message(reward=-1.5, terminated=True, success=True), b""))
     head = playing.head_after(closing, StopReason.TERMINATED)
     assert (head.success, head.episode_return, head.step, head.ended_at) == (True, -1.5, 0, closing.created_at)
     going_on = playing.head_after(closing, None)

@@ -224,10 +224,10 @@ async def test_concurrent_touches_share_one_read(tokenizer: HFTokenizer):
     class CountingStore(MemoryStore):
         num_reads = 0
 
-        async def episode(self, episode_id: str) -> Any:
+        async def trajectory(self, episode_id: str) -> Any:
             self.num_reads += 1
             await asyncio.sleep(0)
-            return await super().episode(episode_id)
+            return await super().trajectory(episode_id)
 
     store = CountingStore()
     sessions = Sessions(store, max_live_episodes=1)

@@ -19,8 +19,9 @@ class Expiries:
         self.asked.put_nowait(answer)
         return await answer
 
-    async def end(self) -> None:
+    async def end(self) -> bool:
         self.num_ended += 1
+        return True
 
 
 async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over():

@@ -1,14 +1,12 @@
 """Owns the reading of a request body: its limit, strict JSON, and the digest that tells a retry from another call."""
 
 import hashlib
-import json
-import math
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from service import strict_json
 from service.errors import BadRequest, TooLarge, Unprocessable
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -66,36 +64,16 @@ def _too_large(limit: int) -> TooLarge:
 
 def _parse(body: bytes) -> Any:
     try:
-        return json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-    except RecursionError as error:
-        raise BadRequest("malformed_json", "The JSON nests too deeply.") from error
+        return strict_json.parse(body, object_pairs_hook=strict_json.without_twins)
     except ValueError as error:
         raise BadRequest("malformed_json", f"The body is not JSON: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an object has a key twice")
-    return found
-
-
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if math.isinf(value):
-        raise ValueError(f"{literal[:20]} is too large a number")
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def digest(document: dict[str, Any]) -> bytes:
     """Tells a retry from another call, 16 bytes. Raises BadRequest for what cannot be kept."""
     said = {key: value for key, value in document.items() if key not in _NOT_DIGESTED}
     try:
-        canonical = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
-    except TypeError as error:  # lone surrogates, integers over 64 bits, deeper than 254 levels
-        raise BadRequest("malformed_json", f"The body cannot be kept: {str(error).splitlines()[0]}") from error
+        canonical = strict_json.dump(said, sort_keys=True)
+    except ValueError as error:
+        raise BadRequest("malformed_json", f"The body cannot be kept: {error}") from error
     return hashlib.blake2b(canonical, digest_size=16).digest()

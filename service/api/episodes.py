@@ -75,9 +75,16 @@ async def create(request: Request) -> Response:
     """Opens an episode."""
     document = await body.read_document(request)
     digest = body.digest(document)
-    asked = body.validated(request.app.state.profiles.fill(document), EpisodeRequest)
-    fields = asked.model_dump(exclude_unset=True, exclude={"episode_id"}, by_alias=True)
-    record, is_new = await request.app.state.sessions.create(asked.episode_id or str(uuid7()), fields, digest)
+    sessions: Sessions = request.app.state.sessions
+    try:
+        asked = body.validated(request.app.state.profiles.fill(document), EpisodeRequest)
+        fields = asked.model_dump(exclude_unset=True, exclude={"episode_id"}, by_alias=True)
+        record, is_new = await sessions.create(asked.episode_id or str(uuid7()), fields, digest)
+    except Unprocessable:  # a retry finds what was opened, also when its profile or policy is gone since
+        known = await sessions.opened(str(document.get("episode_id")), digest)
+        if known is None:
+            raise
+        record, is_new = known, False
     headers = {"Location": f"/episode/{record.config.episode_id}"}
     return _json(resource(record), 201 if is_new else 200, headers)
 

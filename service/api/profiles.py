@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service import strict_json
 from service.api.schemas import EpisodeFields, ProfileList
 from service.errors import Unprocessable
 
@@ -78,7 +79,11 @@ class Profiles:
             first = error.errors(include_url=False, include_context=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ProfileError(f"profile {name!r}: {where}: {first['msg']}") from error
-        return Profile(name, self._read[name].get("description", ""), fields)
+        try:
+            kept = orjson.loads(strict_json.dump(fields))
+        except ValueError as error:
+            raise ProfileError(f"profile {name!r}: {error}") from error
+        return Profile(name, self._read[name].get("description", ""), kept)
 
 
 @router.get("/profile", response_model=ProfileList)

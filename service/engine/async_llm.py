@@ -90,7 +90,7 @@ class VLLMEngine:
         self._front_end, self._model = front_end, model
         self._ids, self._lora_ids = count(), count(1)
         self._loras: dict[Adapter, Any] = {}
-        self._served: dict[str, Any] = {}
+        self._served: dict[Adapter, Any] = {}
         self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
         self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
         self._dead = EngineDeadError
@@ -203,13 +203,12 @@ class VLLMEngine:
             raise AdapterRefused(f"vLLM refused it: {str(error)[:300]}") from error
         if not loaded:
             raise AdapterRefused("vLLM did not load it")
-        self._loras[adapter] = self._served[adapter.name] = request
+        self._loras[adapter] = self._served[adapter] = request
         self._show_adapters()
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         request = self._loras[adapter]  # kept: an act in flight names it again, and vLLM loads it from the same files
-        if self._served.get(adapter.name) is request:
-            del self._served[adapter.name]
+        self._served.pop(adapter, None)
         await self._llm.remove_lora(request.lora_int_id)
         self._show_adapters()
 

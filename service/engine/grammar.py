@@ -76,9 +76,13 @@ class GrammarChecker:
             self._child = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", __spec__.name, stdin=PIPE, stdout=PIPE, limit=1 << 20
             )
-            async with asyncio.timeout(_START_LIMIT_S):
-                if await _exchange(self._child, {"tokenizer_info": self._tokenizer_info}) is None:
-                    raise RuntimeError("the grammar compiler did not start")
+            try:
+                async with asyncio.timeout(_START_LIMIT_S):
+                    if await _exchange(self._child, {"tokenizer_info": self._tokenizer_info}) is None:
+                        raise RuntimeError("the grammar compiler did not start")
+            except BaseException:
+                await self.close()  # its late answer must not meet a question
+                raise
         return self._child
 
 

@@ -15,8 +15,8 @@ class EpisodeExists(Exception):
     """There is an episode with this id already, a tombstone perhaps."""
 
 
-class ParentGone(Exception):
-    """The episode to fork was deleted."""
+class EpisodeGone(Exception):
+    """The episode to fork or to rate was deleted."""
 
 
 class StoreUnavailable(Exception):
@@ -68,7 +68,7 @@ class Store(Protocol):
 
     async def fork(self, records: Sequence[EpisodeRecord]) -> None:
         """Adds forks of one episode, all or none: they share its rows before their `config.parent` step. Raises
-        EpisodeExists, ParentGone."""
+        EpisodeExists, EpisodeGone."""
         ...
 
     async def episodes(
@@ -85,6 +85,10 @@ class Store(Protocol):
         """The episode's rows in order, its ancestors' and the closing one included; or the one with this index."""
         ...
 
+    async def trajectory(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]] | None:
+        """The episode and its rows, as they are at one moment."""
+        ...
+
     async def next_expiry(self) -> float | None:
         """When the next active episode expires, if any does."""
         ...
@@ -94,7 +98,7 @@ class Store(Protocol):
         ...
 
     async def add_feedback(self, feedback: Feedback) -> None:
-        """Keeps a rating; in place of the one that its rater, if named, gave for the same step."""
+        """Keeps a rating; in place of the one that its rater, if named, gave for the same step. Raises EpisodeGone."""
         ...
 
     async def feedback(self, episode_id: str) -> list[Feedback]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from service.store.base import EVERY, Commit, EpisodeExists, Filter, ParentGone, StepTaken
+from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, Filter, StepTaken
 from service.trajectory import EpisodeRecord, Feedback, PolicyRecord, Step
 
 
@@ -36,7 +36,7 @@ class MemoryStore:
             assert record.config.parent is not None
             parent_id, at_step = record.config.parent
             if self._episodes[parent_id].deleted:
-                raise ParentGone
+                raise EpisodeGone
             await self.create(record)
             self._steps[record.config.episode_id] = self._steps[parent_id][:at_step]
 
@@ -62,6 +62,10 @@ class MemoryStore:
         rows = self._steps.get(episode_id, [])
         return list(rows) if index is None else rows[index : index + 1]
 
+    async def trajectory(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]] | None:
+        record = self._episodes.get(episode_id)
+        return None if record is None else (record, list(self._steps[episode_id]))
+
     async def next_expiry(self) -> float | None:
         return min((at for row in self._episodes.values() if (at := row.head.expires_at) is not None), default=None)
 
@@ -70,6 +74,8 @@ class MemoryStore:
         return [name for at, name in sorted(due) if at <= now][:limit]
 
     async def add_feedback(self, feedback: Feedback) -> None:
+        if self._episodes[feedback.episode_id].deleted:
+            raise EpisodeGone
         said = self._feedback[feedback.episode_id]
         if feedback.rater is not None:
             said[:] = [old for old in said if (old.step, old.rater) != (feedback.step, feedback.rater)]

@@ -21,7 +21,6 @@ from sqlalchemy import (
     func,
     insert,
     make_url,
-    not_,
     or_,
     select,
     union_all,
@@ -35,8 +34,8 @@ from service.store.base import (
     Change,
     Commit,
     EpisodeExists,
+    EpisodeGone,
     Filter,
-    ParentGone,
     StepTaken,
     StoreUnavailable,
 )
@@ -113,13 +112,7 @@ class SQLStore:
         await self._group.submit(record)
 
     async def episode(self, episode_id: str) -> EpisodeRecord | None:
-        query = select(episodes).where(episodes.c.episode_id == episode_id)
-
-        def read(connection: Connection) -> EpisodeRecord | None:
-            row = connection.execute(query).mappings().first()
-            return None if row is None else episode_record(row)
-
-        return await self._in_transaction(self._readers, read)
+        return await self._in_transaction(self._readers, lambda connection: _read_episode(connection, episode_id))
 
     async def fork(self, records: Sequence[EpisodeRecord]) -> None:
         def write(connection: Connection) -> None:
@@ -127,7 +120,7 @@ class SQLStore:
             assert parent is not None
             _insert_episodes(connection, records)
             if connection.execute(_alive(parent[0])).first() is None:
-                raise ParentGone
+                raise EpisodeGone
             inherited = _lineage(connection, parent[0], parent[1])
             ids = [record.config.episode_id for record in records]
             rows = [
@@ -161,18 +154,12 @@ class SQLStore:
         await self._group.submit(commit)
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        # Whatever the depth of the lineage: a condition for each ancestor would meet SQLite's limit at 1,000 of them.
-        inherited = and_(steps.c.episode_id == ancestors.c.ancestor_id, steps.c.step < ancestors.c.num_steps)
-        parts = [
-            select(steps).where(steps.c.episode_id == episode_id),
-            select(steps).join(ancestors, inherited).where(ancestors.c.episode_id == episode_id),
-        ]
-        if index is not None:
-            parts = [part.where(steps.c.step == index) for part in parts]
-        query = union_all(*parts).order_by("step")
+        return await self._in_transaction(self._readers, lambda connection: _read_steps(connection, episode_id, index))
 
-        def read(connection: Connection) -> list[Step]:
-            return [step_value(row) for row in connection.execute(query).mappings()]
+    async def trajectory(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]] | None:
+        def read(connection: Connection) -> tuple[EpisodeRecord, list[Step]] | None:
+            record = _read_episode(connection, episode_id)
+            return record and (record, _read_steps(connection, episode_id))
 
         return await self._in_transaction(self._readers, read)
 
@@ -190,6 +177,8 @@ class SQLStore:
         same = [ratings.c[name].is_not_distinct_from(row[name]) for name in ("episode_id", "step", "rater")]
 
         def write(connection: Connection) -> None:
+            if connection.execute(_alive(feedback.episode_id)).first() is None:
+                raise EpisodeGone
             if feedback.rater is not None:
                 connection.execute(delete(ratings).where(*same))
             connection.execute(insert(ratings), row)
@@ -252,7 +241,7 @@ class SQLStore:
         """One transaction for all; if any of them is refused, one for each, so that it spoils no other."""
         try:
             await self._write_together(changes)
-        except (StepTaken, EpisodeExists) as error:
+        except (StepTaken, EpisodeExists, TypeError, ValueError) as error:
             if len(changes) == 1:
                 return [error]
             return [result for change in changes for result in await self._write([change])]
@@ -304,6 +293,24 @@ def _insert_episodes(connection: Connection, records: Sequence[EpisodeRecord]) -
         connection.execute(insert(tags), tagged)
 
 
+def _read_episode(connection: Connection, episode_id: str) -> EpisodeRecord | None:
+    row = connection.execute(select(episodes).where(episodes.c.episode_id == episode_id)).mappings().first()
+    return None if row is None else episode_record(row)
+
+
+def _read_steps(connection: Connection, episode_id: str, index: int | None = None) -> list[Step]:
+    # Whatever the depth of the lineage: a condition for each ancestor would meet SQLite's limit at 1,000 of them.
+    inherited = and_(steps.c.episode_id == ancestors.c.ancestor_id, steps.c.step < ancestors.c.num_steps)
+    parts = [
+        select(steps).where(steps.c.episode_id == episode_id),
+        select(steps).join(ancestors, inherited).where(ancestors.c.episode_id == episode_id),
+    ]
+    if index is not None:
+        parts = [part.where(steps.c.step == index) for part in parts]
+    query = union_all(*parts).order_by("step")
+    return [step_value(row) for row in connection.execute(query).mappings()]
+
+
 def _alive(episode_id: str) -> Select[Any]:
     return select(episodes.c.parent_step).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_(None))
 
@@ -322,10 +329,11 @@ def _lineage(connection: Connection, parent_id: str, at_step: int) -> list[tuple
 
 
 def _drop_unread_steps(connection: Connection, episode_id: str) -> None:
-    """Drops a deleted episode's steps unless a fork still reads them."""
+    """Drops those of a deleted episode's steps that no fork reads."""
     gone = select(episodes.c.episode_id).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_not(None))
-    readers = select(ancestors.c.episode_id).where(ancestors.c.ancestor_id == episode_id)
-    connection.execute(delete(steps).where(steps.c.episode_id == episode_id, exists(gone), not_(exists(readers))))
+    num_read = select(func.max(ancestors.c.num_steps)).where(ancestors.c.ancestor_id == episode_id).scalar_subquery()
+    unread = steps.c.step >= func.coalesce(num_read, 0)
+    connection.execute(delete(steps).where(steps.c.episode_id == episode_id, exists(gone), unread))
 
 
 def _conditions(where: Filter) -> list[ColumnElement[bool]]:

@@ -507,14 +507,14 @@ async def test_an_export_that_fails_midway_is_cut_off(api: Served, monkeypatch: 
         await api.open(name)
         await api.act(name, None, terminated=True)
     store = api.app.state.sessions.store
-    steps = store.steps
+    trajectory = store.trajectory
 
     async def broken(episode_id: str) -> Any:
         if episode_id == "a":
             raise RuntimeError("broken")
-        return await steps(episode_id)
+        return await trajectory(episode_id)
 
-    monkeypatch.setattr(store, "steps", broken)
+    monkeypatch.setattr(store, "trajectory", broken)
     with pytest.raises(httpx.RemoteProtocolError):
         await api.client.get("/export")
 

@@ -205,14 +205,14 @@ async def test_an_export_that_is_cut_off_is_noticed(api: Served, monkeypatch: py
     for name in ("a", "b"):
         await api.open(name)
         await api.act(name, None, terminated=True)
-    store, steps = api.app.state.sessions.store, api.app.state.sessions.store.steps
+    store, trajectory = api.app.state.sessions.store, api.app.state.sessions.store.trajectory
 
     async def broken(episode_id: str) -> Any:
         if episode_id == "a":
             raise RuntimeError("broken")
-        return await steps(episode_id)
+        return await trajectory(episode_id)
 
-    monkeypatch.setattr(store, "steps", broken)
+    monkeypatch.setattr(store, "trajectory", broken)
 
     def use(client: Client) -> None:
         with pytest.raises(ConnectionFailed):

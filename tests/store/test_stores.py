@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.store.base import EVERY, Commit, EpisodeExists, Filter, ParentGone, StepTaken, Store
+from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, Filter, StepTaken, Store
 from service.store.memory import MemoryStore
 from service.store.schema import episode_record, episode_row, step_row, step_value
 from service.store.sql import SQLStore
@@ -323,7 +323,7 @@ async def test_a_deleted_ancestors_rows_live_as_long_as_a_fork_reads_them(store:
 async def test_a_deleted_episode_is_not_forked(store: Store):
     await store.create(record("root"))
     await store.delete("root")
-    with pytest.raises(ParentGone):
+    with pytest.raises(EpisodeGone):
         await store.fork([fork("child", "root", 0)])
     assert await store.episode("child") is None
 
