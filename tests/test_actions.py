@@ -19,6 +19,7 @@ from service.actions import (
     json_space,
     log_softmax,
     regex_space,
+    tools_space,
 )
 from service.json_schema import MAX_NESTING, MAX_SCHEMA_BYTES
 from service.trajectory import Sampling
@@ -301,3 +302,28 @@ def test_a_regex_space():
 
 def test_any_text_is_a_text_action():
     assert TextSpace().parse("", "length") == ("", None)
+
+
+@pytest.mark.parametrize("text", ["1" * 30, '"\\ud800"', "[" * 250 + "]" * 250, "1e999", "-1e999", "NaN", "[" * 5000])
+def test_a_value_that_could_not_be_kept_is_no_action(text: str):
+    action, failure = json_space({}).parse(text, "stop")
+    assert action is None
+    assert failure is not None
+    assert failure.kind == "json"
+
+
+def test_a_temperature_too_small_for_floats_still_takes_the_likeliest():
+    trie = trie_of(["a", "b"])
+    scores = [[-0.5, -0.9] for _ in trie.branches]
+    assert trie.distribution(scores, Sampling(temperature=1e-310)) == [1.0, 0.0]
+
+
+def test_tools_are_bounded_together():
+    tool = {"parameters": {"type": "object", "properties": {"x": {"enum": ["y" * 30_000]}}}}
+    with pytest.raises(ActionSpaceError, match="too large"):
+        tools_space([{"name": f"t{number}", **tool} for number in range(3)])
+
+
+def test_a_tool_that_takes_anything_is_refused():
+    with pytest.raises(ActionSpaceError, match="type object"):
+        tools_space([{"name": "f", "parameters": {"$ref": "#/$defs/a", "$defs": {"a": True}}}])

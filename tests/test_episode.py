@@ -1,5 +1,6 @@
 """One episode's options, what it refuses, and how its head moves."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,3 +112,37 @@ def test_the_resource_is_the_request_and_the_head():
     assert (
         shown.items() >= {"goal": "g", "step": 3, "episode_return": 1.5, "created_at": 5.0, "instructions": ""}.items()
     )
+
+
+JSON: dict[str, Any] = {"action_space": {"type": "json", "schema": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("space", [JSON, {"action_space": {"type": "regex", "pattern": "a+"}}])
+def test_a_stop_string_that_would_cut_an_action_short_is_refused(space: dict[str, Any]):
+    with pytest.raises(Unprocessable, match="stop"):
+        Options.of({**space, "sampling": {"stop": ["0"]}}, INFO)
+    assert Options.restored({**space, "sampling": {"stop": ["0"]}}, INFO).sampling.stop == ()
+
+
+def test_a_restored_episode_is_cut_to_fit_and_otherwise_as_it_was():
+    small = replace(INFO, max_model_len=100)
+    request = {"sampling": {"max_tokens": 400}, "reasoning": {"max_tokens": 300}}
+    restored = Options.restored(request, small)
+    assert (restored.max_context_tokens, restored.sampling.max_tokens) == (100, 1)
+    assert restored.reasoning is not None
+    assert restored.reasoning.max_tokens == 98
+    assert Options.restored(request, INFO) == Options.of(request, INFO)
+
+
+def test_an_episode_whose_space_is_not_accepted_any_more_can_only_end():
+    request: dict[str, Any] = {"policy": "p", "action_space": {"type": "json", "schema": {"type": 3}}}
+    config = EpisodeConfig("e", request, b"", "v", 5.0)
+    lost = Episode(EpisodeRecord(config, EpisodeHead()), Options.restored(request, INFO))
+    with pytest.raises(Unprocessable, match="not accepted any more"):
+        lost.check_call(Call(Message("x"), b""))
+    lost.check_call(Call(Message(terminated=True), b""))
+
+
+def test_rewards_that_sum_to_infinity_are_refused():
+    with pytest.raises(Unprocessable, match="too large"):
+        episode(EpisodeHead(episode_return=1.7e308)).check_message(Message("x", reward=1.7e308))

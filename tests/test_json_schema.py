@@ -1,5 +1,6 @@
 """JSON schemas of callers: what is refused, what is valid, and that no schema makes checking a value take long."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -69,3 +70,40 @@ def test_a_reference_that_leads_nowhere_is_a_mismatch(schema: dict[str, Any]):
 def test_refused(schema: dict[str, Any]):
     with pytest.raises(SchemaRefused):
         Schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"items": {"$ref": "#"}}, [[[]]]),
+        ({"properties": {"a": {"$ref": "#/properties/a"}}}, {"a": 1}),
+        ({"$ref": "#"}, 1),
+        ({"multipleOf": 0.5}, 10**400),
+    ],
+)
+def test_a_value_that_cannot_be_compared_is_no_crash(schema: dict[str, Any], value: Any):
+    with contextlib.suppress(SchemaMismatch):
+        Schema(schema).validate(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "unique"),
+    [
+        ([1, True, "1", None, False, 0], True),
+        ([1, 1.0], False),
+        ([{"a": 1, "b": [2]}, {"b": [2.0], "a": 1}], False),
+        ([[1], [True]], True),
+        ([{}, []], True),
+        (list(range(5_000)), True),
+    ],
+)
+def test_unique_items_are_told_apart_as_json_does(value: list[Any], unique: bool):
+    with contextlib.nullcontext() if unique else pytest.raises(SchemaMismatch, match="non-unique"):
+        Schema({"uniqueItems": True}).validate(value)
+
+
+def test_a_large_value_under_many_alternatives_is_given_up():
+    """Each failed alternative would write the value out."""
+    with pytest.raises(SchemaMismatch, match="too long"):
+        Schema({"anyOf": [{"type": "string"}] * 300}).validate([[number] * 500 for number in range(400)])
+    Schema({"items": {"items": {"type": "integer"}}}).validate([[number] * 200 for number in range(100)])

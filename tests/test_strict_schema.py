@@ -73,3 +73,27 @@ def test_references_that_double_at_each_level_are_refused_soon():
     }
     with pytest.raises(SchemaRefused, match="too large"):
         strict({"$ref": "#/$defs/d0", "$defs": {**two, "d25": INTEGER}})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"const": {"properties": 5}}, "b": {"$ref": "#/properties/a/const"}}},
+        {"properties": {"a": {"const": {"required": 5}}, "b": {"$ref": "#/properties/a/const"}}},
+        {"properties": {"a": {"const": 5}, "b": {"$ref": "#/properties/a/const"}}},
+    ],
+)
+def test_a_reference_to_what_is_no_schema_is_refused(schema: Any):
+    with pytest.raises(SchemaRefused):
+        strict(schema)
+
+
+def test_references_that_nest_without_end_are_refused():
+    def nested(inner: Any) -> Any:
+        for _ in range(20):
+            inner = {"items": inner}
+        return inner
+
+    chained = {f"d{n}": nested({"$ref": f"#/$defs/d{n + 1}"}) for n in range(60)}
+    with pytest.raises(SchemaRefused):
+        strict({"$ref": "#/$defs/d0", "$defs": {**chained, "d60": INTEGER}})

@@ -6,6 +6,7 @@ import pytest
 
 from service.agent import Agent
 from service.api.formats import as_tokens
+from service.engine.base import Completion
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
 from service.episode import Call, Episode
@@ -125,3 +126,19 @@ def test_the_tags_are_those_of_vllms_reasoning_parser():
     assert prompt.think_tags.stop_token_ids == (known.convert_tokens_to_ids("</think>"),)
     config.structured_outputs_config.reasoning_parser = ""
     assert _think_tags(llm) is None
+
+
+async def test_any_token_that_ends_a_turn_ends_a_thought_that_is_not_closed(
+    tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """A model's configuration may name more of them than its tokenizer."""
+    agent, episode = build(tokenizer, "left")
+    other = tokenizer.encode("z")[0]
+
+    async def generate(prompt: Any, sampling: Any, *_: Any, **__: Any) -> Completion:
+        ids = (*tokenizer.encode("left"), other)
+        return Completion(ids, (-0.5,) * len(ids), "left", "stop", 0)
+
+    monkeypatch.setattr(agent.engine, "generate", generate)
+    step = await take(agent, episode)
+    assert tokenizer.decode(step.span.token_ids).endswith(f"left</think>\n\n{step.answer['action']}")

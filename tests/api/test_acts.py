@@ -366,3 +366,25 @@ async def test_a_deadline_of_one_joined_caller_is_not_the_others(held: Served):
     held.engine.release.set()
     assert (await patient).json()["step"] == 0
     assert held.engine.num_aborted == 0
+
+
+async def test_a_key_that_ended_the_episode_is_no_other_calls(api: Served):
+    await api.open()
+    key = {"Idempotency-Key": "last"}
+    assert (await api.act(observation=None, terminated=True, headers=key))["done"]
+    assert (await api.act(observation=None, terminated=True, headers=key))["replayed"]
+    answer = await api.post_act(observation=None, truncated=True, headers=key)
+    assert (answer.status_code, answer.json()["code"]) == (409, "idempotency_mismatch")
+
+
+async def test_a_value_that_cannot_be_kept_fails_its_own_act_alone(tmp_path: Path, tokenizer: HFTokenizer):
+    def reply(prompt: str) -> str:
+        return "1" * 30 if "many" in prompt else "1"
+
+    async with serve(tmp_path, ScriptedEngine(tokenizer, reply=reply)) as api:
+        names = [f"e{number}" for number in range(12)]
+        for name in names:
+            await api.open(name, action_space={"type": "json", "schema": {"type": "integer"}})
+        acts = await asyncio.gather(*(api.act(name, "many" if name == "e5" else "one") for name in names))
+        assert [act["action"] for act in acts] == [1] * 5 + [None] + [1] * 6
+        assert acts[5]["parse_failure"]["kind"] == "json"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from service.api.schemas import EpisodeFields
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
 from service.errors import Conflict
-from tests.serving import DISCRETE, Served, serve, until
+from tests.serving import DISCRETE, HeldEngine, Served, serve, until
 
 CALL = {"name": "move", "arguments": {"to": "door"}}
 TOOLS = {
@@ -177,6 +178,16 @@ async def test_forks_with_a_seed_draw_apart_but_the_first_as_the_parent(api: Ser
     assert (await api.act(observation="next"))["action"] == twin["action"]
 
 
+async def test_a_retried_fork_is_found_after_its_parent_is_gone(api: Served):
+    await _played(api, 1)
+    body = {"n": 2, "episode_ids": ["f0", "f1"]}
+    first = await post(api, f"{api.path}/fork", **body)
+    await api.client.delete(api.path)
+    again = await post(api, f"{api.path}/fork", **body)
+    assert (again.status_code, again.json()) == (200, first.json())
+    refused(await post(api, f"{api.path}/fork", n=2, episode_ids=["f0", "f2"]), 410, "episode_deleted")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
@@ -246,6 +257,40 @@ async def test_an_action_that_is_not_of_the_space_is_refused(api: Served, space:
     await api.open(action_space=space)
     refused(await post(api, f"{api.path}/action", observation="x", action=action, **extra), 422, "invalid_request")
     assert (await api.get())["step"] == 0
+
+
+async def test_an_action_is_not_recorded_where_the_episode_ends(api: Served):
+    await api.open()
+    body = {"observation": "x", "action": "go", "terminated": True}
+    refused(await post(api, f"{api.path}/action", **body), 422, "invalid_request", "end it")
+    assert (await api.get())["status"] == "active"
+
+
+async def test_a_recorded_action_that_refers_to_itself_without_end_is_refused(api: Served):
+    await api.open(action_space={"type": "json", "schema": {"properties": {"a": {"$ref": "#/properties/a"}}}})
+    answer = await post(api, f"{api.path}/action", observation="x", action={"a": 1})
+    refused(answer, 422, "invalid_request", "itself")
+
+
+async def test_recorded_steps_share_a_segment_where_thoughts_are_dropped(api: Served):
+    await api.open(reasoning={"max_tokens": 8, "history": "drop"})
+    for step in range(3):
+        await post(api, f"{api.path}/action", observation="x", action="go", step=step)
+    assert [segment["steps"] for segment in (await api.trajectory(format="tokens"))["segments"]] == [[0, 1, 2]]
+
+
+async def test_what_an_answer_could_not_hold_is_refused_when_it_comes(api: Served):
+    def nested(depth: int) -> Any:
+        return json.loads("[" * depth + "]" * depth)
+
+    for depth in (225, 245, 252):
+        answer = await post(api, "/episode", episode_id=f"e{depth}", metadata={"m": nested(depth)})
+        assert answer.status_code == (201 if depth == 225 else 400), depth
+    await api.open()
+    await post(api, f"{api.path}/action", observation={"o": nested(225)}, action="x")
+    await api.act(observation=None, terminated=True)
+    for path in ("/episode", f"{api.path}/trajectory", "/export", f"{api.path}/trajectory?format=messages"):
+        assert (await api.client.get(path)).status_code == 200, path
 
 
 # Feedback
@@ -431,6 +476,7 @@ def test_the_template_is_a_profile_once_its_comments_are_taken_off(tmp_path: Pat
         ({"a": "extends = 3"}, ("a.toml", "extends")),
         ({"a": "goal ="}, ("a.toml",)),
         ({"a": "[sampling]\ntemperature = -1.0"}, ("temperature",)),
+        ({"a": "[metadata]\nn = 1000000000000000000000"}, ("'a'", "64-bit")),
     ],
 )
 def test_a_profile_that_cannot_be_names_its_file(tmp_path: Path, files: dict[str, str], words: tuple[str, ...]):
@@ -533,6 +579,38 @@ async def test_an_episode_that_cannot_end_keeps_no_other_from_its_end(api: Serve
     await api.open("second", idle_ttl_s=0.06)
     await until(lambda: sessions._live["second"].head.status == "ended")
     assert sessions._live["first"].head.status == "active"
+
+
+async def test_an_act_in_flight_keeps_no_other_episode_from_its_end(tmp_path: Path, tokenizer: HFTokenizer):
+    async with serve(tmp_path, HeldEngine(tokenizer)) as api:
+        await api.open("busy", idle_ttl_s=0.05)
+        acting = asyncio.create_task(api.post_act("busy"))
+        await until(lambda: api.engine.num_held)
+        await api.open("idle", idle_ttl_s=0.1)
+        live = api.app.state.sessions._live
+        await until(lambda: live["idle"].head.status == "ended")
+        assert live["busy"].head.status == "active"
+        api.engine.release.set()
+        assert (await acting).status_code == 200
+        await until(lambda: live["busy"].head.status == "ended")
+
+
+async def test_an_episode_that_is_not_accepted_any_more_ends_all_the_same(tmp_path: Path, tokenizer: HFTokenizer):
+    space = {"type": "json", "schema": {"type": "integer"}}
+    async with serve(tmp_path, ScriptedEngine(tokenizer, reply=lambda _: "1")) as first:
+        for name in ("idle", "acted", "over"):
+            await first.open(
+                name, action_space=space, sampling={"max_tokens": 500}, idle_ttl_s=0.3 if name == "idle" else None
+            )
+    connection = sqlite3.connect(tmp_path / "episodic.db")
+    connection.execute("UPDATE episodes SET request = replace(request, '\"integer\"', '3')")  # as under older rules
+    connection.commit()
+    connection.close()
+    async with serve(tmp_path, ScriptedEngine(tokenizer, max_model_len=400)) as second:
+        await until(lambda: (live := second.app.state.sessions._live.get("idle")) and live.head.status == "ended")
+        refused(await second.post_act("acted"), 422, "invalid_request", "not accepted any more")
+        assert (await second.act("acted", None, terminated=True, reward=1.0))["done"]
+        assert (await second.client.post("/episode/over/end", json={})).json()["status"] == "ended"
 
 
 def test_a_bad_profile_stops_the_start_and_is_named(tmp_path: Path):

@@ -9,6 +9,7 @@ import pytest
 
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
+from service.store.base import StoreUnavailable
 from tests.adapters import make_adapter
 from tests.serving import DISCRETE, Served, serve
 
@@ -123,3 +124,38 @@ async def test_adapters_are_off_unless_a_folder_is_named(tmp_path: Path, tokeniz
         answer = await api.client.put("/policy/walker", json={"path": "one"})
         assert answer.status_code == 422
         assert "EPISODIC_ADAPTERS" in answer.json()["detail"]
+
+
+async def test_an_adapter_that_could_not_be_kept_is_not_served(api: Served, monkeypatch: pytest.MonkeyPatch):
+    await load(api)
+    store = api.app.state.sessions.store
+    with monkeypatch.context() as broken:
+
+        async def fail(_: Any) -> None:
+            raise StoreUnavailable("down")
+
+        broken.setattr(store, "put_policy", fail)
+        refused = await api.client.put("/policy/walker", json={"path": "two"})
+        assert (refused.status_code, refused.json()["code"]) == (503, "store_unavailable")
+    assert len(api.engine.adapters) == 1, "the new one is not left loaded"
+    assert (await load(api))["status"] == 200
+    again = await load(api, path="two")
+    assert [policy.version for policy in await store.policies()] == [again["policy_version"]]
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 1000, "x/" * 500, "..", "/", "."])
+async def test_a_path_that_leads_nowhere_is_refused(api: Served, path: str):
+    answer = await api.client.put("/policy/walker", json={"path": path})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+
+
+async def test_what_was_opened_is_found_after_its_policy_is_gone(api: Served):
+    await load(api)
+    opened = await api.open(policy="walker")
+    await api.client.delete("/policy/walker")
+    again = await api.client.post("/episode", json={"episode_id": "e", "policy": "walker"})
+    assert (again.status_code, again.json()) == (200, opened)
+    other = await api.client.post("/episode", json={"episode_id": "e", "policy": "walker", "goal": "other"})
+    assert other.status_code == 422
+    ended = await api.act(observation="home", reward=1.0, terminated=True)
+    assert ended["done"], "what ends an episode asks no policy"

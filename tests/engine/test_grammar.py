@@ -11,6 +11,7 @@ import pytest_asyncio
 from service.engine.base import Constraint, ConstraintRefused
 from service.engine.grammar import GrammarChecker
 from service.strict_schema import strict
+from tests.serving import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -142,3 +143,17 @@ async def test_the_grammar_passes_over_what_a_strict_schema_may_not_have(checker
         ({"type": "object", "additionalProperties": {"type": "integer"}, "required": ["z"]}, {"y": 1}),
     ):
         assert await checker.matches(Constraint("json", json.dumps(schema)), json.dumps(invalid)), schema
+
+
+async def test_a_caller_that_leaves_while_the_child_starts_takes_no_answer_along(tokenizer_info: str):
+    checker = GrammarChecker(tokenizer_info, limit_s=5.0)
+    try:
+        leaver = asyncio.create_task(checker.check(SIMPLE))
+        await until(lambda: checker._child)
+        leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        with pytest.raises(ConstraintRefused):
+            await checker.check(Constraint("regex", "("))
+        assert await checker.matches(Constraint("regex", "[0-9]+"), "7")
+    finally:
+        await checker.close()

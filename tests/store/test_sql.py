@@ -17,7 +17,7 @@ from service.store.base import EVERY, Filter, StepTaken, StoreUnavailable
 from service.store.group_commit import MAX_BATCH
 from service.store.schema import ancestors, metadata, step_row, steps
 from service.store.sql import _MIGRATIONS, SQLStore
-from service.trajectory import StopReason
+from service.trajectory import EpisodeRecord, StopReason
 from tests.store.test_stores import commit, record, step
 
 
@@ -213,3 +213,32 @@ async def test_a_file_that_is_no_database_is_refused_at_once(tmp_path: Path, wha
         path.write_bytes(b"this is no database" * 100)
     with pytest.raises(StoreUnavailable, match="cannot open the store"):
         await SQLStore(url(tmp_path)).open()
+
+
+async def test_a_deleted_parents_rows_that_no_fork_reads_are_gone(tmp_path: Path):
+    store = SQLStore(url(tmp_path))
+    await store.open()
+    await store.create(record())
+    for index in range(5):
+        await store.commit(commit(index))
+    for name, at_step in (("f", 1), ("g", 3)):
+        fork = record(name)
+        await store.fork([EpisodeRecord(replace(fork.config, parent=("e", at_step)), replace(fork.head, step=at_step))])
+    for gone, num_rows in (("e", 3), ("g", 1), ("f", 0)):
+        await store.delete(gone)
+        with store._engine.connect() as connection:
+            assert connection.exec_driver_sql("SELECT count(*) FROM steps").scalar() == num_rows
+    await store.close()
+
+
+async def test_a_step_that_cannot_be_written_spoils_no_other(tmp_path: Path):
+    store = SQLStore(url(tmp_path))
+    await store.open()
+    names = [f"e{number}" for number in range(8)]
+    await asyncio.gather(*(store.create(record(name)) for name in names))
+    commits = [commit(0, name) for name in names]
+    unwritable = replace(commits[3].step, answer={"action": 10**30})
+    commits[3] = replace(commits[3], step=unwritable)
+    results = await asyncio.gather(*map(store.commit, commits), return_exceptions=True)
+    assert [type(result) for result in results] == [type(None)] * 3 + [TypeError] + [type(None)] * 4
+    await store.close()

@@ -381,3 +381,21 @@ async def test_a_named_raters_newer_rating_takes_the_place_of_the_older(store: S
     ]
     await store.delete("e")
     assert await store.feedback("e") == []
+
+
+async def test_a_deleted_episode_is_not_rated(store: Store):
+    await store.create(record())
+    await store.delete("e")
+    with pytest.raises(EpisodeGone):
+        await store.add_feedback(Feedback("e", None, 3, None, None, 1.0))
+    assert await store.feedback("e") == []
+
+
+async def test_a_trajectory_is_the_episode_and_its_rows(store: Store):
+    assert await store.trajectory("e") is None
+    await store.create(record())
+    await store.commit(commit(0))
+    found = await store.trajectory("e")
+    assert found is not None
+    assert found[0].head == commit(0).head
+    assert found[1] == [step(0)]
