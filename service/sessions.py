@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from service import logs, metrics
+from service import metrics
 from service.actions import ActionSpaceError, DiscreteSpace, RegexSpace
 from service.agent import Agent
 from service.engine.base import ConstraintRefused, Engine, EngineUnavailable
@@ -43,13 +43,10 @@ from service.trajectory import (
     StopReason,
 )
 
-_log = logs.get(__name__)
-
 T = TypeVar("T")
 Answer = dict[str, JsonValue]
 
 _NONE: Mapping[str, JsonValue] = {}
-_SWEEP_BATCH = 256
 _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0)
 
 
@@ -60,7 +57,7 @@ class Sessions:
         """`defaults`: fields of POST /episode where a call names none."""
         self.store = store
         self._defaults = defaults
-        self.sweeper = Sweeper(store.next_expiry, self._end_expired)
+        self.sweeper = Sweeper(store, self.expire)
         self.draining = False
         self._agent: Agent | None = None
         self._max_live = max_live_episodes
@@ -185,31 +182,18 @@ class Sessions:
         """What people said of it, oldest first."""
         return await self.store.feedback(episode_id)
 
-    async def _end_expired(self) -> bool:
-        """Ends what expired; says whether it ended all of it: an act in flight may be in the way."""
-        call = Call(Message(), digest=b"idle_ttl")
-        left: set[str] = set()
-        while found := await self.store.expired(time.time(), _SWEEP_BATCH + len(left)):
-            due = [episode_id for episode_id in found if episode_id not in left]
-            if not due:
-                return False
-            for episode_id in due:
-                try:
-                    await self._twice(episode_id, lambda episode: self._expire(episode, call))
-                except Conflict:
-                    left.add(episode_id)
-                except Exception as failure:  # noqa: BLE001 - one that cannot end keeps no other from it
-                    _log.warning("an idle episode cannot be ended", episode_id=episode_id, reason=repr(failure))
-                    left.add(episode_id)
-        return True
+    async def expire(self, episode_id: str) -> None:
+        """Ends an episode whose idle time is over. Raises Conflict (episode_busy) while an act is in flight: its commit
+        will give it the whole time again."""
+        await self._twice(episode_id, self._expire)
 
-    async def _expire(self, episode: Episode, call: Call) -> None:
+    async def _expire(self, episode: Episode) -> None:
         expires_at = episode.head.expires_at
         if expires_at is None or expires_at > time.time():
             return
         if episode.flight:
-            raise _busy()  # its commit will set another time; until then, it is in the way
-        await self._end(episode, call, StopReason.IDLE_TTL)
+            raise _busy()
+        await self._end(episode, Call(Message(), digest=b"idle_ttl"), StopReason.IDLE_TTL)
 
     async def page(self, *, limit: int, before: tuple[float, str] | None, where: Filter) -> list[EpisodeRecord]:
         """Newest first, created before `before` = (created_at, episode_id)."""

@@ -1,4 +1,4 @@
-"""Owns when idle episodes are looked for: at the moment when the next one's time is over, and never before."""
+"""Owns the end of idle episodes: looks for them at the moment when the next one's time is over, and never before."""
 
 import asyncio
 import contextlib
@@ -7,23 +7,22 @@ import time
 from collections.abc import Awaitable, Callable
 
 from service import logs
-from service.store.base import StoreUnavailable
+from service.errors import Conflict
+from service.store.base import Store, StoreUnavailable
 
 _log = logs.get(__name__)
 
 _LONGEST_SLEEP_S = 86_400.0
 _RETRY_S = 1.0
+_BATCH = 256
 
 
 class Sweeper:
-    """Calls `end_expired`, which says whether all are ended, when it is time. `next_expiry` gives when that is, in Unix
-    seconds, None for never."""
+    """Ends the store's expired episodes by `expire`, which raises Conflict for one that an act keeps for the moment."""
 
-    def __init__(
-        self, next_expiry: Callable[[], Awaitable[float | None]], end_expired: Callable[[], Awaitable[bool]]
-    ) -> None:
-        self._next_expiry = next_expiry
-        self._end_expired = end_expired
+    def __init__(self, store: Store, expire: Callable[[str], Awaitable[None]]) -> None:
+        self._store = store
+        self._expire = expire
         self._next = math.inf
         self._sooner = asyncio.Event()
 
@@ -38,7 +37,7 @@ class Sweeper:
             self._sooner.clear()
             self._next = math.inf  # whatever is opened while the store is asked counts as sooner
             try:
-                self._next = await self._next_expiry() or math.inf
+                self._next = await self._store.next_expiry() or math.inf
                 if self._next <= time.time():
                     if not await self._end_expired():
                         await asyncio.sleep(_RETRY_S)
@@ -50,3 +49,20 @@ class Sweeper:
             wait_s = min(self._next - time.time(), _LONGEST_SLEEP_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._sooner.wait(), wait_s)
+
+    async def _end_expired(self) -> bool:
+        """Whether it ended all that expired."""
+        left: set[str] = set()
+        while found := await self._store.expired(time.time(), _BATCH + len(left)):
+            due = [episode_id for episode_id in found if episode_id not in left]
+            if not due:
+                return False
+            for episode_id in due:
+                try:
+                    await self._expire(episode_id)
+                except Conflict:
+                    left.add(episode_id)
+                except Exception as failure:  # noqa: BLE001 - one that cannot end keeps no other from it
+                    _log.warning("an idle episode cannot be ended", episode_id=episode_id, reason=repr(failure))
+                    left.add(episode_id)
+        return True

@@ -3,34 +3,46 @@
 import asyncio
 import time
 
+from service.errors import Conflict
 from service.store.base import StoreUnavailable
+from service.store.memory import MemoryStore
 from service.sweeper import Sweeper
 
 
-class Expiries:
-    """A store's answers to `next_expiry`, each given when it is let go."""
+class Expiries(MemoryStore):
+    """Its answers to `next_expiry` are given when they are let go; `due` has expired."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked: asyncio.Queue[asyncio.Future[float | None]] = asyncio.Queue()
-        self.num_ended = 0
+        self.due: list[str] = []
+        self.ended: list[str] = []
 
     async def next_expiry(self) -> float | None:
         answer = asyncio.get_running_loop().create_future()
         self.asked.put_nowait(answer)
         return await answer
 
-    async def end(self) -> bool:
-        self.num_ended += 1
-        return True
+    async def expired(self, now: float, limit: int) -> list[str]:
+        return self.due[:limit]
+
+    async def end(self, episode_id: str) -> None:
+        if episode_id.startswith("busy"):
+            raise Conflict("episode_busy", "later")
+        if episode_id.startswith("broken"):
+            raise RuntimeError("broken")
+        self.due.remove(episode_id)
+        self.ended.append(episode_id)
 
 
 async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over():
     expiries = Expiries()
-    sweeper = Sweeper(expiries.next_expiry, expiries.end)
+    expiries.due = ["over"]
+    sweeper = Sweeper(expiries, expiries.end)
     running = asyncio.create_task(sweeper.run())
-    (await expiries.asked.get()).set_result(time.time() - 1)  # one is over
+    (await expiries.asked.get()).set_result(time.time() - 1)
     late = await expiries.asked.get()
-    assert expiries.num_ended == 1
+    assert expiries.ended == ["over"]
     sweeper.expect(time.time() + 60)
     late.set_result(None)  # as the store was before that one
     async with asyncio.timeout(5):
@@ -42,7 +54,7 @@ async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over():
 
 async def test_it_sleeps_while_nothing_can_expire():
     expiries = Expiries()
-    sweeper = Sweeper(expiries.next_expiry, expiries.end)
+    sweeper = Sweeper(expiries, expiries.end)
     running = asyncio.create_task(sweeper.run())
     (await expiries.asked.get()).set_result(time.time() + 60)
     await asyncio.sleep(0.01)
@@ -60,9 +72,24 @@ async def test_it_sleeps_while_nothing_can_expire():
 async def test_a_store_that_fails_is_asked_again(monkeypatch):
     monkeypatch.setattr("service.sweeper._RETRY_S", 0.01)
     expiries = Expiries()
-    running = asyncio.create_task(Sweeper(expiries.next_expiry, expiries.end).run())
+    running = asyncio.create_task(Sweeper(expiries, expiries.end).run())
     (await expiries.asked.get()).set_exception(StoreUnavailable("down"))
     async with asyncio.timeout(5):
         (await expiries.asked.get()).cancel()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_cannot_end_keeps_no_other_from_it(monkeypatch):
+    monkeypatch.setattr("service.sweeper._RETRY_S", 0.01)
+    expiries = Expiries()
+    expiries.due = [*(f"busy{n}" for n in range(300)), *(f"broken{n}" for n in range(300)), "fine"]
+    running = asyncio.create_task(Sweeper(expiries, expiries.end).run())
+    (await expiries.asked.get()).set_result(time.time() - 1)
+    async with asyncio.timeout(5):
+        again = await expiries.asked.get()
+    assert expiries.ended == ["fine"]
+    assert not running.done()
+    again.cancel()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)

@@ -370,7 +370,7 @@ def _think_tags(llm: Any) -> tuple[str, str] | None:
 
     parser = ReasoningParserManager.get_reasoning_parser(name)(llm.get_tokenizer())
     start, end = parser.reasoning_start_str, parser.reasoning_end_str
-    if not start or not end:
+    if not start or not end:  # vLLM would wait for the end of a thought that an episode's prompt cannot hold
         raise EngineOptionError(f"the reasoning parser {name!r} names no tags around a thought")
     return start, end
 

@@ -18,7 +18,6 @@ from service.api.profiles import PACKAGED, ProfileError, Profiles
 from service.api.schemas import EpisodeFields
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
-from service.errors import Conflict
 from tests.serving import DISCRETE, HeldEngine, Served, serve, until
 
 CALL = {"name": "move", "arguments": {"to": "door"}}
@@ -563,22 +562,6 @@ async def test_an_export_that_fails_midway_is_cut_off(api: Served, monkeypatch: 
     monkeypatch.setattr(store, "trajectory", broken)
     with pytest.raises(httpx.RemoteProtocolError):
         await api.client.get("/export")
-
-
-async def test_an_episode_that_cannot_end_keeps_no_other_from_its_end(api: Served, monkeypatch: pytest.MonkeyPatch):
-    sessions = api.app.state.sessions
-    expire = sessions._expire
-
-    async def stubborn(episode: Any, call: Any) -> None:
-        if episode.episode_id == "first":
-            raise Conflict("episode_busy", "for ever")
-        await expire(episode, call)
-
-    monkeypatch.setattr(sessions, "_expire", stubborn)
-    await api.open("first", idle_ttl_s=0.05)
-    await api.open("second", idle_ttl_s=0.06)
-    await until(lambda: sessions._live["second"].head.status == "ended")
-    assert sessions._live["first"].head.status == "active"
 
 
 async def test_an_act_in_flight_keeps_no_other_episode_from_its_end(tmp_path: Path, tokenizer: HFTokenizer):
