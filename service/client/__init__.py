@@ -11,8 +11,9 @@
 `AsyncClient` is the same with `await`. The errors are drawn in `service.client.errors`.
 """
 
+from service.client.asynchronous import AsyncClient, AsyncEpisode
+from service.client.blocking import Client, Episode
 from service.client.calls import ActFields, EndFields, EpisodeFields, Filters, Labels, Observation, RecordFields
-from service.client.clients import DEFAULT_URL, AsyncClient, AsyncEpisode, BatchItem, Client, Episode
 from service.client.errors import (
     ApiError,
     ConnectionFailed,
@@ -39,6 +40,7 @@ from service.client.models import (
     Usage,
 )
 from service.client.retries import Retry
+from service.client.state import DEFAULT_URL, BatchItem
 from service.client.streams import Delta, Event
 
 __all__ = [
