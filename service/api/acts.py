@@ -29,6 +29,8 @@ KEY = {
     "description": "Makes a retry safe, as `step` does.",
 }
 _EVENTS = "Server-sent events `reasoning` and `text` ({delta}), then one `act`, or `error` (a problem)."
+_UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Proxies pass each event on as it comes; the second is nginx's own."""
 CLIENT_CLOSED = 499
 """Nobody hears it; the log does."""
 
@@ -111,7 +113,7 @@ async def _stream(request: Request, sessions: Sessions, episode_id: str, call: C
     if first is None:
         acting.result()  # raises what the act failed for
     return StreamingResponse(
-        _events(request, first, heard, acting), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        _events(request, first, heard, acting), media_type="text/event-stream", headers=_UNBUFFERED
     )
 
 

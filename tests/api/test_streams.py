@@ -37,6 +37,7 @@ async def stream(api: Served, **fields: Any) -> list[tuple[str, Any]]:
     async with api.client.stream("POST", "/act", json=body, headers=STREAM) as answer:
         assert answer.status_code == 200, await answer.aread()
         assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-accel-buffering"] == "no"
         text = (await answer.aread()).decode()
     events = [dict(line.split(": ", 1) for line in event.split("\n")) for event in text.split("\n\n")[:-1]]
     return [(event["event"], json.loads(event["data"])) for event in events]
