@@ -43,23 +43,28 @@ class Schema:
             Draft202012Validator.check_schema(schema)
         except SchemaError as error:
             raise SchemaRefused(f"not a JSON schema: {error.message[:300]}") from error
-        self._validator = _Validator({name: value for name, value in schema.items() if name != "$schema"})
+        self._schema = {name: value for name, value in schema.items() if name != "$schema"}
 
     def validate(self, value: Any) -> None:
         """Raises SchemaMismatch, also when telling would take too long."""
-        try:
-            with _bounded(value):
-                self._validator.validate(value)
-        except _TooMuchWork as error:
-            raise SchemaMismatch("comparing the value with the schema takes too long") from error
-        except ValidationError as error:
-            raise SchemaMismatch(error.message[:500]) from error
-        except Unresolvable as error:
-            raise SchemaMismatch(f"the schema refers to what it does not hold: {error.ref}"[:500]) from error
-        except RecursionError as error:
-            raise SchemaMismatch("the schema refers to itself without end") from error
-        except ArithmeticError as error:
-            raise SchemaMismatch(f"a number is too large to compare: {error}") from error
+        validate(self._schema, value)
+
+
+def validate(schema: dict[str, Any], value: Any) -> None:
+    """As Schema.validate, under a schema that was checked, or a part of one."""
+    try:
+        with _bounded(value):
+            _Validator(schema).validate(value)
+    except _TooMuchWork as error:
+        raise SchemaMismatch("comparing the value with the schema takes too long") from error
+    except ValidationError as error:
+        raise SchemaMismatch(error.message[:500]) from error
+    except Unresolvable as error:
+        raise SchemaMismatch(f"the schema refers to what it does not hold: {error.ref}"[:500]) from error
+    except RecursionError as error:
+        raise SchemaMismatch("the schema refers to itself without end") from error
+    except ArithmeticError as error:
+        raise SchemaMismatch(f"a number is too large to compare: {error}") from error
 
 
 class _TooMuchWork(Exception):

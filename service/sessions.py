@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from service import metrics
 from service.actions import ActionSpaceError, DiscreteSpace, RegexSpace
 from service.agent import Agent
-from service.engine.base import ConstraintRefused, Engine, EngineUnavailable
+from service.engine.base import ConstraintRefused, Engine, EngineInfo, EngineUnavailable
 from service.episode import Call, Episode, Flight, Landing
 from service.errors import (
     Conflict,
@@ -380,7 +380,8 @@ class Sessions:
     async def _load(self, episode_id: str) -> Episode:
         info = self.agent.engine.info
         record, steps = await self.steps(episode_id)
-        episode = Episode(record, Options.restored(record.config.request, info), steps)
+        options = await _built(Options.restored, record.config.request, info)
+        episode = Episode(record, options, steps)
         self._keep(episode)
         return episode
 
@@ -396,7 +397,7 @@ class Sessions:
         """Everything that could fail at an act because of the action space fails here instead."""
         agent = self.agent
         try:
-            options = Options.of(request, agent.engine.info)
+            options = await _built(Options.of, request, agent.engine.info)
             space = options.action_space
             if isinstance(space, DiscreteSpace):
                 agent.prompt.trie(space.actions)
@@ -427,6 +428,16 @@ class Sessions:
     def _refuse_while_draining(self) -> None:
         if self.draining:
             raise Unavailable("draining", "The service is shutting down.", retry_after_s=5)
+
+
+async def _built(
+    make: Callable[[dict[str, Any], EngineInfo], Options], request: dict[str, Any], info: EngineInfo
+) -> Options:
+    """Schemas may take a while to look at: not on the event loop."""
+    space: dict[str, Any] = request.get("action_space") or {}
+    if space.keys() & {"schema", "tools"}:
+        return await asyncio.to_thread(make, request, info)
+    return make(request, info)
 
 
 def _replayed(step: Step) -> Answer:

@@ -7,7 +7,7 @@ are promised to be valid by construction, so what cannot be written without such
 from typing import Any, cast
 from urllib.parse import unquote
 
-from service.json_schema import MAX_NESTING, MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused
+from service.json_schema import MAX_NESTING, MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused, validate
 
 Node = dict[str, Any]
 
@@ -42,6 +42,7 @@ class _Rewriting:
         self._root = root
         self._num_nodes = 0
         self._depth = 0
+        self._checked: set[str] = set()
 
     def node(self, schema: Any, seen: tuple[str, ...]) -> Any:
         self._num_nodes += 1
@@ -77,12 +78,7 @@ class _Rewriting:
             raise SchemaRefused(f"the schema is recursive: {target}")
         if rest := found.keys() - _ANNOTATIONS:
             raise SchemaRefused(f"{min(rest)!r} beside $ref cannot be held; write the two as one schema")
-        resolved = self._resolve(target)
-        if isinstance(resolved, dict):
-            Schema(cast("Node", resolved))  # it may stand where no schema does, and be none
-        elif not isinstance(resolved, bool):
-            raise SchemaRefused(f"{target!r} is not a schema")
-        referred = self.node(resolved, (*seen, target))
+        referred = self.node(self._resolve(target), (*seen, target))
         return {**cast("Node", referred), **found} if isinstance(referred, dict) else referred
 
     def _resolve(self, target: str) -> Any:
@@ -96,6 +92,9 @@ class _Rewriting:
                 node = cast("list[Any]", node)[int(name)] if isinstance(node, list) else node[name]
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise SchemaRefused(f"the schema refers to {target[:100]!r}, which it does not hold") from error
+        if target not in self._checked:  # it may stand where no schema does, and be none
+            Schema({"allOf": [node]})
+            self._checked.add(target)
         return node
 
 
@@ -121,16 +120,15 @@ def _chosen(found: Node) -> Node:
     """Of the listed values those that are valid under all that stands beside them."""
     if beside := found.keys() & {"pattern", "format", "patternProperties"}:
         raise SchemaRefused(f"{min(beside)!r} beside enum or const cannot be held")
-    checked = Schema(found)
-    valid = [value for value in found.get("enum", [found.get("const")]) if _is_valid(checked, value)]
+    valid = [value for value in found.get("enum", [found.get("const")]) if _is_valid(found, value)]
     if not valid:
         raise SchemaRefused("none of the values of an enum or const is valid")
     return {**_annotations(found), "enum": valid}
 
 
-def _is_valid(schema: Schema, value: Any) -> bool:
+def _is_valid(schema: Node, value: Any) -> bool:
     try:
-        schema.validate(value)
+        validate(schema, value)
     except SchemaMismatch:
         return False
     return True
