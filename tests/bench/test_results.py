@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -84,3 +85,17 @@ def test_the_file_holds_every_round_and_the_plot_is_drawn(tmp_path: Path) -> Non
     assert not {"hostname", "user", "path"} & set(written["machine"])
     report.plot(tmp_path / "results.png", results, facts)
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figures_in_the_readme_are_those_of_the_last_run() -> None:
+    folder = Path(report.__file__).parent
+    last = json.loads((folder / "results.json").read_text())["cells"]
+    cells = {(cell["workload"], cell["episodes"], cell["steps"]): cell["medians"] for cell in last}
+    rows = re.findall(
+        r"^\| (\w+), (\d+) episodes? of (\d+) steps \| (.*) \|$", (folder / "README.md").read_text(), re.M
+    )
+    assert len(rows) == 9
+    for workload, episodes, steps, shown in rows:
+        medians = cells[workload, int(episodes), int(steps)]
+        service, openai, engine = (medians[name]["steps_per_s"] for name in ("service", "openai", "engine"))
+        assert shown == f"{service:.0f} | {openai:.0f} | {engine:.0f} | {service / openai:.2f}"
