@@ -3,11 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
 import pytest
 import pytest_asyncio
+from pydantic import BaseModel, Field
 
+from service.actions import tools_space
 from service.engine.base import Constraint, ConstraintRefused
 from service.engine.grammar import GrammarChecker
 from service.strict_schema import strict
@@ -157,3 +160,41 @@ async def test_a_caller_that_leaves_while_the_child_starts_takes_no_answer_along
         assert await checker.matches(Constraint("regex", "[0-9]+"), "7")
     finally:
         await checker.close()
+
+
+class Cell(BaseModel):
+    kind: Literal["cell"]
+    row: int = Field(ge=0, le=3, description="From the top.")
+
+
+class Door(BaseModel):
+    kind: Literal["door"]
+    name: str = Field(max_length=8)
+
+
+class Move(BaseModel):
+    """Go somewhere."""
+
+    to: Cell | Door = Field(discriminator="kind")
+    via: list[Cell] = []
+    how: Literal["walk", "run"] = Field("walk", description="How fast.")
+    until: datetime | None = None
+    chance: float = Field(0.5, gt=0, le=1)
+    costs: dict[str, int] = {}
+    last: Cell = Field(description="Where it is now.")
+
+
+async def test_a_pydantic_models_schema_is_a_tools(checker: GrammarChecker):
+    space = tools_space([{"name": "move", "parameters": Move.model_json_schema()}])
+    await checker.check(space.constraint)
+    cell = {"kind": "cell", "row": 2}
+    good = {"to": {"kind": "door", "name": "exit"}, "via": [cell], "how": "run", "last": cell}
+    for arguments, is_valid in (
+        (good, True),
+        ({**good, "last": {"kind": "cell", "row": 4}}, False),
+        ({**good, "how": "fly"}, False),
+        ({**good, "to": {"kind": "door", "name": "a long name"}}, False),
+        ({"to": cell}, False),
+    ):
+        call = {"name": "move", "arguments": arguments}
+        assert await checker.matches(space.constraint, json.dumps(call)) == is_valid, arguments
