@@ -57,6 +57,12 @@ def refused(answer: httpx.Response, status: int, code: str, *words: str) -> None
     assert all(word in answer.json()["detail"] for word in words), answer.text
 
 
+async def has_ended(api: Served, episode_id: str) -> None:
+    async with asyncio.timeout(20):
+        while (await api.get(episode_id))["status"] != "ended":  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.01)
+
+
 # Batches
 
 
@@ -348,7 +354,7 @@ async def test_what_expired_while_the_service_was_down_ends_when_it_is_up(tmp_pa
         await first.open(idle_ttl_s=0.3)
     await asyncio.sleep(0.4)
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as second:
-        await until(lambda: (live := second.app.state.sessions._live.get("e")) and live.head.status == "ended")
+        await has_ended(second, "e")
         assert (await second.get())["stop_reason"] == "idle_ttl"
 
 
@@ -566,10 +572,10 @@ async def test_an_export_that_fails_midway_is_cut_off(api: Served, monkeypatch: 
 
 async def test_an_act_in_flight_keeps_no_other_episode_from_its_end(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, HeldEngine(tokenizer)) as api:
-        await api.open("busy", idle_ttl_s=0.05)
+        await api.open("busy", idle_ttl_s=1.0)
         acting = asyncio.create_task(api.post_act("busy"))
         await until(lambda: api.engine.num_held)
-        await api.open("idle", idle_ttl_s=0.1)
+        await api.open("idle", idle_ttl_s=1.0)
         live = api.app.state.sessions._live
         await until(lambda: live["idle"].head.status == "ended")
         assert live["busy"].head.status == "active"
@@ -590,7 +596,7 @@ async def test_an_episode_that_is_not_accepted_any_more_ends_all_the_same(tmp_pa
     connection.commit()
     connection.close()
     async with serve(tmp_path, ScriptedEngine(tokenizer, max_model_len=400)) as second:
-        await until(lambda: (live := second.app.state.sessions._live.get("idle")) and live.head.status == "ended")
+        await has_ended(second, "idle")
         refused(await second.post_act("acted"), 422, "invalid_request", "not accepted any more")
         assert (await second.act("acted", None, terminated=True, reward=1.0))["done"]
         assert (await second.client.post("/episode/over/end", json={})).json()["status"] == "ended"
