@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp
 
@@ -293,6 +293,7 @@ def _build(model: str, options: dict[str, Any]) -> tuple[Any, str]:
     """The engine, and its tokenizer as xgrammar serializes it."""
     on_cpu = prepare_environment(options)
     import xgrammar
+    from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -303,6 +304,9 @@ def _build(model: str, options: dict[str, Any]) -> tuple[Any, str]:
             f"vLLM has no engine option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
     merged: dict[str, Any] = {"model": model, **_OPTIONS, **(_CPU_OPTIONS if on_cpu else {}), **options}
+    structured: Any = merged["structured_outputs_config"]
+    if isinstance(structured, dict):  # vLLM writes the reasoning parser into it as it stands
+        merged["structured_outputs_config"] = StructuredOutputsConfig(**cast("dict[str, Any]", structured))
     args = AsyncEngineArgs(**merged)
     config = args.create_model_config()
     if config.hf_config.is_encoder_decoder:

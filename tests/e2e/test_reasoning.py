@@ -1,0 +1,61 @@
+"""A model with think tags of its own, by vLLM's reasoning parser: its thoughts end at its own token, and what comes
+after them is held to the action space."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import POLICY
+from tests.e2e.server import Server
+from tests.e2e.test_episodes import acted, opened
+
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+SPACES: list[Any] = [
+    {"type": "discrete", "actions": ["left", "right"]},
+    {"type": "json", "schema": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}},
+    {"type": "tools", "tools": [{"name": "wait"}]},
+    {"type": "regex", "pattern": "go (up|down)"},
+]
+
+
+def make_thinker(folder: Path) -> list[int]:
+    """The packaged policy with Qwen's tags as tokens; returns the ids of <think> and </think>."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    tokenizer.add_tokens(TAGS, special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(POLICY)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    return tokenizer.convert_tokens_to_ids(TAGS[:2])
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, list[int]]]:
+    folder = tmp_path_factory.mktemp("thinker")
+    tags = make_thinker(folder / "model")
+    started = Server(folder, model=str(folder / "model"), engine__reasoning_parser="qwen3").start()
+    yield started, tags
+    started.kill()
+
+
+@pytest.mark.parametrize("space", SPACES, ids=lambda space: space["type"])
+@pytest.mark.parametrize("reasoning", [None, {"max_tokens": 5}, {"max_tokens": 5, "history": "drop"}])
+def test_thoughts_are_the_models_own_and_actions_are_held(
+    thinker: tuple[Server, list[int]], space: Any, reasoning: Any
+) -> None:
+    server, tags = thinker
+    with httpx.Client(base_url=server.url, timeout=120) as http:
+        episode = opened(http, action_space=space, reasoning=reasoning, sampling={"seed": 3, "max_tokens": 64})
+        for step in range(2):
+            answer = acted(http, episode, f"row {step}", step=step)
+            assert (answer["reasoning"] is None) == (reasoning is None)
+            assert answer["parse_failure"] is None
+            assert answer["action"] is not None
+        segments = http.get(f"/episode/{episode}/trajectory?format=tokens").json()["segments"]
+    ids = segments[-1]["token_ids"]
+    assert [token for token in ids if token in tags][-2:] == tags, "a thought is opened and closed, an empty one too"
