@@ -102,9 +102,6 @@ class RefusedSpace:
     reason: str
     constraint: Constraint | None = None
 
-    def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
-        raise ActionSpaceError(self.reason)
-
     def write(self, action: JsonValue) -> str:
         raise ActionSpaceError(self.reason)
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+
+import pytest
 
 from service.errors import Conflict
 from service.store.base import StoreUnavailable
@@ -35,11 +38,23 @@ class Expiries(MemoryStore):
         self.ended.append(episode_id)
 
 
-async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over():
-    expiries = Expiries()
+@pytest.fixture
+def expiries() -> Expiries:
+    return Expiries()
+
+
+@pytest.fixture(autouse=True)
+async def sweeper(expiries: Expiries) -> AsyncIterator[Sweeper]:
+    """It sweeps while the test runs."""
+    made = Sweeper(expiries, expiries.end)
+    running = asyncio.create_task(made.run())
+    yield made
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over(expiries: Expiries, sweeper: Sweeper):
     expiries.due = ["over"]
-    sweeper = Sweeper(expiries, expiries.end)
-    running = asyncio.create_task(sweeper.run())
     (await expiries.asked.get()).set_result(time.time() - 1)
     late = await expiries.asked.get()
     assert expiries.ended == ["over"]
@@ -48,14 +63,9 @@ async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over():
     async with asyncio.timeout(5):
         again = await expiries.asked.get()
     again.cancel()
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_it_sleeps_while_nothing_can_expire():
-    expiries = Expiries()
-    sweeper = Sweeper(expiries, expiries.end)
-    running = asyncio.create_task(sweeper.run())
+async def test_it_sleeps_while_nothing_can_expire(expiries: Expiries, sweeper: Sweeper):
     (await expiries.asked.get()).set_result(time.time() + 60)
     await asyncio.sleep(0.01)
     sweeper.expect(None)
@@ -65,31 +75,20 @@ async def test_it_sleeps_while_nothing_can_expire():
     sweeper.expect(time.time() + 30)
     async with asyncio.timeout(5):
         (await expiries.asked.get()).cancel()
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_a_store_that_fails_is_asked_again(monkeypatch):
+async def test_a_store_that_fails_is_asked_again(expiries: Expiries, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("service.sweeper._RETRY_S", 0.01)
-    expiries = Expiries()
-    running = asyncio.create_task(Sweeper(expiries, expiries.end).run())
     (await expiries.asked.get()).set_exception(StoreUnavailable("down"))
     async with asyncio.timeout(5):
         (await expiries.asked.get()).cancel()
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_what_cannot_end_keeps_no_other_from_it(monkeypatch):
+async def test_what_cannot_end_keeps_no_other_from_it(expiries: Expiries, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("service.sweeper._RETRY_S", 0.01)
-    expiries = Expiries()
     expiries.due = [*(f"busy{n}" for n in range(300)), *(f"broken{n}" for n in range(300)), "fine"]
-    running = asyncio.create_task(Sweeper(expiries, expiries.end).run())
     (await expiries.asked.get()).set_result(time.time() - 1)
     async with asyncio.timeout(5):
         again = await expiries.asked.get()
     assert expiries.ended == ["fine"]
-    assert not running.done()
     again.cancel()
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)

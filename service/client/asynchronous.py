@@ -191,7 +191,8 @@ class AsyncClient:
             wait_s = attempts.wait_s(outcome)
             if wait_s is None:
                 call.settle(outcome)
-            await asyncio.sleep(wait_s or 0.0)
+                raise AssertionError("settle raises what is no success")
+            await asyncio.sleep(wait_s)
 
     async def _send(self, http: httpx.AsyncClient, request: httpx.Request, *, stream: bool = False) -> Outcome:
         try:

@@ -190,7 +190,8 @@ class Client:
             wait_s = attempts.wait_s(outcome)
             if wait_s is None:
                 call.settle(outcome)
-            time.sleep(wait_s or 0.0)
+                raise AssertionError("settle raises what is no success")
+            time.sleep(wait_s)
 
     def _send(self, request: httpx.Request, *, stream: bool = False) -> Outcome:
         """The response; one of a stream is read already where it is no success."""

@@ -48,7 +48,7 @@ class Attempts:
         self._status, self._errors = (
             (_RETRIED_STATUS, _RETRIED_ERRORS) if repeatable else (_REFUSED_STATUS, _NEVER_ARRIVED)
         )
-        self.num_retries = 0
+        self._num_retries = 0
         self._give_up_at = time.monotonic() + retry.total_s
 
     def wait_s(self, outcome: Outcome) -> float | None:
@@ -61,8 +61,8 @@ class Attempts:
 
     def backoff_s(self, after_s: float = 0.0) -> float | None:
         """Seconds to wait before the next attempt, at least `after_s`, or None where patience is at its end."""
-        if self.num_retries >= self._retry.max_retries:
+        if self._num_retries >= self._retry.max_retries:
             return None
-        wait_s = after_s + random.uniform(0.0, self._retry.backoff_s(self.num_retries))  # noqa: S311 - jitter
-        self.num_retries += 1
+        wait_s = after_s + random.uniform(0.0, self._retry.backoff_s(self._num_retries))  # noqa: S311 - jitter
+        self._num_retries += 1
         return wait_s if time.monotonic() + wait_s < self._give_up_at else None

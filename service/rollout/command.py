@@ -30,7 +30,7 @@ def rollout_command(
         int | None, typer.Option(min=1, help="Truncate episodes here; unset, at the environment's limit, else at 200.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    url: Annotated[str, typer.Option(help="Where the service is.")] = DEFAULT_URL,
+    url: Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Where the service is.")] = DEFAULT_URL,
     api_key: Annotated[str | None, typer.Option(envvar="EPISODIC_API_KEY", help="The service's key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:

@@ -241,7 +241,7 @@ class SQLStore:
         """One transaction for all; if any of them is refused, one for each, so that it spoils no other."""
         try:
             await self._write_together(changes)
-        except (StepTaken, EpisodeExists, TypeError, ValueError) as error:
+        except (StepTaken, EpisodeExists, TypeError, ValueError) as error:  # the last two: it cannot be written
             if len(changes) == 1:
                 return [error]
             return [result for change in changes for result in await self._write([change])]

@@ -401,6 +401,12 @@ async def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
 
 
+async def test_the_commands_find_the_service_by_the_environment(api: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EPISODIC_URL", api.url)
+    await api.open("here")
+    assert json.loads((await run("episodes", "--json")).stdout)["episode_id"] == "here"
+
+
 async def test_the_commands_list_and_export(api: Served, tmp_path: Path):
     for name in ("a", "b"):
         await api.open(name, action_space=DISCRETE, tags=[name])
