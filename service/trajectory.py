@@ -9,6 +9,20 @@ JsonValue = Any
 Status = Literal["active", "ended"]
 Overflow = Literal["slide", "error", "end"]
 
+DEFAULT_TENANT = "default"
+"""Whose the episodes are where no API key says otherwise."""
+
+
+def qualified(tenant: str, episode_id: str) -> str:
+    """The id that is unique among all tenants: each names its episodes without knowing of the others'. A colon is in
+    neither part; the default tenant's ids stand as they are."""
+    return episode_id if tenant == DEFAULT_TENANT else f"{tenant}:{episode_id}"
+
+
+def public_id(episode_id: str) -> str:
+    """A qualified id as its tenant knows it."""
+    return episode_id.rpartition(":")[2]
+
 
 class StopReason(StrEnum):
     """Why an episode ended. `terminated` and `truncated` have Gymnasium's meaning."""
@@ -136,7 +150,8 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class EpisodeConfig:
     """What POST /episode asked for, a profile's fields among it; `request` is the body that GET /episode/{id} repeats.
-    `parent` of a fork: the episode it branched off, and the index of its own first step."""
+    `parent` of a fork: the episode it branched off, and the index of its own first step. `episode_id` is qualified by
+    the tenant, here and everywhere below the API."""
 
     episode_id: str
     request: dict[str, JsonValue]
@@ -144,6 +159,10 @@ class EpisodeConfig:
     policy_version: str
     created_at: float
     parent: tuple[str, int] | None = None
+
+    @property
+    def tenant(self) -> str:
+        return self.episode_id.rpartition(":")[0] or DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +202,19 @@ class PolicyRecord:
     version: str
     rank: int
     loaded_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """An API key as it is kept: its SHA-256 digest, whose it is and what it may. `key_id` is its public part. A revoked
+    one stays, so that its id tells in the log whose it was."""
+
+    key_id: str
+    digest: bytes
+    tenant: str
+    scopes: tuple[str, ...]
+    created_at: float
+    revoked_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

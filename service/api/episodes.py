@@ -57,7 +57,7 @@ def _filter(
     policy: _Label = None,
     profile: _Label = None,
 ) -> Filter:
-    return Filter(status, tag, group, policy, profile)
+    return Filter(status=status, tag=tag, group=group, policy=policy, profile=profile)
 
 
 FilterQuery = Annotated[Filter, Depends(_filter)]

@@ -1,6 +1,7 @@
 """Owns GET /export: trajectories as NDJSON, one a line, in memory one at a time."""
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import orjson
 from fastapi import APIRouter
@@ -32,7 +33,7 @@ async def export(request: Request, where: FilterQuery, format: Format = "steps")
     An export that fails midway ends without its last chunk, which every HTTP client reports.
     """
     sessions: Sessions = request.app.state.sessions
-    where = Filter(where.status or "ended", where.tag, where.group, where.policy, where.profile)
+    where = replace(where, status=where.status or "ended")
     first = await sessions.page(limit=_PAGE, before=None, where=where)
     return StreamingResponse(_lines(sessions, where, first, format), media_type="application/x-ndjson")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, PolicyRecord, Status, Step
+from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, KeyRecord, PolicyRecord, Status, Step
 
 
 class StepTaken(Exception):
@@ -20,7 +20,11 @@ class EpisodeGone(Exception):
 
 
 class StoreUnavailable(Exception):
-    """The store cannot be reached or cannot write."""
+    """The store cannot be reached or cannot write. Whether a change was written is unknown: reading it again tells."""
+
+
+class StoreRefused(Exception):
+    """The store cannot be served at all, and time does not mend it; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ Change = EpisodeRecord | Commit
 class Filter:
     """Which episodes: those that have every one of the given labels."""
 
+    tenant: str | None = None
     status: Status | None = None
     tag: str | None = None
     group: str | None = None
@@ -53,7 +58,7 @@ class Store(Protocol):
     """Every method raises StoreUnavailable when the store cannot be used."""
 
     async def open(self) -> None:
-        """Brings the schema up to date and connects."""
+        """Brings the schema up to date and connects. Raises StoreRefused."""
         ...
 
     async def close(self) -> None: ...
@@ -115,8 +120,18 @@ class Store(Protocol):
         """The adapters that are kept, by name."""
         ...
 
-    async def num_active(self) -> int:
-        """How many episodes have not ended."""
+    async def num_active(self, tenant: str | None = None) -> int:
+        """How many episodes have not ended, of all tenants or one."""
+        ...
+
+    async def add_key(self, key: KeyRecord) -> None: ...
+
+    async def revoke_key(self, key_id: str, at: float) -> bool:
+        """False if there is no such key, or it is revoked already."""
+        ...
+
+    async def keys(self) -> list[KeyRecord]:
+        """All of them, the revoked ones included, in the order in which they were made."""
         ...
 
     async def delete(self, episode_id: str) -> bool:

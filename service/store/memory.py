@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, Filter, StepTaken
-from service.trajectory import EpisodeRecord, Feedback, PolicyRecord, Step
+from service.trajectory import EpisodeRecord, Feedback, KeyRecord, PolicyRecord, Step
 
 
 class MemoryStore:
@@ -15,6 +15,7 @@ class MemoryStore:
         self._steps: dict[str, list[Step]] = {}
         self._feedback: dict[str, list[Feedback]] = {}
         self._policies: dict[str, PolicyRecord] = {}
+        self._keys: dict[str, KeyRecord] = {}
 
     async def open(self) -> None:
         pass
@@ -93,8 +94,22 @@ class MemoryStore:
     async def policies(self) -> list[PolicyRecord]:
         return [self._policies[name] for name in sorted(self._policies)]
 
-    async def num_active(self) -> int:
-        return sum(record.head.status == "active" for record in self._episodes.values())
+    async def num_active(self, tenant: str | None = None) -> int:
+        active = (record for record in self._episodes.values() if record.head.status == "active")
+        return sum(tenant in (None, record.config.tenant) for record in active)
+
+    async def add_key(self, key: KeyRecord) -> None:
+        self._keys[key.key_id] = key
+
+    async def revoke_key(self, key_id: str, at: float) -> bool:
+        key = self._keys.get(key_id)
+        if key is None or key.revoked_at is not None:
+            return False
+        self._keys[key_id] = replace(key, revoked_at=at)
+        return True
+
+    async def keys(self) -> list[KeyRecord]:
+        return list(self._keys.values())
 
     async def delete(self, episode_id: str) -> bool:
         record = self._episodes.get(episode_id)
@@ -113,7 +128,7 @@ def _newest(record: EpisodeRecord) -> tuple[float, str]:
 
 def _matches(record: EpisodeRecord, where: Filter) -> bool:
     request = record.config.request
-    labels = [(record.head.status, where.status)]
+    labels = [(record.head.status, where.status), (record.config.tenant, where.tenant)]
     labels += [(request.get(name), getattr(where, name)) for name in ("group", "policy", "profile")]
     tagged = where.tag is None or where.tag in request.get("tags", ())
     return tagged and all(asked is None or value == asked for value, asked in labels)
