@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 
 from service.actions import DiscreteSpace, JsonSpace, RefusedSpace, RegexSpace, TextSpace
-from service.engine.base import Engine, OnText, Scores
+from service.engine.base import Engine, OnText, Scores, cache_salt
 from service.episode import Call, Episode, Recorded
 from service.policies import Policies, Policy
 from service.prompt import Prompt
@@ -73,7 +73,10 @@ class Agent:
         if sampling.seed is not None:
             sampling = replace(sampling, seed=self._generator(episode, "thought").getrandbits(32))
         on_text = call.listener("reasoning")
-        return await think(self.engine, self.prompt, prompt, sampling, adapter=policy.adapter, on_text=on_text)
+        salt = cache_salt(episode.config.tenant)
+        return await think(
+            self.engine, self.prompt, prompt, sampling, adapter=policy.adapter, cache_salt=salt, on_text=on_text
+        )
 
     def _record(self, text: str, recorded: Recorded) -> Decision:
         """Somebody else's action as the policy would have written it; it drew none of its tokens."""
@@ -92,9 +95,9 @@ class Agent:
         self, actions: tuple[str, ...], prompt: list[int], episode: Episode, policy: Policy, generator: random.Random
     ) -> Decision:
         """One forward pass for each branch of the trie; where the first token decides, that is one in all."""
-        trie = self.prompt.trie(actions)
+        trie, salt = self.prompt.trie(actions), cache_salt(episode.config.tenant)
         passes = [
-            self.engine.score([*prompt, *branch.path], branch.children, adapter=policy.adapter)
+            self.engine.score([*prompt, *branch.path], branch.children, adapter=policy.adapter, cache_salt=salt)
             for branch in trie.branches
         ]
         scores = [await passes[0]] if len(passes) == 1 else await _together(passes)
@@ -122,8 +125,9 @@ class Agent:
         sampling = episode.options.sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=generator.getrandbits(32))
+        salt = cache_salt(episode.config.tenant)
         completion = await self.engine.generate(
-            prompt, sampling, space.constraint, adapter=policy.adapter, on_text=on_text
+            prompt, sampling, space.constraint, adapter=policy.adapter, cache_salt=salt, on_text=on_text
         )
         action, failure = space.parse(completion.text, completion.finish_reason)
         num_drawn = len(completion.token_ids)

@@ -26,6 +26,7 @@ from service.trajectory import (
     Step,
     StopReason,
     Usage,
+    public_id,
 )
 
 
@@ -36,8 +37,19 @@ class Recorded:
     action: JsonValue
 
 
-Emit = Callable[[Literal["reasoning", "text"], str], None]
-"""Hears what the policy writes as it writes it."""
+Kind = Literal["reasoning", "text"]
+
+
+class Listener:
+    """Hears what the policy writes as it writes it; `heard` whether it wrote something."""
+
+    def __init__(self, emit: Callable[[Kind, str], None]) -> None:
+        self._emit = emit
+        self.heard = False
+
+    def __call__(self, kind: Kind, delta: str) -> None:
+        self.heard = True
+        self._emit(kind, delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +63,24 @@ class Call:
     idempotency_key: str | None = None
     timeout_s: float | None = None
     recorded: Recorded | None = None
-    emit: Emit | None = None
+    emit: Listener | None = None
     arrived: float = field(default_factory=time.perf_counter)
 
-    def listener(self, kind: Literal["reasoning", "text"]) -> OnText | None:
+    @property
+    def asks_the_policy(self) -> bool:
+        return self.recorded is None and self.message.ends is None
+
+    def listener(self, kind: Kind) -> OnText | None:
         return None if self.emit is None else partial(self.emit, kind)
 
 
-Landing = tuple[Step, dict[str, float]]
-"""A committed step, and the seconds its parts took."""
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """A committed step, and the seconds its parts took; `replayed`: another replica committed it for the same call."""
+
+    step: Step
+    timing: dict[str, float]
+    replayed: bool = False
 
 
 @dataclass(slots=True)
@@ -286,7 +307,7 @@ def _answer(episode_id: str, index: int, policy_version: str, decision: Decision
     """What POST /act answers, but for `replayed` and `timing`."""
     failure = decision.parse_failure if decision else None
     return {
-        "episode_id": episode_id,
+        "episode_id": public_id(episode_id),
         "step": index,
         "action": decision.action if decision else None,
         "text": decision.text if decision else None,

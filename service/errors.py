@@ -2,15 +2,19 @@
 
 EpisodicError
 ├── BadRequest           400 malformed_json
+├── Unauthenticated      401 unauthenticated
+├── Forbidden            403 forbidden
 ├── NotFound             404 episode_not_found, policy_not_found, not_found
 ├── Conflict             409 step_conflict, idempotency_mismatch, episode_busy, episode_ended, context_overflow
 ├── Gone                 410 episode_deleted
 ├── TooLarge             413 payload_too_large
 ├── Unprocessable        422 invalid_request
+├── TooManyRequests      429 rate_limited, quota_exceeded, overloaded (with Retry-After)
 ├── Unavailable          503 engine_unavailable, store_unavailable, draining (with Retry-After)
 └── DeadlineExceeded     504 deadline_exceeded
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,6 +24,8 @@ class EpisodicError(Exception):
 
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal error"
+    headers: Mapping[str, str] = {}
+    """Sent with the problem."""
 
     def __init__(self, code: str, detail: str, **context: Any) -> None:
         super().__init__(detail)
@@ -31,6 +37,17 @@ class EpisodicError(Exception):
 class BadRequest(EpisodicError):
     status = 400
     title = "Malformed JSON"
+
+
+class Unauthenticated(EpisodicError):
+    status = 401
+    title = "Unauthenticated"
+    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(EpisodicError):
+    status = 403
+    title = "Forbidden"
 
 
 class NotFound(EpisodicError):
@@ -63,15 +80,22 @@ class Unprocessable(EpisodicError):
         super().__init__("invalid_request", detail, errors=errors or [{"loc": list(loc), "msg": detail}])
 
 
-class Unavailable(EpisodicError):
-    """Try again after `retry_after_s` seconds (sent as Retry-After)."""
+class _Later(EpisodicError):
+    """Try again after `retry_after_s` seconds (sent as Retry-After, in whole ones)."""
 
+    def __init__(self, code: str, detail: str, *, retry_after_s: float = 1, **context: Any) -> None:
+        super().__init__(code, detail, **context)
+        self.headers = {"Retry-After": str(max(math.ceil(retry_after_s), 1))}
+
+
+class TooManyRequests(_Later):
+    status = 429
+    title = "Too many requests"
+
+
+class Unavailable(_Later):
     status = 503
     title = "Unavailable"
-
-    def __init__(self, code: str, detail: str, *, retry_after_s: int = 1, **context: Any) -> None:
-        super().__init__(code, detail, **context)
-        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(EpisodicError):

@@ -7,21 +7,24 @@ differ from the store's copy, and the next touch reads it again.
 import asyncio
 import hashlib
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from itertools import islice
 from typing import Any, TypeVar
 
 from service import metrics
 from service.actions import ActionSpaceError, DiscreteSpace, RegexSpace
+from service.admission import Admission
 from service.agent import Agent
 from service.engine.base import ConstraintRefused, Engine, EngineInfo, EngineUnavailable
-from service.episode import Call, Episode, Flight, Landing
+from service.episode import Call, Episode, Flight, Landing, Listener
 from service.errors import (
     Conflict,
     DeadlineExceeded,
     EpisodicError,
     Gone,
+    TooManyRequests,
     Unavailable,
     Unprocessable,
     episode_deleted,
@@ -41,6 +44,7 @@ from service.trajectory import (
     Message,
     Step,
     StopReason,
+    public_id,
 )
 
 T = TypeVar("T")
@@ -53,9 +57,17 @@ _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "t
 class Sessions:
     """Episodes over one store and, once `serve` was called, one engine."""
 
-    def __init__(self, store: Store, *, max_live_episodes: int, defaults: Mapping[str, JsonValue] = _NONE) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        max_live_episodes: int,
+        defaults: Mapping[str, JsonValue] = _NONE,
+        admission: Admission | None = None,
+    ) -> None:
         """`defaults`: fields of POST /episode where a call names none."""
         self.store = store
+        self.admission = admission or Admission()
         self._defaults = defaults
         self.sweeper = Sweeper(store, self.expire)
         self.draining = False
@@ -63,10 +75,12 @@ class Sessions:
         self._max_live = max_live_episodes
         self._live: OrderedDict[str, Episode] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Episode]] = {}
+        self._opening: Counter[str] = Counter()
 
     def serve(self, engine: Engine, policies: Policies | None = None) -> TemplateReport:
         """Acts are possible from now on. Raises TemplateError for a chat template that cannot carry an episode."""
         prompt = Prompt(engine.tokenizer, engine.info.think_tags)
+        self.admission.serve(engine.info.max_num_seqs)
         self._agent = Agent(policies or Policies(engine, self.store), engine, prompt)
         return prompt.report
 
@@ -100,11 +114,14 @@ class Sessions:
         config = EpisodeConfig(episode_id, request, digest, self.agent.policies.get(name).version, now)
         record = EpisodeRecord(config, EpisodeHead(updated_at=now, expires_at=options.expires_at(now)))
         try:
-            await self.store.create(record)
+            async with self._room(config.tenant):
+                await self.store.create(record)
         except EpisodeExists:
             known = await self._record(episode_id)
             if known.config.digest != digest:
-                raise Conflict("idempotency_mismatch", f"Episode {episode_id!r} exists with another body.") from None
+                raise Conflict(
+                    "idempotency_mismatch", f"Episode {public_id(episode_id)!r} exists with another body."
+                ) from None
             return known, False
         self._began([Episode(record, options)])
         return record, True
@@ -143,12 +160,13 @@ class Sessions:
         step = len(rows) if at_step is None else at_step
         if step > len(rows):
             raise Unprocessable(f"the episode has {len(rows)} steps", "at_step")
-        shared_group: str = group or parent.config.request.get("group") or parent_id
+        shared_group: str = group or parent.config.request.get("group") or public_id(parent_id)
         forks = parent.forks(rows[:step], episode_ids, shared_group, digest)
         try:
-            await self.store.fork([EpisodeRecord(fork.config, fork.head) for fork in forks])
+            async with self._room(parent.config.tenant, len(forks)):
+                await self.store.fork([EpisodeRecord(fork.config, fork.head) for fork in forks])
         except EpisodeGone as error:
-            raise episode_deleted(parent_id) from error
+            raise episode_deleted(public_id(parent_id)) from error
         return forks
 
     async def get(self, episode_id: str) -> EpisodeRecord:
@@ -176,7 +194,7 @@ class Sessions:
         try:
             await self.store.add_feedback(feedback)
         except EpisodeGone as error:
-            raise episode_deleted(feedback.episode_id) from error
+            raise episode_deleted(public_id(feedback.episode_id)) from error
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         """What people said of it, oldest first."""
@@ -203,9 +221,9 @@ class Sessions:
         """The episode and its rows. Raises NotFound, Gone."""
         found = await self.store.trajectory(episode_id)
         if found is None:
-            raise episode_not_found(episode_id)
+            raise episode_not_found(public_id(episode_id))
         if found[0].deleted:
-            raise episode_deleted(episode_id)
+            raise episode_deleted(public_id(episode_id))
         return found
 
     async def act(self, episode_id: str, call: Call) -> Answer:
@@ -235,24 +253,25 @@ class Sessions:
         episode = self._live.get(episode_id)
         if episode and episode.flight:
             raise _busy()
-        record = await self._record(episode_id)
+        await self._record(episode_id)
         if not await self.store.delete(episode_id):
-            raise episode_deleted(episode_id)
+            raise episode_deleted(public_id(episode_id))
         self._drop(episode_id)
-        if record.head.status == "active":
-            metrics.ACTIVE_EPISODES.dec()
 
     async def _act(self, episode_id: str, call: Call) -> Answer:
         self._refuse_while_draining()
-        return await self._twice(episode_id, lambda episode: self._answer(episode, call))
+        return await self._twice(episode_id, lambda episode: self._answer(episode, call), call.emit)
 
-    async def _twice(self, episode_id: str, attempt: Callable[[Episode], Awaitable[T]]) -> T:
-        """The attempt on the live episode; if another replica took it further meanwhile, on the store's copy."""
+    async def _twice(
+        self, episode_id: str, attempt: Callable[[Episode], Awaitable[T]], listener: Listener | None = None
+    ) -> T:
+        """The attempt on the live episode; if another replica took it further meanwhile, on the store's copy, unless
+        `listener` has heard of the first attempt's already."""
         episode = await self._episode(episode_id)
         try:
             return await attempt(episode)
         except Conflict as conflict:
-            if conflict.code != "step_conflict":
+            if conflict.code != "step_conflict" or (listener and listener.heard):
                 raise
         if self._live.get(episode_id) is episode and not episode.flight:
             self._drop(episode_id)
@@ -264,12 +283,12 @@ class Sessions:
             return replayed
         flight, joined = self._flight(episode, call)
         try:
-            step, timing = await flight.join(call.timeout_s)
+            landing = await flight.join(call.timeout_s)
         except TimeoutError as error:
             if call.timeout_s is None:
                 raise
             raise DeadlineExceeded("deadline_exceeded", f"{call.timeout_s:g} s ran out.") from error
-        return {**step.answer, "replayed": joined, "timing": timing}
+        return {**landing.step.answer, "replayed": joined or landing.replayed, "timing": landing.timing}
 
     async def _replay(self, episode: Episode, call: Call) -> Answer | None:
         """The stored answer if `call` asks for a committed step again."""
@@ -287,7 +306,7 @@ class Sessions:
             return None
         if step.digest != call.digest:
             raise _mismatch()
-        return {**_replayed(step), "episode_id": episode.episode_id}  # a fork's early steps are its parent's
+        return {**_replayed(step), "episode_id": public_id(episode.episode_id)}  # a fork's early steps are its parent's
 
     def _flight(self, episode: Episode, call: Call) -> tuple[Flight, bool]:
         """The act in flight that `call` repeats, or a new one; and whether it was joined."""
@@ -308,13 +327,15 @@ class Sessions:
         return flight, True
 
     async def _decide(self, episode: Episode, call: Call) -> Landing:
-        began = time.perf_counter()
+        turn = self.admission.turn(episode.config.tenant) if call.asks_the_policy else nullcontext()
         try:
-            step, stop_reason = await self.agent.act(episode, call)
+            async with turn:
+                began = time.perf_counter()
+                step, stop_reason = await self.agent.act(episode, call)
         except ActionSpaceError as error:  # the policy's tokenizer is another than when the episode was opened
             raise Unprocessable(str(error), "action_space") from error
         decided = time.perf_counter()
-        step = await self._commit(episode, step, stop_reason)
+        committed = await self._commit(episode, step, stop_reason)
         ended = time.perf_counter()
         timing = {
             "queue_s": began - call.arrived,
@@ -322,8 +343,11 @@ class Sessions:
             "store_s": ended - decided,
             "total_s": ended - call.arrived,
         }
+        if committed is not step:
+            metrics.ACTS.labels("replayed").inc()
+            return Landing(committed, timing, replayed=True)
         _count(step, timing)
-        return step, timing
+        return Landing(step, timing)
 
     async def _end(self, episode: Episode, call: Call, stop_reason: StopReason) -> None:
         flight = episode.flight
@@ -335,7 +359,7 @@ class Sessions:
             await flight.join(None)
 
     async def _close(self, episode: Episode, call: Call, stop_reason: StopReason) -> Landing:
-        return await self._commit(episode, episode.closing_step(call), stop_reason), dict(_NO_TIME)
+        return Landing(await self._commit(episode, episode.closing_step(call), stop_reason), dict(_NO_TIME))
 
     async def _commit(self, episode: Episode, step: Step, stop_reason: StopReason | None) -> Step:
         """The committed step: this one, or one that another replica committed first for a retry of the same call."""
@@ -350,13 +374,21 @@ class Sessions:
             self._drop(episode.episode_id)
             named = step.closing or step.idempotency_key is not None or (flight and flight.call.step is not None)
             return await self._winner(step, is_retry=bool(named))
+        except StoreUnavailable:
+            self._drop(episode.episode_id)
+            if not await self._is_kept(step):
+                raise
         except BaseException:
             self._drop(episode.episode_id)  # the outcome is unknown: the next touch asks the store
             raise
         if stop_reason:
             metrics.EPISODES_ENDED.labels(stop_reason).inc()
-            metrics.ACTIVE_EPISODES.dec()
         return step
+
+    async def _is_kept(self, step: Step) -> bool:
+        """Whether a commit whose answer was lost took place. Raises StoreUnavailable if that cannot be told now."""
+        rows = await self.store.steps(step.episode_id, step.index)
+        return bool(rows) and (rows[0].digest, rows[0].created_at) == (step.digest, step.created_at)
 
     async def _winner(self, step: Step, *, is_retry: bool) -> Step:
         rows = await self.store.steps(step.episode_id, step.index)
@@ -381,16 +413,14 @@ class Sessions:
         info = self.agent.engine.info
         record, steps = await self.steps(episode_id)
         options = await _built(Options.restored, record.config.request, info)
-        episode = Episode(record, options, steps)
-        self._keep(episode)
-        return episode
+        return self._keep(Episode(record, options, steps))
 
     async def _record(self, episode_id: str) -> EpisodeRecord:
         record = await self.store.episode(episode_id)
         if record is None:
-            raise episode_not_found(episode_id)
+            raise episode_not_found(public_id(episode_id))
         if record.deleted:
-            raise episode_deleted(episode_id)
+            raise episode_deleted(public_id(episode_id))
         return record
 
     async def _checked_options(self, request: dict[str, Any]) -> Options:
@@ -411,15 +441,34 @@ class Sessions:
         for episode in episodes:
             self._keep(episode)
         metrics.EPISODES_STARTED.inc(len(episodes))
-        metrics.ACTIVE_EPISODES.inc(len(episodes))
         self.sweeper.expect(episodes[0].head.expires_at)
 
-    def _keep(self, episode: Episode) -> None:
-        self._live[episode.episode_id] = episode
+    @asynccontextmanager
+    async def _room(self, tenant: str, num_new: int = 1) -> AsyncGenerator[None]:
+        """Room for more active episodes of the tenant's. Raises TooManyRequests (quota_exceeded). Those that are being
+        opened here count; with several replicas, those that another opens at this moment do not."""
+        allowed = self.admission.quota(tenant).active_episodes
+        if allowed is None:
+            yield
+            return
+        self._opening[tenant] += num_new
+        try:
+            num_active = await self.store.num_active(tenant)
+            if num_active + self._opening[tenant] > allowed:
+                detail = f"More than {allowed} active episodes; end some."
+                raise TooManyRequests("quota_exceeded", detail, retry_after_s=1)
+            yield
+        finally:
+            self._opening[tenant] -= num_new
+
+    def _keep(self, episode: Episode) -> Episode:
+        """The live one: it may have been read as it was being opened."""
+        kept = self._live.setdefault(episode.episode_id, episode)
         for episode_id in list(islice(self._live, max(len(self._live) - self._max_live, 0))):
             if self._live[episode_id].flight is None:
                 del self._live[episode_id]
         metrics.LIVE_EPISODES.set(len(self._live))
+        return kept
 
     def _drop(self, episode_id: str) -> None:
         self._live.pop(episode_id, None)

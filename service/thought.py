@@ -43,6 +43,7 @@ async def think(
     sampling: Sampling,
     *,
     adapter: Adapter | None,
+    cache_salt: str | None,
     on_text: OnText | None,
 ) -> Thought:
     """Draws a thought of at most sampling.max_tokens tokens behind a turn that opened one. Raises EngineUnavailable.
@@ -52,7 +53,7 @@ async def think(
     """
     tags = prompt.think_tags
     sampling = replace(sampling, stop=tags.stop, stop_token_ids=tags.stop_token_ids)
-    drawn = await engine.generate(token_ids, sampling, None, adapter=adapter, on_text=on_text)
+    drawn = await engine.generate(token_ids, sampling, None, adapter=adapter, cache_salt=cache_salt, on_text=on_text)
     is_closed = drawn.finish_reason == "stop" and _has_end(drawn.token_ids, prompt)
     num_kept = len(drawn.token_ids) - (drawn.finish_reason == "stop" and not is_closed)
     forced = [*([] if is_closed else tags.end), *tags.separator]

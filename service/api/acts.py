@@ -1,7 +1,7 @@
 """Owns POST /act, as one answer or as a stream of events, and POST /act/batch."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -14,7 +14,8 @@ from starlette.responses import Response, StreamingResponse
 from service.api import body, problems
 from service.api.openapi import request_body
 from service.api.schemas import Act, ActRequest, BatchAnswer, BatchRequest
-from service.episode import Call
+from service.api.security import caller, own
+from service.episode import Call, Listener
 from service.errors import Unprocessable
 from service.sessions import Answer, Sessions
 
@@ -48,8 +49,8 @@ async def act(request: Request) -> Response:
     call = Call(asked.message(), digest, asked.step, idempotency_key(request), asked.timeout_s)
     sessions: Sessions = request.app.state.sessions
     if "text/event-stream" in request.headers.get("accept", ""):
-        return await _stream(request, sessions, asked.episode_id, call)
-    return await answered(request, sessions.act(asked.episode_id, call))
+        return await _stream(request, sessions, own(request, asked.episode_id), call)
+    return await answered(request, admitted(request, lambda: sessions.act(own(request, asked.episode_id), call)))
 
 
 @router.post(
@@ -65,7 +66,16 @@ async def batch(request: Request) -> Response:
     names = [item.get("episode_id") for item in acts]
     if twice := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
         raise Unprocessable(f"episode {twice[0]!r} is there twice", "acts")
-    return await answered(request, _all(request, acts))
+    if len(acts) > 1:
+        request.app.state.sessions.admission.count_calls(caller(request).tenant, len(acts) - 1)
+    return await answered(request, admitted(request, lambda: _all(request, acts), len(acts)))
+
+
+async def admitted(request: Request, acting: Callable[[], Awaitable[T]], num_acts: int = 1) -> T:
+    """What `acting` gives, if there is a place for so many acts of the caller's. Raises TooManyRequests."""
+    sessions: Sessions = request.app.state.sessions
+    with sessions.admission.admitted(caller(request).tenant, num_acts):
+        return await acting()
 
 
 async def answered(request: Request, answer: Awaitable[Any]) -> Response:
@@ -86,7 +96,7 @@ async def _one(request: Request, item: dict[str, Any]) -> Answer:
     try:
         asked = body.validated(item, ActRequest)
         call = Call(asked.message(), body.digest(item), asked.step, timeout_s=asked.timeout_s)
-        return await request.app.state.sessions.act(asked.episode_id, call)
+        return await request.app.state.sessions.act(own(request, asked.episode_id), call)
     except Exception as error:  # noqa: BLE001 - each act has an answer of its own
         return problems.document(request, problems.expected(error))
 
@@ -98,8 +108,8 @@ async def _stream(request: Request, sessions: Sessions, episode_id: str, call: C
     def emit(kind: str, delta: str) -> None:
         heard.put_nowait((kind, delta))
 
-    call = replace(call, emit=emit)
-    acting = asyncio.create_task(sessions.act(episode_id, call))
+    call = replace(call, emit=Listener(emit))
+    acting = asyncio.create_task(admitted(request, lambda: sessions.act(episode_id, call)))
     acting.add_done_callback(lambda _: heard.put_nowait(None))
     try:
         async with _while_connected(request):

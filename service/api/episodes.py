@@ -1,7 +1,6 @@
 """Owns the calls around an episode: open, list, read, end, trajectory, delete."""
 
 import base64
-import dataclasses
 import time
 from typing import Annotated, Literal
 
@@ -27,11 +26,12 @@ from service.api.schemas import (
     Forks,
     RecordRequest,
 )
+from service.api.security import caller, own
 from service.episode import Call, Recorded
 from service.errors import Unprocessable
 from service.sessions import Sessions
 from service.store.base import Filter
-from service.trajectory import EpisodeRecord, StopReason
+from service.trajectory import EpisodeRecord, StopReason, public_id
 
 router = APIRouter(prefix="/episode", tags=["episodes"])
 
@@ -51,13 +51,14 @@ _LINKS = {
 
 
 def _filter(
+    request: Request,
     status: Literal["active", "ended"] | None = None,
     tag: _Label = None,
     group: _Label = None,
     policy: _Label = None,
     profile: _Label = None,
 ) -> Filter:
-    return Filter(status=status, tag=tag, group=group, policy=policy, profile=profile)
+    return Filter(tenant=caller(request).tenant, status=status, tag=tag, group=group, policy=policy, profile=profile)
 
 
 FilterQuery = Annotated[Filter, Depends(_filter)]
@@ -79,13 +80,13 @@ async def create(request: Request) -> Response:
     try:
         asked = body.validated(request.app.state.profiles.fill(document), EpisodeRequest)
         fields = asked.model_dump(exclude_unset=True, exclude={"episode_id"}, by_alias=True)
-        record, is_new = await sessions.create(asked.episode_id or str(uuid7()), fields, digest)
+        record, is_new = await sessions.create(own(request, asked.episode_id or str(uuid7())), fields, digest)
     except Unprocessable:  # a retry finds what was opened, also when its profile or policy is gone since
-        known = await sessions.opened(str(document.get("episode_id")), digest)
+        known = await sessions.opened(own(request, str(document.get("episode_id"))), digest)
         if known is None:
             raise
         record, is_new = known, False
-    headers = {"Location": f"/episode/{record.config.episode_id}"}
+    headers = {"Location": f"/episode/{public_id(record.config.episode_id)}"}
     return _json(resource(record), 201 if is_new else 200, headers)
 
 
@@ -114,7 +115,9 @@ async def record(request: Request, episode_id: EpisodeIdPath) -> Response:
     asked, digest = await body.read(request, RecordRequest)
     key = acts.idempotency_key(request)
     call = Call(asked.message(), digest, asked.step, key, recorded=Recorded(asked.action))
-    return await acts.answered(request, request.app.state.sessions.record(episode_id, call))
+    sessions: Sessions = request.app.state.sessions
+    recording = acts.admitted(request, lambda: sessions.record(own(request, episode_id), call))
+    return await acts.answered(request, recording)
 
 
 @router.post(
@@ -128,10 +131,11 @@ async def record(request: Request, episode_id: EpisodeIdPath) -> Response:
 async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Opens n episodes that share this one's history up to at_step (default: now)."""
     asked, digest = await body.read(request, ForkRequest)
-    ids = asked.episode_ids or [str(uuid7()) for _ in range(asked.n)]
+    ids = [own(request, name) for name in asked.episode_ids or (str(uuid7()) for _ in range(asked.n))]
     if len(ids) != asked.n or len(set(ids)) < len(ids):
         raise Unprocessable(f"there must be n = {asked.n} distinct ids", "episode_ids")
-    records, new = await request.app.state.sessions.fork(episode_id, asked.at_step, ids, asked.group, digest)
+    sessions: Sessions = request.app.state.sessions
+    records, new = await sessions.fork(own(request, episode_id), asked.at_step, ids, asked.group, digest)
     return _json({"episodes": [resource(record) for record in records]}, 201 if new else 200)
 
 
@@ -145,15 +149,15 @@ async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
 async def feedback(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Keeps a human's rating; a named rater's newer one for the same step takes the place of the older."""
     asked, _ = await body.read(request, FeedbackRequest)
-    said = trajectories.Feedback(episode_id, created_at=time.time(), **asked.model_dump())
+    said = trajectories.Feedback(own(request, episode_id), created_at=time.time(), **asked.model_dump())
     await request.app.state.sessions.add_feedback(said)
-    return _json(dataclasses.asdict(said), 201)
+    return _json(formats.rating(said), 201)
 
 
 @router.get("/{episode_id}", response_model=Episode, responses=problems.documented(404, 410, 422, 503))
 async def read(request: Request, episode_id: EpisodeIdPath) -> Response:
     """The episode resource."""
-    return _json(resource(await request.app.state.sessions.get(episode_id)))
+    return _json(resource(await request.app.state.sessions.get(own(request, episode_id))))
 
 
 @router.post(
@@ -165,8 +169,9 @@ async def read(request: Request, episode_id: EpisodeIdPath) -> Response:
 async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Ends the episode; an ended one stays as it is."""
     asked, digest = await body.read(request, EndRequest)
-    message = asked.message()
-    record = await request.app.state.sessions.end(episode_id, Call(message, digest), message.ends or StopReason.ABORTED)
+    message, sessions = asked.message(), request.app.state.sessions
+    call = Call(message, digest)
+    record = await sessions.end(own(request, episode_id), call, message.ends or StopReason.ABORTED)
     return _json(resource(record))
 
 
@@ -178,15 +183,15 @@ async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
 async def trajectory(request: Request, episode_id: EpisodeIdPath, format: Format = "steps") -> Response:
     """What happened: steps, chat messages, or token ids with loss mask and behaviour logprobs."""
     sessions: Sessions = request.app.state.sessions
-    record, steps = await sessions.steps(episode_id)
-    said = await sessions.feedback(episode_id) if format == "steps" else ()
+    record, steps = await sessions.steps(own(request, episode_id))
+    said = await sessions.feedback(record.config.episode_id) if format == "steps" else ()
     return _json(formats.document(record, steps, said, format))
 
 
 @router.delete("/{episode_id}", status_code=204, responses=problems.documented(404, 409, 410, 422, 503))
 async def delete(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Deletes the episode; a tombstone stays."""
-    await request.app.state.sessions.delete(episode_id)
+    await request.app.state.sessions.delete(own(request, episode_id))
     return Response(status_code=204)
 
 

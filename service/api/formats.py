@@ -6,7 +6,7 @@ from itertools import accumulate, groupby
 from typing import Any, Literal
 
 from service.prompt import observation_text, system_text
-from service.trajectory import EpisodeRecord, Feedback, JsonValue, Step
+from service.trajectory import EpisodeRecord, Feedback, JsonValue, Step, public_id
 
 Rendered = dict[str, JsonValue]
 
@@ -32,7 +32,7 @@ def resource(record: EpisodeRecord) -> dict[str, JsonValue]:
     return {
         **_RESOURCE_DEFAULTS,
         **config.request,
-        "episode_id": config.episode_id,
+        "episode_id": public_id(config.episode_id),
         "status": head.status,
         "stop_reason": head.stop_reason,
         "success": head.success,
@@ -40,7 +40,7 @@ def resource(record: EpisodeRecord) -> dict[str, JsonValue]:
         "episode_return": head.episode_return,
         "num_tokens": head.num_tokens,
         "policy_version": config.policy_version,
-        "parent": config.parent and {"episode_id": config.parent[0], "step": config.parent[1]},
+        "parent": config.parent and {"episode_id": public_id(config.parent[0]), "step": config.parent[1]},
         "created_at": config.created_at,
         "updated_at": head.updated_at,
         "ended_at": head.ended_at,
@@ -91,8 +91,12 @@ _FORMATS: dict[Format, Callable[[EpisodeRecord, Sequence[Step]], Rendered]] = {
 
 def document(record: EpisodeRecord, rows: Sequence[Step], feedback: Sequence[Feedback], format: Format) -> Rendered:
     """The trajectory in one of its faces; what people said of it goes with its steps."""
-    said = {"feedback": [asdict(item) for item in feedback]} if format == "steps" else {}
+    said = {"feedback": [rating(item) for item in feedback]} if format == "steps" else {}
     return {"episode": resource(record), "format": format, **_FORMATS[format](record, rows), **said}
+
+
+def rating(feedback: Feedback) -> Rendered:
+    return {**asdict(feedback), "episode_id": public_id(feedback.episode_id)}
 
 
 def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rendered:

@@ -7,21 +7,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from service.api import body
+from service.errors import EpisodicError
 from service.sessions import Sessions
 
 _ROOTS = ("tokenize", "detokenize", "pooling", "classify", "score", "rerank")
 _RETRY_AFTER_S = "1"
 
 
-class _TooLarge(Exception):
-    pass
-
-
 class _Inference:
     """An ASGI app. Failures of its own have OpenAI's error shape: that is what clients of /v1 read."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope)
+        request = Request(scope, receive)
         sessions: Sessions = request.app.state.sessions
         if reason := sessions.unready_reason:
             headers = {"Retry-After": _RETRY_AFTER_S}
@@ -31,38 +29,36 @@ class _Inference:
         if app is None:
             await _error(501, "The engine serves episodes only.", "not_implemented")(scope, receive, send)
             return
-        limit: int = request.app.state.settings.max_body_bytes
-        too_large = _error(413, f"A body may have at most {limit} bytes.", "payload_too_large")
-        if int(request.headers.get("content-length", 0)) > limit:
-            await too_large(scope, receive, send)
-            return
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await app(scope, _limited(receive, limit), watched)
-        except _TooLarge:
-            if started:
-                raise
-            await too_large(scope, receive, send)
+            content = await body.read_bytes(request)
+            if "json" in request.headers.get("content-type", ""):
+                body.check_json(content)  # vLLM reads it without our bounds
+        except EpisodicError as error:
+            await _error(error.status, error.detail, error.code)(scope, receive, send)
+            return
+        await app(scope, _again(content, receive), send)
 
 
-def _limited(receive: Receive, limit: int) -> Receive:
-    left = limit
+def _again(content: bytes, receive: Receive) -> Receive:
+    """Gives the body that was read, then what comes after it."""
+    first: Message | None = {"type": "http.request", "body": content, "more_body": False}
 
-    async def limited() -> Message:
-        nonlocal left
-        message = await receive()
-        left -= len(message.get("body", b""))
-        if left < 0:
-            raise _TooLarge
-        return message
+    async def replayed() -> Message:
+        nonlocal first
+        message, first = first, None
+        return message or await receive()
 
-    return limited
+    return replayed
+
+
+def owns(path: str) -> bool:
+    """Whether the path is one of /v1's kin."""
+    return path.startswith("/v1/") or path.removeprefix("/") in _ROOTS
+
+
+def refusal(_: Request, error: EpisodicError) -> Response:
+    """A failure of the service's in OpenAI's shape."""
+    return _error(error.status, error.detail, error.code, dict(error.headers))
 
 
 def _error(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> Response:

@@ -21,6 +21,8 @@ _RETRY_AFTER_S = 1
 
 CODES: dict[int, tuple[str, ...]] = {
     400: ("malformed_json",),
+    401: ("unauthenticated",),
+    403: ("forbidden",),
     404: ("episode_not_found", "policy_not_found", "not_found"),
     405: ("method_not_allowed",),
     409: (
@@ -33,6 +35,7 @@ CODES: dict[int, tuple[str, ...]] = {
     410: ("episode_deleted",),
     413: ("payload_too_large",),
     422: ("invalid_request",),
+    429: ("rate_limited", "quota_exceeded", "overloaded"),
     500: ("internal_error",),
     503: ("engine_unavailable", "store_unavailable", "draining"),
     504: ("deadline_exceeded",),
@@ -40,7 +43,8 @@ CODES: dict[int, tuple[str, ...]] = {
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` for these statuses."""
+    """OpenAPI's `responses` for these statuses, and for those that any call may meet."""
+    statuses = (*statuses, 401, 403, 429)
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
         status: {"model": Problem, "description": ", ".join(CODES[status]), "content": content} for status in statuses
@@ -86,9 +90,8 @@ def document(request: Request, error: EpisodicError) -> dict[str, Any]:
 
 
 def response(request: Request, error: EpisodicError) -> Response:
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
     body = orjson.dumps(document(request, error), default=str)
-    return Response(body, error.status, headers, media_type="application/problem+json")
+    return Response(body, error.status, error.headers, media_type="application/problem+json")
 
 
 async def _expected(request: Request, error: Exception) -> Response:

@@ -1,5 +1,7 @@
 """Owns the seam to the engine: the Engine and Tokenizer protocols and the values that cross them."""
 
+import hashlib
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -7,7 +9,7 @@ from typing import Literal, Protocol
 from starlette.types import ASGIApp
 
 from service.engine.adapters import Shapes
-from service.trajectory import Sampling
+from service.trajectory import DEFAULT_TENANT, Sampling
 
 OnText = Callable[[str], None]
 
@@ -28,6 +30,10 @@ class EngineUnavailable(Exception):
     """The engine is loading, failed, or is gone."""
 
 
+class EngineRefused(ValueError):
+    """The engine cannot be built from its settings, and time does not mend it; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What is served. `version` changes whenever the weights do; `max_model_len` is in tokens."""
@@ -40,6 +46,8 @@ class EngineInfo:
     """The base model's, where they can be told: what an adapter must fit."""
     max_lora_rank: int = 0
     """0 where the engine takes no adapters."""
+    max_num_seqs: int = 256
+    """Requests that it batches at once."""
     generates: bool = True
     """False for a model that embeds or classifies: it serves /v1 and no episodes."""
     think_tags: tuple[str, str] | None = None
@@ -73,6 +81,17 @@ class Adapter:
     version: str
     path: str
     rank: int
+
+
+_SALT_KEY = secrets.token_bytes(32)
+
+
+def cache_salt(tenant: str) -> str | None:
+    """Keeps a tenant's prefix-cache blocks apart, so that nobody learns by timing what another's prompts begin with.
+    Nobody can guess it: /v1 lets callers name a salt. The default tenant has none."""
+    if tenant == DEFAULT_TENANT:
+        return None
+    return hashlib.blake2b(tenant.encode(), key=_SALT_KEY, digest_size=16).hexdigest()
 
 
 class Tokenizer(Protocol):
@@ -109,7 +128,14 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     @property
-    def healthy(self) -> bool: ...
+    def healthy(self) -> bool:
+        """False for ever once it died."""
+        ...
+
+    @property
+    def heartbeat(self) -> int:
+        """Changes with every sign of life: an output of any request, an answer to `probe`."""
+        ...
 
     async def generate(
         self,
@@ -118,14 +144,21 @@ class Engine(Protocol):
         constraint: Constraint | None,
         *,
         adapter: Adapter | None = None,
+        cache_salt: str | None = None,
         on_text: OnText | None = None,
     ) -> Completion:
-        """Draws a completion, under an adapter if one is given; `on_text` hears its text as it comes. Raises
+        """Draws a completion, under an adapter if one is given; what it leaves in the prefix cache serves calls of the
+        same `cache_salt` alone; `on_text` hears its text as it comes. Raises
         EngineUnavailable."""
         ...
 
     async def score(
-        self, prompt_token_ids: list[int], candidates: Sequence[int], *, adapter: Adapter | None = None
+        self,
+        prompt_token_ids: list[int],
+        candidates: Sequence[int],
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
     ) -> Scores:
         """Scores each candidate as the next token, in one forward pass. Raises EngineUnavailable."""
         ...
@@ -142,6 +175,14 @@ class Engine(Protocol):
         """Returns when the engine has died; flushes its statistics meanwhile."""
         ...
 
+    async def probe(self) -> None:
+        """Asks it for one token. Raises EngineUnavailable."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it at once, even where it hangs: it is dead from now on, and calls in flight raise EngineUnavailable."""
+        ...
+
     async def load_adapter(self, adapter: Adapter) -> None:
         """Acts may be under it from now on. Raises AdapterRefused."""
         ...
@@ -154,4 +195,6 @@ class Engine(Protocol):
         """An app that serves /v1 on this engine, made at the first call; None if it has none."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Frees what it holds, dead or alive."""
+        ...

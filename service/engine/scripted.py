@@ -25,7 +25,8 @@ Reply = Callable[[str], str]
 class ScriptedEngine:
     """Replies by `reply`, and scores candidates by a fixed arithmetic of the prompt's and the candidate's ids.
 
-    `latency_s` is slept before every answer. `num_calls` counts engine calls; `prompts` keeps each call's prompt.
+    `latency_s` is slept before every answer. `num_calls` counts engine calls; `prompts` and
+    `cache_salts` keep what each came with.
     """
 
     def __init__(
@@ -34,21 +35,30 @@ class ScriptedEngine:
         self.tokenizer = tokenizer
         self.info = EngineInfo("scripted", "scripted-1", max_model_len, Sampling(temperature=0.0, max_tokens=64))
         self.healthy = True
+        self.heartbeat = 0
         self.prompts: list[list[int]] = []
+        self.cache_salts: list[str | None] = []
         self.adapters: list[Adapter] = []
         self.num_aborted = 0
         self._reply = reply
         self._latency_s = latency_s
         self._died = asyncio.Event()
+        self._hangs = False
 
     @property
     def num_calls(self) -> int:
         return len(self.prompts)
 
     def die(self) -> None:
-        """From now on every call fails, as when an engine process is gone."""
+        """From now on every call fails, those in flight too, as when an engine process is gone."""
         self.healthy = False
         self._died.set()
+
+    kill = die
+
+    def hang(self) -> None:
+        """From now on no call is answered, as when an engine process is stopped."""
+        self._hangs = True
 
     async def generate(
         self,
@@ -57,9 +67,10 @@ class ScriptedEngine:
         constraint: Constraint | None,
         *,
         adapter: Adapter | None = None,
+        cache_salt: str | None = None,
         on_text: OnText | None = None,
     ) -> Completion:
-        await self._call(prompt_token_ids)
+        await self._call(prompt_token_ids, cache_salt)
         text = self._reply(self.tokenizer.decode(prompt_token_ids))
         if on_text:
             for word in re.findall(r"\s*\S+\s*$|\s*\S+", text):
@@ -77,9 +88,14 @@ class ScriptedEngine:
         return self._completion(ids if eos is None else [*ids, eos], text, "stop")
 
     async def score(
-        self, prompt_token_ids: list[int], candidates: Sequence[int], *, adapter: Adapter | None = None
+        self,
+        prompt_token_ids: list[int],
+        candidates: Sequence[int],
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
     ) -> Scores:
-        await self._call(prompt_token_ids)
+        await self._call(prompt_token_ids, cache_salt)
         base = sum(prompt_token_ids[-8:]) + (int(adapter.version[:6], 16) if adapter else 0)
         weights = [1.0 + (base * 31 + candidate * 17) % 97 for candidate in candidates]
         total = sum(weights)
@@ -95,6 +111,9 @@ class ScriptedEngine:
     async def watch(self) -> None:
         await self._died.wait()
 
+    async def probe(self) -> None:
+        await self._answer()
+
     async def load_adapter(self, adapter: Adapter) -> None:
         self.adapters.append(adapter)
 
@@ -107,10 +126,11 @@ class ScriptedEngine:
     async def close(self) -> None:
         self.healthy = False
 
-    async def _call(self, prompt_token_ids: list[int]) -> None:
+    async def _call(self, prompt_token_ids: list[int], cache_salt: str | None) -> None:
         if not self.healthy:
             raise EngineUnavailable("the scripted engine was told to die")
         self.prompts.append(prompt_token_ids)
+        self.cache_salts.append(cache_salt)
         if self._latency_s:
             try:
                 await asyncio.sleep(self._latency_s)

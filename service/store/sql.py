@@ -55,7 +55,7 @@ from service.store.schema import (
     tag_rows,
     tags,
 )
-from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, PolicyRecord, Step
+from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, KeyRecord, PolicyRecord, Step
 
 _T = TypeVar("_T")
 
@@ -212,7 +212,10 @@ class SQLStore:
 
         return await self._in_transaction(self._readers, read)
 
-    async def num_active(self) -> int:
+    async def keys(self) -> list[KeyRecord]:
+        return []  # until their table is there
+
+    async def num_active(self, tenant: str | None = None) -> int:
         query = select(func.count()).select_from(episodes).where(episodes.c.status == "active")
 
         def read(connection: Connection) -> int:
