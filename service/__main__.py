@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import signal
 from collections.abc import Generator
 from pathlib import Path
@@ -14,8 +13,11 @@ from pydantic import ValidationError
 
 from service import logs
 from service.api.profiles import ProfileError
+from service.api.security import is_loopback
 from service.app import create_app
 from service.commands import episodes_command, export_command
+from service.key_commands import keys_app
+from service.keys import Keyring
 from service.rollout import rollout_command
 from service.settings import Settings
 from service.store.sql import SQLStore
@@ -24,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="A stateful a
 app.command("rollout")(rollout_command)
 app.command("episodes")(episodes_command)
 app.command("export")(export_command)
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()
@@ -39,7 +42,7 @@ def serve(
     """Serves the policy over HTTP. Every setting is also an EPISODIC_* variable and a key of the TOML file."""
     given = {"model": model, "host": host, "port": port, "store": store, "config": config, "log_format": log_format}
     settings = _settings(given, dict(_pair(option) for option in engine or []))
-    _require_loopback(settings.host)
+    _require_keys(settings)
     logs.configure(settings.log_format, settings.log_level)
     try:
         raise typer.Exit(_serve(settings))
@@ -85,19 +88,25 @@ def _pair(option: str) -> tuple[str, str]:
     return name, value
 
 
-def _require_loopback(host: str) -> None:
-    """There are no API keys yet, so nobody but this machine may connect."""
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return
-    if host != "localhost":
-        typer.secho(
-            f"host {host}: without API keys the service serves loopback only (127.0.0.1, ::1, localhost). "
-            "Put a proxy that authenticates callers in front of it.",
-            fg="red",
-            err=True,
-        )
-        raise typer.Exit(2)
+def _require_keys(settings: Settings) -> None:
+    """Without API keys nobody but this machine may connect."""
+    if is_loopback(settings.host) or asyncio.run(_has_keys(SQLStore(settings.store_url))):
+        return
+    typer.secho(
+        f"host {settings.host}: without API keys the service serves loopback only (127.0.0.1, ::1, localhost). "
+        "Make one: episodic keys create --tenant NAME",
+        fg="red",
+        err=True,
+    )
+    raise typer.Exit(2)
+
+
+async def _has_keys(store: SQLStore) -> bool:
+    await store.open()
+    try:
+        return await Keyring(store).exists()
+    finally:
+        await store.close()
 
 
 class _Server(uvicorn.Server):

@@ -11,9 +11,12 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from service import logs, metrics
+from service.admission import Admission
 from service.api import acts, episodes, export, inference, openapi, operations, policies, problems, profiles
 from service.api.middleware import RequestContext
+from service.api.security import Security, is_loopback
 from service.engine.base import Engine
+from service.keys import Keyring
 from service.policies import Policies
 from service.sessions import Sessions
 from service.settings import Settings
@@ -31,14 +34,20 @@ def create_app(
     """The application. `engine` and `store` take the place of those that the settings name; `on_fatal` is called when
     the engine cannot be loaded or has died, for the process to end loudly."""
     kept = store or SQLStore(settings.store_url, metrics.record_commit)
-    sessions = Sessions(kept, max_live_episodes=settings.max_live_episodes, defaults=settings.episode_defaults)
+    sessions = Sessions(
+        kept,
+        max_live_episodes=settings.max_live_episodes,
+        defaults=settings.episode_defaults,
+        admission=Admission(
+            settings.quota_of, max_running=settings.max_running_acts, max_queued=settings.max_queued_acts
+        ),
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         async with AsyncExitStack() as stack:
             await kept.open()
             stack.push_async_callback(kept.close)
-            metrics.ACTIVE_EPISODES.set(await kept.num_active())
             supervisor = asyncio.create_task(_run_engine(settings, engine, sessions, on_fatal), name="engine")
             stack.push_async_callback(_stop, supervisor)
             yield
@@ -48,6 +57,7 @@ def create_app(
         summary="A stateful agent service.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        **({} if settings.docs else {"openapi_url": None, "docs_url": None, "redoc_url": None}),
     )
     app.state.settings = settings
     app.state.sessions = sessions
@@ -56,6 +66,7 @@ def create_app(
         app.include_router(module.router)
     problems.install(app)
     openapi.install(app)
+    app.add_middleware(Security, keyring=Keyring(kept), loopback=is_loopback(settings.host))
     app.add_middleware(RequestContext)
     return app
 

@@ -4,10 +4,20 @@ import json
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 _POLICIES = Path(__file__).parent / "policies"
+
+
+class Quota(BaseModel):
+    """What one tenant may have; None for no bound."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    calls_per_s: float | None = Field(default=None, gt=0)
+    concurrent_acts: int | None = Field(default=None, ge=1)
+    active_episodes: int | None = Field(default=None, ge=1)
 
 
 class Settings(BaseSettings):
@@ -23,7 +33,7 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = Field(None, description="A TOML file with any of these settings.")
-    host: str = Field("127.0.0.1", description="Address to serve on; loopback only, as there are no API keys yet.")
+    host: str = Field("127.0.0.1", description="Address to serve on; any but loopback needs API keys.")
     port: int = Field(8000, ge=0, le=65535, description="Port to serve on; 0 takes a free one.")
     model: str = Field("toy-text", description="A packaged policy, a folder, or a Hugging Face model id.")
     engine: dict[str, Any] = Field(
@@ -45,8 +55,25 @@ class Settings(BaseSettings):
     max_steps: int | None = Field(None, ge=1, description="Steps after which an episode ends, where it names none.")
     idle_ttl_s: float | None = Field(None, gt=0, description="Seconds without an act that end an episode, likewise.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
+    receive_limit_s: float = Field(
+        30.0, gt=0, description="Seconds that a request's head may take to arrive, and its body; and an answer to be read."
+    )
+    docs: bool = Field(True, description="Serve /docs, /redoc and /openapi.json.")
     max_tokens: int | None = Field(None, ge=1, description="Completion limit where a call names none.")
     constraint_limit_s: float = Field(5.0, gt=0, description="Seconds a schema or pattern may take to compile.")
+    max_running_acts: int | None = Field(
+        None, ge=1, description="Acts in the engine at once; unset, as many as it batches (max_num_seqs)."
+    )
+    max_queued_acts: int | None = Field(
+        None, ge=0, description="Acts that wait for the engine; more are refused with 429. Unset, half of the running."
+    )
+    quota: Quota = Field(
+        Quota(),
+        description="Of each tenant: calls_per_s, concurrent_acts, active_episodes; EPISODIC_QUOTA__CALLS_PER_S=50.",
+    )
+    tenants: dict[str, Quota] = Field(
+        default_factory=dict, description="Quotas of single tenants in place of that: [tenants.NAME] in the file."
+    )
     drain_s: float = Field(30.0, ge=0, description="Seconds that acts in flight get at SIGTERM.")
     log_format: Literal["console", "json"] = Field("console", description="How log lines are written.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
@@ -71,6 +98,9 @@ class Settings(BaseSettings):
         lora = {"enable_lora": True, "max_loras": 4} if self.adapters else {}
         return {**lora, **self.engine}
 
+    def quota_of(self, tenant: str) -> Quota:
+        return self.tenants.get(tenant, self.quota)
+
     @property
     def episode_defaults(self) -> dict[str, Any]:
         """Fields of POST /episode where a call names none."""
@@ -93,7 +123,7 @@ class Settings(BaseSettings):
         rows = ["| variable | default | what it sets |", "|---|---|---|"]
         for name, field in cls.model_fields.items():
             default = field.get_default(call_default_factory=True)
-            shown = "" if default in (None, {}, []) else f"`{default}`"
+            shown = "" if default in (None, {}, [], Quota()) else f"`{default}`"
             rows.append(f"| `EPISODIC_{name.upper()}` | {shown} | {field.description} |")
         return "\n".join(rows)
 

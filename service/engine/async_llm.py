@@ -124,6 +124,7 @@ class VLLMEngine:
         constraint: Constraint | None,
         *,
         adapter: Adapter | None = None,
+        cache_salt: str | None = None,
         on_text: OnText | None = None,
     ) -> Completion:
         params = self._params(
@@ -143,7 +144,7 @@ class VLLMEngine:
             output_kind=self._cumulative if on_text else self._final,
             skip_clone=True,
         )
-        output = await self._run(prompt_token_ids, params, adapter, on_text)
+        output = await self._run(prompt_token_ids, params, adapter, cache_salt, on_text)
         chosen = output.outputs[0]
         token_ids = tuple(chosen.token_ids)
         logprobs = tuple(chosen.logprobs.logprobs[start] for start in chosen.logprobs.start_indices)
@@ -152,17 +153,23 @@ class VLLMEngine:
         return Completion(token_ids, logprobs, text, str(chosen.finish_reason), cached)
 
     async def score(
-        self, prompt_token_ids: list[int], candidates: Sequence[int], *, adapter: Adapter | None = None
+        self,
+        prompt_token_ids: list[int],
+        candidates: Sequence[int],
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
     ) -> Scores:
         chunks = [
             candidates[start : start + MAX_CANDIDATES_A_CALL]
             for start in range(0, len(candidates), MAX_CANDIDATES_A_CALL)
         ]
         if len(chunks) == 1:
-            return await self._score(prompt_token_ids, candidates, adapter)
+            return await self._score(prompt_token_ids, candidates, adapter, cache_salt)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._score(prompt_token_ids, chunk, adapter)) for chunk in chunks]
+                calls = [self._score(prompt_token_ids, chunk, adapter, cache_salt) for chunk in chunks]
+                tasks = [group.create_task(call) for call in calls]
         except ExceptionGroup as failures:  # the chunks of one pass fail for one reason
             raise failures.exceptions[0] from failures
         parts = [task.result() for task in tasks]
@@ -250,7 +257,13 @@ class VLLMEngine:
         spec: dict[str, Any] = {constraint.kind: constraint.spec}
         return self._structured(**spec)
 
-    async def _score(self, prompt_token_ids: list[int], candidates: Sequence[int], adapter: Adapter | None) -> Scores:
+    async def _score(
+        self,
+        prompt_token_ids: list[int],
+        candidates: Sequence[int],
+        adapter: Adapter | None,
+        cache_salt: str | None,
+    ) -> Scores:
         params = self._params(
             temperature=0.0,
             max_tokens=1,
@@ -260,16 +273,21 @@ class VLLMEngine:
             output_kind=self._final,
             skip_clone=True,
         )
-        output = await self._run(prompt_token_ids, params, adapter)
+        output = await self._run(prompt_token_ids, params, adapter, cache_salt)
         found = output.outputs[0].logprobs
         by_token = dict(zip(found.token_ids, found.logprobs, strict=True))
         return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
 
     async def _run(
-        self, prompt_token_ids: list[int], params: Any, adapter: Adapter | None, on_text: OnText | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: Any,
+        adapter: Adapter | None,
+        cache_salt: str | None,
+        on_text: OnText | None = None,
     ) -> Any:
         """The request's final output. Cancellation aborts the request in the engine."""
-        prompt = self._tokens_input(prompt_token_ids)
+        prompt = self._tokens_input(prompt_token_ids, cache_salt=cache_salt)
         num_heard = 0
         lora = adapter and self._loras[adapter]
         try:
@@ -354,6 +372,7 @@ def _info(llm: Any, model: str, name: str) -> EngineInfo:
         think_tags=_think_tags(llm),
         weight_shapes=base_shapes(_model_folder(model)) if lora else None,
         max_lora_rank=lora.max_lora_rank if lora else 0,
+        max_num_seqs=llm.vllm_config.scheduler_config.max_num_seqs * llm.vllm_config.parallel_config.data_parallel_size,
     )
 
 

@@ -1,0 +1,106 @@
+"""Owns who may call: the API key of a request, the scope that its route asks for, and what is let in without keys."""
+
+import ipaddress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api import inference, problems
+from service.errors import EpisodicError, Forbidden, Unauthenticated
+from service.keys import SCOPES, Keyring
+from service.store.base import StoreUnavailable
+from service.trajectory import DEFAULT_TENANT, qualified
+
+_OPEN = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""What orchestrators and readers of the documentation get without a key: nothing of any episode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose call it is, and what its key may do; `key_id` is None where there are no keys."""
+
+    tenant: str
+    scopes: frozenset[str]
+    key_id: str | None = None
+
+
+_ANYBODY = Caller(DEFAULT_TENANT, frozenset(SCOPES))
+
+
+def caller(request: Request) -> Caller:
+    return request.scope["caller"]
+
+
+def own(request: Request, episode_id: str) -> str:
+    """The id below the API of what the caller calls `episode_id`: nobody can name another tenant's episode."""
+    return qualified(caller(request).tenant, episode_id)
+
+
+def scope_of(method: str, path: str) -> str | None:
+    """What a key must be allowed for this call; None where none is asked for. Whatever is added to the API needs a key
+    from the start."""
+    if path in _OPEN:
+        return None
+    reads = method in ("GET", "HEAD", "OPTIONS")
+    if path == "/metrics" or (path.startswith("/policy") and not reads):
+        return "admin"
+    return "read" if reads else "act"
+
+
+class Security:
+    """Finds the caller of a request, or refuses it. Without keys the service answers this machine alone."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, *, loopback: bool) -> None:
+        """`loopback`: the service listens on a loopback address, and may do without keys."""
+        self._app = app
+        self._keyring = keyring
+        self._loopback = loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        needed = scope_of(scope["method"], scope["path"]) if scope["type"] == "http" else None
+        if needed is None:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            found = await self._caller(request, needed)
+            request.app.state.sessions.admission.count_calls(found.tenant)
+        except (EpisodicError, StoreUnavailable) as error:
+            refuse = inference.refusal if inference.owns(scope["path"]) else problems.response
+            await refuse(request, problems.expected(error))(scope, receive, send)
+            return
+        scope["caller"] = found
+        await self._app(scope, receive, send)
+
+    async def _caller(self, request: Request, needed: str) -> Caller:
+        if self._loopback and not await self._keyring.exists():
+            _refuse_other_sites(request)
+            return _ANYBODY
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        record = await self._keyring.find(key.strip()) if kind.lower() == "bearer" else None
+        if record is None:
+            raise Unauthenticated("unauthenticated", "Send a valid API key: Authorization: Bearer KEY.")
+        if needed not in record.scopes:
+            raise Forbidden("forbidden", f"The key lacks the scope {needed!r}.")
+        return Caller(record.tenant, frozenset(record.scopes), record.key_id)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _refuse_other_sites(request: Request) -> None:
+    """A page in this machine's browser can reach loopback: by a name of its own that resolves there (DNS rebinding), or
+    by a request across sites. Programs send neither. Raises Forbidden."""
+    name = urlsplit(f"//{request.headers.get('host', 'localhost')}").hostname or ""
+    origin = request.headers.get("origin")
+    if not is_loopback(name):
+        raise Forbidden("forbidden", "Without API keys the service answers to a loopback name alone; make a key.")
+    if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
+        raise Forbidden("forbidden", "Without API keys the service answers no page of another site; make a key.")

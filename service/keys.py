@@ -1,0 +1,77 @@
+"""Owns API keys: how one is made, what is kept of it, and which of the store's are valid now."""
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from service import logs
+from service.store.base import Store, StoreUnavailable
+from service.trajectory import KeyRecord
+
+_log = logs.get(__name__)
+
+Scope = Literal["act", "read", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+TENANT = r"[a-z0-9][a-z0-9_-]{0,63}"
+"""What a tenant may be called."""
+
+_PREFIX = "ek"
+_FRESH_S = 1.0
+
+
+def new_key(tenant: str, scopes: Sequence[Scope], now: float) -> tuple[str, KeyRecord]:
+    """A key to hand out, shown once, and what the store keeps of it."""
+    key_id = secrets.token_hex(8)
+    key = f"{_PREFIX}_{key_id}_{secrets.token_hex(32)}"
+    return key, KeyRecord(key_id, digest(key), tenant, tuple(scopes), now)
+
+
+def digest(key: str) -> bytes:
+    """SHA-256, 32 bytes. A key holds 256 random bits, so nobody finds it by trying, however fast the digest is; a slow
+    one, as passwords need, would only slow down each call."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+class Keyring:
+    """The store's keys in memory, read again when they are a second old: so long may a revoked key still serve."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._keys: dict[str, KeyRecord] | None = None
+        self._read_at = 0.0
+        self._reading = asyncio.Lock()
+
+    async def exists(self) -> bool:
+        """Whether a key was ever made. A revoked one counts: to revoke the last key must not open the door."""
+        return bool(await self._fresh())
+
+    async def find(self, key: str) -> KeyRecord | None:
+        """The record of a valid key; None for any other text."""
+        prefix, _, rest = key.partition("_")
+        record = (await self._fresh()).get(rest.partition("_")[0]) if prefix == _PREFIX else None
+        if record is None or record.revoked_at is not None:
+            return None
+        return record if hmac.compare_digest(record.digest, digest(key)) else None
+
+    async def _fresh(self) -> dict[str, KeyRecord]:
+        """Raises StoreUnavailable if the keys were never read; later on the last ones serve while the store cannot."""
+        if self._keys is not None and time.monotonic() < self._read_at + _FRESH_S:
+            return self._keys
+        async with self._reading:
+            if self._keys is None or time.monotonic() >= self._read_at + _FRESH_S:
+                await self._read()
+        assert self._keys is not None
+        return self._keys
+
+    async def _read(self) -> None:
+        try:
+            self._keys = {record.key_id: record for record in await self._store.keys()}
+        except StoreUnavailable as error:
+            if self._keys is None:
+                raise
+            _log.warning("the API keys cannot be read again", reason=str(error))
+        self._read_at = time.monotonic()
