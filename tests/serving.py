@@ -12,6 +12,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from service.api import server as http_server
 from service.app import create_app
 from service.engine.base import Completion, Engine, Scores
 from service.engine.scripted import ScriptedEngine
@@ -107,14 +108,7 @@ async def serve(
 ) -> AsyncIterator[Served]:
     """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
     app = create_app(Settings(data=folder, **settings), engine=engine, store=store)
-    config = uvicorn.Config(
-        app,
-        port=0,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=10,
-        lifespan="off" if loading else "on",
-    )
+    config = http_server.config(app, port=0, timeout_graceful_shutdown=10, lifespan="off" if loading else "on")
     server = _Server(config)
     running = asyncio.create_task(server.serve())
     await until(lambda: server.started or running.done())

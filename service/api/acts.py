@@ -30,8 +30,8 @@ KEY = {
     "description": "Makes a retry safe, as `step` does.",
 }
 _EVENTS = "Server-sent events `reasoning` and `text` ({delta}), then one `act`, or `error` (a problem)."
-_UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Proxies pass each event on as it comes; the second is nginx's own."""
+_UNBUFFERED = {"X-Accel-Buffering": "no"}
+"""nginx's own: it passes each event on as it comes."""
 CLIENT_CLOSED = 499
 """Nobody hears it; the log does."""
 
