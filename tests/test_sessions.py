@@ -1,6 +1,7 @@
 """Sessions: the same tokens after eviction, restart and on another replica; joins, leaves and late commits."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import pytest
 
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
-from service.episode import Call
+from service.episode import Call, Listener
 from service.errors import Conflict
 from service.sessions import Sessions
 from service.store.base import Commit, StepTaken, Store, StoreUnavailable
 from service.store.memory import MemoryStore
 from service.store.sql import SQLStore
-from service.trajectory import Message
+from service.trajectory import Message, Step
 from tests.serving import DISCRETE, HeldEngine, serve, until
 
 SPACES: dict[str, dict[str, Any]] = {"text": {"type": "text"}, "discrete": DISCRETE}
@@ -178,22 +179,30 @@ async def test_a_commit_that_began_is_not_given_up(tokenizer: HFTokenizer):
 
 
 class FlakyStore(MemoryStore):
-    """Fails a commit either before or after it was made, as a lost connection does: the caller cannot know which."""
+    """Fails a commit before it was made, or after it, as a lost connection does; "away": and the next read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fault = ""
+        self.away = False
 
     async def commit(self, commit: Commit) -> None:
         fault, self.fault = self.fault, ""
         if fault == "before":
             raise StoreUnavailable("gone")
         await super().commit(commit)
-        if fault == "after":
+        if fault:
+            self.away = fault == "away"
             raise StoreUnavailable("gone")
 
+    async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
+        away, self.away = self.away, False
+        if away:
+            raise StoreUnavailable("gone still")
+        return await super().steps(episode_id, index)
 
-@pytest.mark.parametrize("fault", ["before", "after"])
+
+@pytest.mark.parametrize("fault", ["before", "away"])
 async def test_an_unknown_outcome_of_a_commit_is_settled_by_the_retry(tokenizer: HFTokenizer, fault: str):
     store = FlakyStore()
     sessions = Sessions(store, max_live_episodes=8)
@@ -203,9 +212,55 @@ async def test_an_unknown_outcome_of_a_commit_is_settled_by_the_retry(tokenizer:
     store.fault = fault
     with pytest.raises(StoreUnavailable):
         await sessions.act("e", call("one", step=1))
-    assert (await sessions.act("e", call("one", step=1)))["replayed"] == (fault == "after")
+    assert (await sessions.act("e", call("one", step=1)))["replayed"] == (fault == "away")
     assert [row.message.observation for row in await store.steps("e")] == ["zero", "one"]
     assert (await sessions.act("e", call("two", step=2)))["step"] == 2
+
+
+async def test_a_commit_whose_answer_was_lost_is_found_by_reading_the_step_again(tokenizer: HFTokenizer):
+    store = FlakyStore()
+    sessions = Sessions(store, max_live_episodes=8)
+    sessions.serve(ScriptedEngine(tokenizer))
+    await sessions.create("e", {}, b"body")
+    store.fault = "after"
+    answer = await sessions.act("e", call("zero"))  # without a step: its caller could not repeat it
+    assert (answer["step"], answer["replayed"]) == (0, False)
+    assert (await sessions.act("e", call("one")))["step"] == 1
+    assert [row.message.observation for row in await store.steps("e")] == ["zero", "one"]
+
+
+async def test_the_loser_of_a_race_answers_with_the_winners_step(tokenizer: HFTokenizer):
+    store = MemoryStore()
+    replicas = [Sessions(store, max_live_episodes=8) for _ in range(2)]
+    engines = [HeldEngine(tokenizer) for _ in replicas]
+    for replica, engine in zip(replicas, engines, strict=True):
+        replica.serve(engine)
+    await replicas[0].create("e", {}, b"body")
+    acts = [asyncio.create_task(replica.act("e", call("zero", step=0))) for replica in replicas]
+    await until(lambda: all(engine.num_held for engine in engines))
+    for engine in engines:
+        engine.release.set()
+    first, second = await asyncio.gather(*acts)
+    assert sorted([first["replayed"], second["replayed"]]) == [False, True]
+    assert {**first, "replayed": None, "timing": None} == {**second, "replayed": None, "timing": None}
+    assert len(await store.steps("e")) == 1
+
+
+async def test_a_streamed_act_that_loses_its_race_is_not_written_anew(tokenizer: HFTokenizer):
+    """Its caller has heard words already; others behind them would make no sense."""
+    store = MemoryStore()
+    replicas = [Sessions(store, max_live_episodes=8) for _ in range(2)]
+    for replica in replicas:
+        replica.serve(ScriptedEngine(tokenizer))
+    await replicas[0].create("e", {}, b"body")
+    await replicas[1].act("e", call("zero"))  # replica 0 does not know of it
+    heard: list[str] = []
+    streamed = replace(call("one"), emit=Listener(lambda _, delta: heard.append(delta)))
+    with pytest.raises(Conflict) as conflict:
+        await replicas[0].act("e", streamed)
+    assert (conflict.value.code, conflict.value.context["expected_step"]) == ("step_conflict", 1)
+    assert "".join(heard) == "ok"
+    assert len(await store.steps("e")) == 1
 
 
 async def test_an_act_without_a_step_never_takes_over_anothers_answer(tokenizer: HFTokenizer):

@@ -299,7 +299,7 @@ async def _post_and_leave(served: Served, body: dict[str, Any], num_held: int) -
     host, _, port = served.url.removeprefix("http://").partition(":")
     _, writer = await asyncio.open_connection(host, int(port))
     content = json.dumps(body).encode()
-    writer.write(b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+    writer.write(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
     await writer.drain()
     await until(lambda: served.engine.num_held >= num_held)
     writer.close()
