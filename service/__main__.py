@@ -1,25 +1,24 @@
 """The command line: serve, rollout, episodes, export, migrate, settings."""
 
 import asyncio
-import contextlib
-import signal
-from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 from pydantic import ValidationError
 
 from service import logs
+from service.api import server
 from service.api.profiles import ProfileError
 from service.api.security import is_loopback
 from service.app import create_app
 from service.commands import episodes_command, export_command
+from service.drain import LAST_ANSWERS_S, DrainingServer, end
 from service.key_commands import keys_app
 from service.keys import Keyring
 from service.rollout import rollout_command
 from service.settings import Settings
+from service.store.base import StoreRefused, StoreUnavailable
 from service.store.sql import SQLStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A stateful agent service over vLLM.")
@@ -42,12 +41,15 @@ def serve(
     """Serves the policy over HTTP. Every setting is also an EPISODIC_* variable and a key of the TOML file."""
     given = {"model": model, "host": host, "port": port, "store": store, "config": config, "log_format": log_format}
     settings = _settings(given, dict(_pair(option) for option in engine or []))
-    _require_keys(settings)
     logs.configure(settings.log_format, settings.log_level)
     try:
+        _require_keys(settings)
         raise typer.Exit(_serve(settings))
     except ProfileError as error:
         typer.secho(f"profiles: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
+    except (StoreRefused, StoreUnavailable) as error:
+        typer.secho(f"store: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
 
 
@@ -55,7 +57,11 @@ def serve(
 def migrate(store: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the store.")] = None) -> None:
     """Brings the store's schema up to date; serve does so too."""
     settings = _settings({"store": store}, {})
-    asyncio.run(_migrate(SQLStore(settings.store_url)))
+    try:
+        asyncio.run(_migrate(SQLStore(settings.store_url)))
+    except (StoreRefused, StoreUnavailable) as error:
+        typer.secho(f"store: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
     typer.echo("The store's schema is up to date.")
 
 
@@ -109,43 +115,31 @@ async def _has_keys(store: SQLStore) -> bool:
         await store.close()
 
 
-class _Server(uvicorn.Server):
-    """Ends with exit code 0 on SIGTERM and SIGINT; readiness drops before connections are refused."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-        yield
-
-    def _on_signal(self, number: int) -> None:
-        self.config.app.state.sessions.draining = True  # type: ignore[union-attr]
-        self.handle_exit(number, None)
-
-
 def _serve(settings: Settings) -> int:
-    """Runs until a signal (0) or until the engine is lost (1)."""
+    """Runs until a signal (0), or until there is no engine any more or no port (1)."""
     failed = False
 
     def fail() -> None:
         nonlocal failed
         failed = True
-        server.should_exit = True
+        running.should_exit = True
 
-    config = uvicorn.Config(
-        create_app(settings, on_fatal=fail),
+    served = create_app(settings, on_fatal=fail)
+    config = server.config(
+        served,
         host=settings.host,
         port=settings.port,
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,  # an environment may take a while to step
-        timeout_graceful_shutdown=int(settings.drain_s),
+        lifespan="off",  # the server below runs it
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
-    server = _Server(config)
-    server.run()
-    return int(failed or not server.started)
+    running = DrainingServer(config, drain_s=settings.drain_s)
+    try:
+        running.run()
+    except SystemExit:  # uvicorn's, which has said why it cannot listen
+        failed = True
+    if served.state.supervisor.loading:
+        end(int(failed))  # a thread loads on, and nothing else would interrupt it
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 import asyncio
 import dataclasses
-import gc
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -15,24 +14,26 @@ from service.admission import Admission
 from service.api import acts, episodes, export, inference, openapi, operations, policies, problems, profiles
 from service.api.middleware import RequestContext
 from service.api.security import Security, is_loopback
-from service.engine.base import Engine
+from service.engine.base import Engine, EngineRefused
 from service.keys import Keyring
-from service.policies import Policies
 from service.sessions import Sessions
 from service.settings import Settings
 from service.store.base import Store
 from service.store.sql import SQLStore
+from service.supervisor import Load, OnFatal, Supervisor, stop
 
 _log = logs.get(__name__)
 
-OnFatal = Callable[[], None]
-
 
 def create_app(
-    settings: Settings, *, engine: Engine | None = None, store: Store | None = None, on_fatal: OnFatal = lambda: None
+    settings: Settings,
+    *,
+    engine: Engine | Load | None = None,
+    store: Store | None = None,
+    on_fatal: OnFatal = lambda: None,
 ) -> FastAPI:
-    """The application. `engine` and `store` take the place of those that the settings name; `on_fatal` is called when
-    the engine cannot be loaded or has died, for the process to end loudly."""
+    """The application. `engine`, or what loads one each time, and `store` take the place of those that the settings
+    name; `on_fatal` is called when there is no engine any more and will be none, for the process to end loudly."""
     kept = store or SQLStore(settings.store_url, metrics.record_commit)
     sessions = Sessions(
         kept,
@@ -43,13 +44,15 @@ def create_app(
         ),
     )
 
+    supervisor = Supervisor(_loader(settings, engine), sessions, settings, on_fatal)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         async with AsyncExitStack() as stack:
             await kept.open()
             stack.push_async_callback(kept.close)
-            supervisor = asyncio.create_task(_run_engine(settings, engine, sessions, on_fatal), name="engine")
-            stack.push_async_callback(_stop, supervisor)
+            running = asyncio.create_task(supervisor.run(), name="engine")
+            stack.push_async_callback(stop, running)
             yield
 
     app = FastAPI(
@@ -57,10 +60,11 @@ def create_app(
         summary="A stateful agent service.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
-        **({} if settings.docs else {"openapi_url": None, "docs_url": None, "redoc_url": None}),
+        openapi_url="/openapi.json" if settings.docs else None,  # /docs and /redoc go with it
     )
     app.state.settings = settings
     app.state.sessions = sessions
+    app.state.supervisor = supervisor
     app.state.profiles = profiles.Profiles(settings.profiles)
     for module in (acts, episodes, profiles, policies, export, inference, operations):
         app.include_router(module.router)
@@ -75,37 +79,18 @@ def _operation_id(route: APIRoute) -> str:
     return f"{route.tags[0]}_{route.name}" if route.tags else route.name
 
 
-async def _run_engine(settings: Settings, engine: Engine | None, sessions: Sessions, on_fatal: OnFatal) -> None:
-    """Loads the engine while /healthz answers already, then watches it. Its failure is the process's."""
-    try:
-        loaded = engine or await _load(settings)
-    except Exception:  # noqa: BLE001 - whatever it is, the process must not live on without a policy
-        _log.exception("the engine cannot be loaded", model=settings.model)
-        on_fatal()
-        return
-    try:
-        served = Policies(loaded, sessions.store, source=settings.adapters, kept=settings.data / "adapters")
-        await served.restore()
-        report = sessions.serve(loaded, served)
-        gc.collect()
-        gc.freeze()  # what is loaded stays: the collector need not walk it again
-        _log.info("ready", policy=loaded.info.model, policy_version=loaded.info.version, **dataclasses.asdict(report))
-        if not report.append_only:
-            _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")
-        if not report.canonical:
-            _log.warning("the chat template's own tokenization differs from the episode's")
-        sweeper = asyncio.create_task(sessions.sweeper.run(), name="sweeper")
-        try:
-            await loaded.watch()
-        finally:
-            await _stop(sweeper)
-        _log.critical("the engine died")
-        on_fatal()
-    except Exception:  # noqa: BLE001 - as above
-        _log.exception("the engine cannot be served", model=settings.model)
-        on_fatal()
-    finally:
-        await loaded.close()
+def _loader(settings: Settings, engine: Engine | Load | None) -> Load:
+    if engine is None:
+        return partial(_load, settings)
+    if callable(engine):
+        return engine
+
+    async def given() -> Engine:
+        if not engine.healthy:
+            raise EngineRefused("the engine that was handed in is dead, and there is no other")
+        return engine
+
+    return given
 
 
 async def _load(settings: Settings) -> Engine:
@@ -123,8 +108,3 @@ async def _load(settings: Settings) -> Engine:
         sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)
         engine.info = dataclasses.replace(engine.info, default_sampling=sampling)
     return engine
-
-
-async def _stop(task: "asyncio.Task[Any]") -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

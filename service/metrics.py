@@ -7,6 +7,7 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 ACTS = Counter("agent_acts", "Acts by outcome: acted, done, replayed, or an error's code.", ["outcome"])
 ACT_SECONDS = Histogram("agent_act_seconds", "Seconds of an act by part.", ["part"], buckets=_LATENCY_S)
+ENGINE_FAILURES = Counter("agent_engine_failures", "Engines that died, hung, or could not be loaded.")
 EPISODES_STARTED = Counter("agent_episodes_started", "Episodes opened.")
 EPISODES_ENDED = Counter("agent_episodes_ended", "Episodes ended, by stop reason.", ["stop_reason"])
 LIVE_EPISODES = Gauge("agent_live_episodes", "Episodes held in memory; the others are in the store alone.")

@@ -71,6 +71,7 @@ class Sessions:
         self._defaults = defaults
         self.sweeper = Sweeper(store, self.expire)
         self.draining = False
+        self._aborts = False
         self._agent: Agent | None = None
         self._max_live = max_live_episodes
         self._live: OrderedDict[str, Episode] = OrderedDict()
@@ -123,6 +124,10 @@ class Sessions:
                     "idempotency_mismatch", f"Episode {public_id(episode_id)!r} exists with another body."
                 ) from None
             return known, False
+        except TooManyRequests:
+            if known := await self.opened(episode_id, digest):
+                return known, False
+            raise
         self._began([Episode(record, options)])
         return record, True
 
@@ -142,11 +147,11 @@ class Sessions:
         digest = hashlib.blake2b(digest + parent_id.encode(), digest_size=16).digest()
         try:
             forks = await self._forked(parent_id, at_step, episode_ids, group, digest)
-        except (EpisodeExists, Gone) as error:
+        except (EpisodeExists, Gone, TooManyRequests) as error:
             known = [await self.opened(episode_id, digest) for episode_id in episode_ids]
             if all(known):
                 return [record for record in known if record], False
-            if isinstance(error, Gone):
+            if not isinstance(error, EpisodeExists):
                 raise
             raise Conflict("idempotency_mismatch", "One of these episodes exists already.") from error
         self._began(forks)
@@ -243,6 +248,14 @@ class Sessions:
                 metrics.ACTS.labels("store_unavailable").inc()
                 raise
 
+    async def abort_acts(self) -> int:
+        """Aborts the acts whose commit has not begun, and those that come; their callers hear that the service drains.
+        Returns how many were in flight."""
+        self._aborts = True
+        flights = [episode.flight for episode in self._live.values()]
+        await asyncio.sleep(0)  # one that has not begun could not say why it ends
+        return sum(flight.task.cancel() for flight in flights if flight and not flight.committing)
+
     async def end(self, episode_id: str, call: Call, stop_reason: StopReason) -> EpisodeRecord:
         """Ends an episode; an ended one stays as it is. Raises NotFound, Gone, Conflict (episode_busy)."""
         await self._twice(episode_id, lambda episode: self._end(episode, call, stop_reason))
@@ -329,11 +342,17 @@ class Sessions:
     async def _decide(self, episode: Episode, call: Call) -> Landing:
         turn = self.admission.turn(episode.config.tenant) if call.asks_the_policy else nullcontext()
         try:
+            if self._aborts:
+                raise _draining()
             async with turn:
                 began = time.perf_counter()
                 step, stop_reason = await self.agent.act(episode, call)
         except ActionSpaceError as error:  # the policy's tokenizer is another than when the episode was opened
             raise Unprocessable(str(error), "action_space") from error
+        except asyncio.CancelledError:
+            if self._aborts:
+                raise _draining() from None
+            raise
         decided = time.perf_counter()
         committed = await self._commit(episode, step, stop_reason)
         ended = time.perf_counter()
@@ -476,7 +495,7 @@ class Sessions:
 
     def _refuse_while_draining(self) -> None:
         if self.draining:
-            raise Unavailable("draining", "The service is shutting down.", retry_after_s=5)
+            raise _draining()
 
 
 async def _built(
@@ -501,6 +520,10 @@ def _count(step: Step, timing: dict[str, float]) -> None:
     metrics.record_act("done" if step.closing else "acted", timing, step.answer["usage"])
     if failure := step.answer["parse_failure"]:
         metrics.PARSE_FAILURES.labels(failure["kind"]).inc()
+
+
+def _draining() -> Unavailable:
+    return Unavailable("draining", "The service is shutting down.", retry_after_s=5)
 
 
 def _mismatch() -> Conflict:

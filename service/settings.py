@@ -56,7 +56,9 @@ class Settings(BaseSettings):
     idle_ttl_s: float | None = Field(None, gt=0, description="Seconds without an act that end an episode, likewise.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
     receive_limit_s: float = Field(
-        30.0, gt=0, description="Seconds that a request's head may take to arrive, and its body; and an answer to be read."
+        30.0,
+        gt=0,
+        description="Seconds a request's head may take to arrive, its body likewise, and an answer to be read.",
     )
     docs: bool = Field(True, description="Serve /docs, /redoc and /openapi.json.")
     max_tokens: int | None = Field(None, ge=1, description="Completion limit where a call names none.")
@@ -74,6 +76,18 @@ class Settings(BaseSettings):
     tenants: dict[str, Quota] = Field(
         default_factory=dict, description="Quotas of single tenants in place of that: [tenants.NAME] in the file."
     )
+    engine_canary_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds without any output, and without an answer to a probe, after which an engine hangs.",
+    )
+    engine_backoff_s: float = Field(
+        1.0, ge=0, description="Seconds before an engine that died is loaded again; doubles with each failure."
+    )
+    engine_max_failures: int = Field(
+        3, ge=1, description="Engine failures within the window below that end the process."
+    )
+    engine_failure_window_s: float = Field(600.0, gt=0, description="Seconds that an engine failure counts for.")
     drain_s: float = Field(30.0, ge=0, description="Seconds that acts in flight get at SIGTERM.")
     log_format: Literal["console", "json"] = Field("console", description="How log lines are written.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")

@@ -18,6 +18,7 @@ from service.engine.base import Completion, Engine, Scores
 from service.engine.scripted import ScriptedEngine
 from service.settings import Settings
 from service.store.base import Store
+from service.supervisor import Load, OnFatal
 
 DISCRETE = {"type": "discrete", "actions": ["left", "right", "left turn", "go to the kitchen"]}
 
@@ -104,10 +105,16 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serve(
-    folder: Path, engine: Engine | None, *, store: Store | None = None, loading: bool = False, **settings: Any
+    folder: Path,
+    engine: Engine | Load | None,
+    *,
+    store: Store | None = None,
+    loading: bool = False,
+    on_fatal: OnFatal = lambda: None,
+    **settings: Any,
 ) -> AsyncIterator[Served]:
     """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
-    app = create_app(Settings(data=folder, **settings), engine=engine, store=store)
+    app = create_app(Settings(data=folder, **settings), engine=engine, store=store, on_fatal=on_fatal)
     config = http_server.config(app, port=0, timeout_graceful_shutdown=10, lifespan="off" if loading else "on")
     server = _Server(config)
     running = asyncio.create_task(server.serve())

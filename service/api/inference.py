@@ -12,7 +12,7 @@ from service.errors import EpisodicError
 from service.sessions import Sessions
 
 _ROOTS = ("tokenize", "detokenize", "pooling", "classify", "score", "rerank")
-_RETRY_AFTER_S = "1"
+_RETRY_AFTER_S = "5"
 
 
 class _Inference:

@@ -18,6 +18,8 @@ from service.store.base import StoreUnavailable
 _log = logs.get(__name__)
 
 _RETRY_AFTER_S = 1
+_LOAD_S = 5
+"""What an engine that has to be loaded first takes at least."""
 
 CODES: dict[int, tuple[str, ...]] = {
     400: ("malformed_json",),
@@ -67,7 +69,7 @@ def expected(error: Exception) -> EpisodicError:
             return error
         case EngineUnavailable():
             _log.warning("engine unavailable", reason=str(error))
-            return Unavailable("engine_unavailable", str(error), retry_after_s=_RETRY_AFTER_S)
+            return Unavailable("engine_unavailable", str(error), retry_after_s=_LOAD_S)
         case StoreUnavailable():
             _log.error("store unavailable", reason=str(error))
             detail = "The store cannot be used now."  # its own words may name files and hosts

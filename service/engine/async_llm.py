@@ -6,17 +6,19 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from threading import Thread
+from typing import Any, TypeVar, cast
 
 from starlette.types import ASGIApp
 
-from service.engine import inference
+from service.engine import inference, lifeline
 from service.engine.adapters import AdapterRefused, base_shapes
 from service.engine.base import (
     Adapter,
@@ -24,6 +26,7 @@ from service.engine.base import (
     Constraint,
     ConstraintRefused,
     EngineInfo,
+    EngineRefused,
     EngineUnavailable,
     OnText,
     Scores,
@@ -31,6 +34,8 @@ from service.engine.base import (
 from service.engine.grammar import GrammarChecker
 from service.engine.tokenizer import HFTokenizer
 from service.trajectory import Sampling
+
+T = TypeVar("T")
 
 MAX_CANDIDATES_A_CALL = 128
 """vLLM's bound on `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
@@ -50,8 +55,8 @@ _STATS_INTERVAL_S = 10.0
 _POLL_INTERVAL_S = 0.5
 
 
-class EngineOptionError(ValueError):
-    """An engine option that vLLM does not have."""
+class EngineOptionError(EngineRefused):
+    """An engine option that vLLM does not have, or not with this value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +70,30 @@ class FrontEnd:
 _PLAIN = FrontEnd({}, ())
 
 
+class _Pulse:
+    """Hears of every step that the engine takes, as a stat logger (vllm.v1.metrics.loggers.StatLoggerBase): a request
+    whose output is asked for at its end alone gives no other sign meanwhile."""
+
+    def __init__(self) -> None:
+        self.num_beats = 0
+
+    def record(self, *_: Any, **__: Any) -> None:
+        self.num_beats += 1
+
+    def log_engine_initialized(self) -> None: ...
+
+    def log(self) -> None: ...
+
+    def record_sleep_state(self, *_: Any) -> None: ...
+
+
 class VLLMEngine:
     """AsyncLLM behind the Engine protocol. Build it with `VLLMEngine.load` on the running event loop."""
 
     def __init__(
         self,
         llm: Any,
+        pulse: _Pulse,
         info: EngineInfo,
         tokenizer: HFTokenizer,
         grammar: GrammarChecker,
@@ -85,6 +108,8 @@ class VLLMEngine:
         self.info = info
         self.tokenizer = tokenizer
         self._llm = llm
+        self._pulse = pulse
+        self._was_killed = False
         self._grammar = grammar
         self._inference: asyncio.Task[ASGIApp] | None = None
         self._front_end, self._model = front_end, model
@@ -101,21 +126,28 @@ class VLLMEngine:
     ) -> "VLLMEngine":
         """Loads weights and starts the engine's processes; takes seconds to minutes, off the event loop.
 
-        Raises EngineOptionError for an option that vLLM's AsyncEngineArgs lacks, InferenceOptionError for one that
-        /v1 lacks, else whatever vLLM raises.
+        Raises EngineRefused for a model or an option that cannot be, else whatever vLLM raises. Cancelled, it leaves
+        the thread that loads to itself: nothing interrupts vLLM there, and the thread keeps no process from ending.
         """
         inference.check_options(front_end.options)
-        llm, info_json = await asyncio.to_thread(_build, model, options)
+        pulse = _Pulse()
+        llm, info_json = await _in_daemon_thread(lambda: _build(model, options, pulse))
         tokenizer = HFTokenizer(llm.get_tokenizer())
-        info = replace(_info(llm, model, name), generates="generate" in await llm.get_supported_tasks())
-        engine = cls(llm, info, tokenizer, GrammarChecker(info_json, limit_s=grammar_limit_s), front_end, model)
+        tasks = await _answer(llm, llm.get_supported_tasks())
+        info = replace(_info(llm, model, name), generates="generate" in tasks)
+        grammar = GrammarChecker(info_json, limit_s=grammar_limit_s)
+        engine = cls(llm, pulse, info, tokenizer, grammar, front_end, model)
         if info.generates:
             await engine._warm_up()
         return engine
 
     @property
     def healthy(self) -> bool:
-        return not self._llm.errored
+        return not (self._was_killed or self._llm.errored)
+
+    @property
+    def heartbeat(self) -> int:
+        return self._pulse.num_beats
 
     async def generate(
         self,
@@ -197,15 +229,28 @@ class VLLMEngine:
                 await self._llm.do_log_stats()
                 elapsed_s = 0.0
 
+    async def probe(self) -> None:
+        if self.info.generates:
+            await self.generate([0], Sampling(temperature=0.0, max_tokens=1), None)
+        else:
+            await _answer(self._llm, self._llm.is_sleeping())
+            self._pulse.num_beats += 1
+
+    def kill(self) -> None:
+        self._was_killed = True
+        lifeline.cut()
+
     async def load_adapter(self, adapter: Adapter) -> None:
         from vllm.lora.request import LoRARequest
 
         # Name and path are in the prefix cache's key, and a path is one version's: no other meets its blocks.
         request = LoRARequest(adapter.name, next(self._lora_ids), adapter.path)
         try:
-            loaded = await self._llm.add_lora(request)
+            loaded = await _answer(self._llm, self._llm.add_lora(request))
         except self._dead as error:
             raise EngineUnavailable("the engine died") from error
+        except EngineUnavailable:
+            raise
         except Exception as error:
             raise AdapterRefused(f"vLLM refused it: {str(error)[:300]}") from error
         if not loaded:
@@ -216,7 +261,7 @@ class VLLMEngine:
     async def unload_adapter(self, adapter: Adapter) -> None:
         request = self._loras[adapter]  # kept: an act in flight names it again, and vLLM loads it from the same files
         self._served.pop(adapter, None)
-        await self._llm.remove_lora(request.lora_int_id)
+        await _answer(self._llm, self._llm.remove_lora(request.lora_int_id))
         self._show_adapters()
 
     def _show_adapters(self) -> None:
@@ -300,14 +345,45 @@ class VLLMEngine:
                         break
                 else:
                     raise EngineUnavailable("the engine gave no output")
-        except self._dead as error:
-            raise EngineUnavailable("the engine died") from error
+        except Exception as error:
+            if isinstance(error, self._dead) or not self.healthy:
+                raise EngineUnavailable("the engine died") from error
+            raise
         if output.outputs[0].finish_reason in ("abort", "error"):
             raise EngineUnavailable(f"the engine ended the request with {output.outputs[0].finish_reason!r}")
         return output
 
 
-def _build(model: str, options: dict[str, Any]) -> tuple[Any, str]:
+async def _in_daemon_thread(function: Callable[[], T]) -> T:
+    """As asyncio.to_thread, in a thread that does not keep the process from ending."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            future.set_exception(error)
+
+    Thread(target=run, name="load", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+async def _answer(llm: Any, call: Awaitable[T]) -> T:
+    """What the engine answers to a call that is no request: vLLM leaves such a one open when the engine dies. Raises
+    EngineUnavailable."""
+    asking = asyncio.ensure_future(call)
+    try:
+        while not asking.done():
+            await asyncio.wait([asking], timeout=_POLL_INTERVAL_S)
+            if llm.errored and not asking.done():
+                raise EngineUnavailable("the engine died")
+        return asking.result()
+    finally:
+        asking.cancel()
+
+
+def _build(model: str, options: dict[str, Any], pulse: _Pulse) -> tuple[Any, str]:
     """The engine, and its tokenizer as xgrammar serializes it."""
     on_cpu = prepare_environment(options)
     import xgrammar
@@ -325,11 +401,18 @@ def _build(model: str, options: dict[str, Any]) -> tuple[Any, str]:
     structured: Any = merged["structured_outputs_config"]
     if isinstance(structured, dict):  # vLLM writes the reasoning parser into it as it stands
         merged["structured_outputs_config"] = StructuredOutputsConfig(**cast("dict[str, Any]", structured))
-    args = AsyncEngineArgs(**merged)
-    config = args.create_model_config()
-    if config.hf_config.is_encoder_decoder:
-        raise EngineOptionError(f"{model} is an encoder-decoder model; vLLM 0.32 would run its encoder alone")
-    llm = AsyncLLM.from_engine_args(args)
+    try:
+        args = AsyncEngineArgs(**merged)
+        is_encoder_decoder = args.create_model_config().hf_config.is_encoder_decoder
+    except (ValueError, OSError) as error:  # an unknown model, a value that an option cannot have
+        raise EngineRefused(str(error)) from error
+    if is_encoder_decoder:
+        raise EngineRefused(f"{model} is an encoder-decoder model; vLLM 0.32 would run its encoder alone")
+
+    def listener(*_: Any) -> Any:
+        return pulse
+
+    llm = AsyncLLM.from_engine_args(args, stat_loggers=[listener])
     vocab_size = llm.model_config.get_vocab_size()
     tokenizer: Any = llm.get_tokenizer()
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)

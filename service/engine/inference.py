@@ -3,10 +3,13 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from types import SimpleNamespace
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
+
+from service.engine.base import EngineRefused
 
 OPTIONS = frozenset(
     {
@@ -31,7 +34,7 @@ OPTIONS = frozenset(
 _DEFAULTS: dict[str, Any] = {"tool_call_parser": "hermes", "enable_auto_tool_choice": True}
 
 
-class InferenceOptionError(ValueError):
+class InferenceOptionError(EngineRefused):
     """An option that the front end does not have, or that is not the caller's to set."""
 
 
@@ -78,6 +81,7 @@ def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: 
     media.guard(media_hosts)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.state.args = args
+    app.state.server = SimpleNamespace()  # vLLM's handler of a dead engine ends its server; ours outlives the engine
     init_exception_handler(app)
     app.exception_handler(HTTPException)(http_exception_handler)  # of routing, which vLLM's own handlers leave out
     return app

@@ -1,6 +1,7 @@
 """Owns the scripted engine: deterministic, instant, no weights. Tests and dry runs put it where vLLM would be."""
 
 import asyncio
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -124,19 +125,26 @@ class ScriptedEngine:
         return None
 
     async def close(self) -> None:
-        self.healthy = False
+        self.die()
 
     async def _call(self, prompt_token_ids: list[int], cache_salt: str | None) -> None:
+        if self.healthy:
+            self.prompts.append(prompt_token_ids)
+            self.cache_salts.append(cache_salt)
+        try:
+            await self._answer()
+        except asyncio.CancelledError:
+            self.num_aborted += 1
+            raise
+
+    async def _answer(self) -> None:
+        """Returns after the latency, or never where it hangs. Raises EngineUnavailable as soon as it is dead."""
+        if self._hangs or self._latency_s:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._died.wait(), None if self._hangs else self._latency_s)
         if not self.healthy:
             raise EngineUnavailable("the scripted engine was told to die")
-        self.prompts.append(prompt_token_ids)
-        self.cache_salts.append(cache_salt)
-        if self._latency_s:
-            try:
-                await asyncio.sleep(self._latency_s)
-            except asyncio.CancelledError:
-                self.num_aborted += 1
-                raise
+        self.heartbeat += 1
 
     def _completion(self, ids: list[int], text: str, finish_reason: str) -> Completion:
         return Completion(tuple(ids), (-0.5,) * len(ids), text, finish_reason, 0)
