@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from service.api import body, problems
+from service.api.caller import caller, own
 from service.api.openapi import request_body
 from service.api.schemas import Act, ActRequest, BatchAnswer, BatchRequest
-from service.api.security import caller, own
 from service.episode import Call, Listener
 from service.errors import Unprocessable
 from service.sessions import Answer, Sessions

@@ -12,6 +12,7 @@ from uuid_utils import uuid7
 
 from service import trajectory as trajectories
 from service.api import acts, body, formats, problems
+from service.api.caller import caller, own
 from service.api.formats import Format, resource
 from service.api.openapi import request_body
 from service.api.schemas import (
@@ -26,7 +27,6 @@ from service.api.schemas import (
     Forks,
     RecordRequest,
 )
-from service.api.security import caller, own
 from service.episode import Call, Recorded
 from service.errors import Unprocessable
 from service.sessions import Sessions

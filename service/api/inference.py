@@ -1,5 +1,7 @@
 """Owns /v1 and its kin: hands the request to the engine's own OpenAI-compatible app, or says why it cannot."""
 
+from contextlib import nullcontext
+
 import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -8,7 +10,9 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from service.api import body
-from service.errors import EpisodicError
+from service.api.caller import caller
+from service.engine.base import CACHE_SALT, cache_salt
+from service.errors import EpisodicError, TooManyRequests
 from service.sessions import Sessions
 
 _ROOTS = ("tokenize", "detokenize", "pooling", "classify", "score", "rerank")
@@ -36,7 +40,14 @@ class _Inference:
         except EpisodicError as error:
             await _error(error.status, error.detail, error.code)(scope, receive, send)
             return
-        await app(scope, _again(content, receive), send)
+        tenant = caller(request).tenant
+        CACHE_SALT.set(cache_salt(tenant))
+        try:
+            with sessions.admission.admitted(tenant):
+                async with sessions.admission.turn(tenant) if scope["method"] == "POST" else nullcontext():
+                    await app(scope, _again(content, receive), send)
+        except TooManyRequests as error:
+            await refusal(request, error)(scope, receive, send)
 
 
 def _again(content: bytes, receive: Receive) -> Receive:

@@ -1,41 +1,19 @@
 """Owns who may call: the API key of a request, the scope that its route asks for, and what is let in without keys."""
 
 import ipaddress
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import inference, problems
+from service.api.caller import ANYBODY, Caller
 from service.errors import EpisodicError, Forbidden, Unauthenticated
-from service.keys import SCOPES, Keyring
+from service.keys import Keyring
 from service.store.base import StoreUnavailable
-from service.trajectory import DEFAULT_TENANT, qualified
 
 _OPEN = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 """What orchestrators and readers of the documentation get without a key: nothing of any episode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Whose call it is, and what its key may do; `key_id` is None where there are no keys."""
-
-    tenant: str
-    scopes: frozenset[str]
-    key_id: str | None = None
-
-
-_ANYBODY = Caller(DEFAULT_TENANT, frozenset(SCOPES))
-
-
-def caller(request: Request) -> Caller:
-    return request.scope["caller"]
-
-
-def own(request: Request, episode_id: str) -> str:
-    """The id below the API of what the caller calls `episode_id`: nobody can name another tenant's episode."""
-    return qualified(caller(request).tenant, episode_id)
 
 
 def scope_of(method: str, path: str) -> str | None:
@@ -77,7 +55,7 @@ class Security:
     async def _caller(self, request: Request, needed: str) -> Caller:
         if self._loopback and not await self._keyring.exists():
             _refuse_other_sites(request)
-            return _ANYBODY
+            return ANYBODY
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         record = await self._keyring.find(key.strip()) if kind.lower() == "bearer" else None
         if record is None:

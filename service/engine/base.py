@@ -3,6 +3,7 @@
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -92,6 +93,10 @@ def cache_salt(tenant: str) -> str | None:
     if tenant == DEFAULT_TENANT:
         return None
     return hashlib.blake2b(tenant.encode(), key=_SALT_KEY, digest_size=16).hexdigest()
+
+
+CACHE_SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
+"""The salt of the /v1 request that is being served: its app belongs to all callers."""
 
 
 class Tokenizer(Protocol):

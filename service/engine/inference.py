@@ -9,7 +9,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from service.engine.base import EngineRefused
+from service.engine.base import CACHE_SALT, EngineRefused
 
 OPTIONS = frozenset(
     {
@@ -46,6 +46,30 @@ def check_options(options: dict[str, Any]) -> None:
         raise InferenceOptionError(f"/v1 has no option {name!r}{hint}")
 
 
+class SaltedClient:
+    """vLLM's engine as its serving classes call it. Whatever they ask for goes under the salt of the request that they
+    serve; one that the caller names only divides it further."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def generate(self, prompt: Any, *args: Any, **options: Any) -> Any:
+        return self._llm.generate(_salted(prompt), *args, **options)
+
+    def encode(self, prompt: Any, *args: Any, **options: Any) -> Any:
+        return self._llm.encode(_salted(prompt), *args, **options)
+
+
+def _salted(prompt: Any) -> Any:
+    salt = CACHE_SALT.get()
+    if salt is None:
+        return prompt
+    return {**prompt, "cache_salt": ":".join([salt, *filter(None, [prompt.get("cache_salt")])])}
+
+
 async def build(llm: Any, *, model: str, name: str, options: dict[str, Any], media_hosts: Sequence[str]) -> ASGIApp:
     """An ASGI app with vLLM's routes for inference and none of those that steer the engine. `name`: what callers call
     the model. Takes seconds: the serving classes are imported on the way."""
@@ -54,7 +78,8 @@ async def build(llm: Any, *, model: str, name: str, options: dict[str, Any], med
     _add_routes(app, tasks, llm.model_config)
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
-    await init_app_state(llm, app.state, app.state.args, tasks)
+    client: Any = SaltedClient(llm)
+    await init_app_state(client, app.state, app.state.args, tasks)
     return app
 
 

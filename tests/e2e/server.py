@@ -50,6 +50,12 @@ class Server:
             time.sleep(0.2)
         raise AssertionError(f"not ready: {self.log[-3000:]}")
 
+    def make_key(self, tenant: str) -> str:
+        """An API key, made on the store as an operator does; from then on the server asks for one."""
+        command = [sys.executable, "-m", "service", "keys", "create", "--tenant", tenant]
+        made = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=True)
+        return made.stdout.strip()
+
     def signal(self, number: int) -> None:
         assert self.process is not None
         self.process.send_signal(number)
