@@ -5,15 +5,18 @@ from array import array
 from typing import Any
 
 import orjson
-from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, RowMapping, String, Table, Text
+from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, RowMapping, String, Table, Text, text
 
 from service.trajectory import (
+    DEFAULT_TENANT,
     EpisodeConfig,
     EpisodeHead,
     EpisodeRecord,
     Feedback,
     JsonValue,
+    KeyRecord,
     Message,
+    PolicyRecord,
     Span,
     Step,
     StopReason,
@@ -21,10 +24,13 @@ from service.trajectory import (
 
 metadata = MetaData()
 
+_Id = String(200)  # a tenant's name, a colon, and what the tenant calls the episode
+_ACTIVE = text("status = 'active'")
+
 episodes = Table(
     "episodes",
     metadata,
-    Column("episode_id", String(128), primary_key=True),
+    Column("episode_id", _Id, primary_key=True),
     Column("request", Text, nullable=False),
     Column("digest", LargeBinary(16), nullable=False),
     Column("policy_version", String(64), nullable=False),
@@ -41,19 +47,22 @@ episodes = Table(
     Column("policy", Text),
     Column("profile", String(128)),
     Column("episode_group", String(128)),
-    Column("parent_id", String(128)),
+    Column("parent_id", _Id),
     Column("parent_step", Integer),
     Column("expires_at", Float(53)),
+    Column("tenant", String(64), nullable=False, server_default=DEFAULT_TENANT),
     Index("ix_episodes_created", "created_at", "episode_id"),
     Index("ix_episodes_group", "episode_group", "created_at"),
     Index("ix_episodes_expires", "expires_at"),
+    Index("ix_episodes_tenant", "tenant", "created_at", "episode_id"),
+    Index("ix_episodes_active", "tenant", sqlite_where=_ACTIVE, postgresql_where=_ACTIVE),
 )
 
 tags = Table(
     "episode_tags",
     metadata,
     Column("tag", String(128), primary_key=True),
-    Column("episode_id", String(128), primary_key=True),
+    Column("episode_id", _Id, primary_key=True),
     Index("ix_episode_tags_episode", "episode_id"),
 )
 
@@ -61,8 +70,8 @@ tags = Table(
 ancestors = Table(
     "ancestors",
     metadata,
-    Column("episode_id", String(128), primary_key=True),
-    Column("ancestor_id", String(128), primary_key=True),
+    Column("episode_id", _Id, primary_key=True),
+    Column("ancestor_id", _Id, primary_key=True),
     Column("num_steps", Integer, nullable=False),
     Index("ix_ancestors_ancestor", "ancestor_id"),
 )
@@ -71,7 +80,7 @@ ratings = Table(
     "feedback",
     metadata,
     Column("feedback_id", Integer, primary_key=True),
-    Column("episode_id", String(128), nullable=False),
+    Column("episode_id", _Id, nullable=False),
     Column("step", Integer),
     Column("rating", Integer, nullable=False),
     Column("comment", Text),
@@ -83,7 +92,7 @@ ratings = Table(
 steps = Table(
     "steps",
     metadata,
-    Column("episode_id", String(128), primary_key=True),
+    Column("episode_id", _Id, primary_key=True),
     Column("step", Integer, primary_key=True),
     Column("message", Text, nullable=False),
     Column("closing", Integer, nullable=False),
@@ -109,6 +118,21 @@ policies = Table(
     Column("loaded_at", Float(53), nullable=False),
 )
 
+keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("digest", LargeBinary(32), nullable=False),
+    Column("tenant", String(64), nullable=False),
+    Column("scopes", Text, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("revoked_at", Float(53)),
+)
+
+_TEXTS = {
+    table.name: [(column.name, column.type.length) for column in table.columns if isinstance(column.type, String)]
+    for table in metadata.tables.values()
+}
 _MESSAGE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Message)}
 
 
@@ -117,10 +141,30 @@ def dump(value: JsonValue) -> str:
     return orjson.dumps(value).decode()
 
 
+def storable(value: str) -> bool:
+    """Whether a database can hold the text: PostgreSQL has no NUL, and half of a surrogate pair has no UTF-8."""
+    return "\0" not in value and (value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value))
+
+
+def checked(table: Table, row: dict[str, Any]) -> dict[str, Any]:
+    """The row. Raises ValueError for a text that not every database can hold, before it spoils a transaction."""
+    for name, length in _TEXTS[table.name]:
+        value = row.get(name)
+        if value is None:
+            continue
+        if not storable(value):
+            raise ValueError(f"{name} holds a character that cannot be stored")
+        if length is not None and len(value) > length:
+            raise ValueError(f"{name} has more than {length} characters")
+    return row
+
+
 def episode_row(record: EpisodeRecord) -> dict[str, Any]:
+    """Raises ValueError, TypeError for what cannot be stored, as all of these do."""
     config = record.config
-    return {
+    row = {
         "episode_id": config.episode_id,
+        "tenant": config.tenant,
         "request": dump(config.request),
         "digest": config.digest,
         "policy_version": config.policy_version,
@@ -130,6 +174,7 @@ def episode_row(record: EpisodeRecord) -> dict[str, Any]:
         "parent_step": config.parent and config.parent[1],
         **head_row(record.head),
     }
+    return checked(episodes, row)
 
 
 def labels(request: dict[str, JsonValue]) -> dict[str, str | None]:
@@ -143,7 +188,8 @@ def labels(request: dict[str, JsonValue]) -> dict[str, str | None]:
 
 def tag_rows(record: EpisodeRecord) -> list[dict[str, str]]:
     episode_id = record.config.episode_id
-    return [{"episode_id": episode_id, "tag": tag} for tag in dict.fromkeys(record.config.request.get("tags", ()))]
+    asked = dict.fromkeys(record.config.request.get("tags", ()))
+    return [checked(tags, {"episode_id": episode_id, "tag": tag}) for tag in asked]
 
 
 def head_row(head: EpisodeHead) -> dict[str, Any]:
@@ -185,7 +231,7 @@ def episode_record(row: RowMapping) -> EpisodeRecord:
 
 def step_row(step: Step) -> dict[str, Any]:
     said = {name: getattr(step.message, name) for name in _MESSAGE_DEFAULTS}
-    return {
+    row = {
         "episode_id": step.episode_id,
         "step": step.index,
         "message": dump({name: value for name, value in said.items() if value != _MESSAGE_DEFAULTS[name]}),
@@ -201,6 +247,7 @@ def step_row(step: Step) -> dict[str, Any]:
         "dropped_from": step.dropped[0],
         "dropped_to": step.dropped[1],
     }
+    return checked(steps, row)
 
 
 def step_value(row: RowMapping) -> Step:
@@ -224,3 +271,20 @@ def step_value(row: RowMapping) -> Step:
 
 def feedback_value(row: RowMapping) -> Feedback:
     return Feedback(**{field.name: row[field.name] for field in dataclasses.fields(Feedback)})
+
+
+def feedback_row(feedback: Feedback) -> dict[str, Any]:
+    return checked(ratings, dataclasses.asdict(feedback))
+
+
+def policy_row(policy: PolicyRecord) -> dict[str, Any]:
+    return checked(policies, dataclasses.asdict(policy))
+
+
+def key_row(key: KeyRecord) -> dict[str, Any]:
+    return checked(keys, {**dataclasses.asdict(key), "scopes": " ".join(key.scopes)})
+
+
+def key_record(row: RowMapping) -> KeyRecord:
+    kept: dict[str, Any] = {**row, "scopes": tuple(row["scopes"].split())}
+    return KeyRecord(**kept)

@@ -1,23 +1,16 @@
-"""Owns the SQL store: SQLite, in threads of its own; concurrent acts share a commit."""
+"""Owns the SQL store: the statements, which SQLite and PostgreSQL share; concurrent acts share a commit."""
 
-import asyncio
-import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import alembic.command
-import alembic.config
 from sqlalchemy import (
+    URL,
     Connection,
-    Engine,
     and_,
-    bindparam,
-    create_engine,
     delete,
-    event,
     exists,
+    false,
     func,
     insert,
     make_url,
@@ -26,8 +19,8 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.sql import ColumnElement, Select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.sql import ColumnElement
 
 from service.store.base import (
     EVERY,
@@ -39,90 +32,81 @@ from service.store.base import (
     StepTaken,
     StoreUnavailable,
 )
+from service.store.changes import insert_episodes, locked, write_changes
+from service.store.connections import Connections, Patience, reason
 from service.store.group_commit import GroupCommit, OnCommit
 from service.store.schema import (
     ancestors,
     episode_record,
     episode_row,
     episodes,
+    feedback_row,
     feedback_value,
-    head_row,
+    key_record,
+    key_row,
+    keys,
     policies,
+    policy_row,
     ratings,
-    step_row,
     step_value,
     steps,
+    storable,
     tag_rows,
     tags,
 )
-from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, KeyRecord, PolicyRecord, Step
+from service.store.sqlite import SQLiteConnections
+from service.trajectory import EpisodeRecord, Feedback, KeyRecord, PolicyRecord, Step
 
 _T = TypeVar("_T")
-
-_MIGRATIONS = Path(__file__).parent / "migrations"
-_NUM_READERS = 4
-
-# Conditional on the steps that are there: of two that race for one step, the second changes no row.
-_ADVANCE = (
-    update(episodes)
-    .where(
-        episodes.c.episode_id == bindparam("id"),
-        episodes.c.step == bindparam("expected"),
-        episodes.c.status == "active",
-        episodes.c.deleted_at.is_(None),
-    )
-    .values({name: bindparam(name) for name in head_row(EpisodeHead())})
-)
 
 
 def _ignore(num_acts: int, seconds: float) -> None:
     pass
 
 
-class SQLStore:
-    """Episodes in a SQLite file, `url` = sqlite:///FILE. `on_commit(num_acts, seconds)` is told of each commit.
+def _connections(url: URL, patience: Patience) -> Connections:
+    if url.get_backend_name() == "sqlite":
+        return SQLiteConnections(url, patience)
+    from service.store.postgresql import PostgreSQLConnections  # its driver is loaded where it is used
 
-    A transaction is one call in a thread: to go there and back for each of its statements, as SQLAlchemy's asyncio
-    extension does, costs more than the statements. There is one thread for writes, as SQLite has one writer.
+    return PostgreSQLConnections(url, patience)
+
+
+class SQLStore:
+    """Episodes in a SQLite file, `url` = sqlite:///FILE, or in a PostgreSQL database, postgresql+asyncpg://...
+
+    `on_commit(num_acts, seconds)` is told of each commit.
     """
 
-    def __init__(self, url: str, on_commit: OnCommit = _ignore) -> None:
-        self._url = make_url(url)
-        self._engine: Engine = create_engine(self._url, pool_size=1 + _NUM_READERS, connect_args={"timeout": 10})
-        event.listen(self._engine, "connect", _set_pragmas)
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-read")
-        self._writers = ThreadPoolExecutor(1, thread_name_prefix="store-write")
-        self._group = GroupCommit(self._write, on_commit)
+    def __init__(self, url: str, on_commit: OnCommit = _ignore, patience: Patience | None = None) -> None:
+        self._connections = _connections(make_url(url), patience or Patience())
+        self._read = self._connections.read
+        self._group = GroupCommit(self._write_together, on_commit)
 
     async def open(self) -> None:
-        try:
-            Path(str(self._url.database)).parent.mkdir(parents=True, exist_ok=True)
-            await asyncio.to_thread(self._migrate)
-        except (SQLAlchemyError, OSError) as error:
-            raise StoreUnavailable(f"cannot open the store: {_reason(error)}") from error
+        await self._connections.open()
         self._group.start()
 
     async def close(self) -> None:
         await self._group.stop()
-        for threads in (self._writers, self._readers):
-            await asyncio.to_thread(threads.shutdown)
-        self._engine.dispose()
+        await self._connections.close()
 
     async def create(self, record: EpisodeRecord) -> None:
         await self._group.submit(record)
 
     async def episode(self, episode_id: str) -> EpisodeRecord | None:
-        return await self._in_transaction(self._readers, lambda connection: _read_episode(connection, episode_id))
+        return await self._read(lambda connection: _read_episode(connection, episode_id))
 
     async def fork(self, records: Sequence[EpisodeRecord]) -> None:
+        parent = records[0].config.parent
+        assert parent is not None
+        ids = [record.config.episode_id for record in records]
+        opened = [(episode_row(record), tag_rows(record)) for record in records]
+
         def write(connection: Connection) -> None:
-            parent = records[0].config.parent
-            assert parent is not None
-            _insert_episodes(connection, records)
-            if connection.execute(_alive(parent[0])).first() is None:
-                raise EpisodeGone
-            inherited = _lineage(connection, parent[0], parent[1])
-            ids = [record.config.episode_id for record in records]
+            insert_episodes(connection, opened)
+            _lock_alive(connection, parent[0])
+            inherited = _lineage(connection, *parent)
             rows = [
                 {"episode_id": episode_id, "ancestor_id": ancestor, "num_steps": num_steps}
                 for episode_id in ids
@@ -132,7 +116,7 @@ class SQLStore:
                 connection.execute(insert(ancestors), rows)
 
         try:
-            await self._in_transaction(self._writers, write)
+            await self._connections.write(write)
         except IntegrityError as error:
             raise EpisodeExists from error
 
@@ -141,49 +125,47 @@ class SQLStore:
     ) -> list[EpisodeRecord]:
         query = select(episodes).where(episodes.c.deleted_at.is_(None), *_conditions(where))
         if before is not None:
-            created, episode_id = episodes.c.created_at, episodes.c.episode_id
-            query = query.where(or_(created < before[0], and_(created == before[0], episode_id < before[1])))
+            query = query.where(_older(*before))
         query = query.order_by(episodes.c.created_at.desc(), episodes.c.episode_id.desc()).limit(limit)
 
         def read(connection: Connection) -> list[EpisodeRecord]:
             return [episode_record(row) for row in connection.execute(query).mappings()]
 
-        return await self._in_transaction(self._readers, read)
+        return await self._read(read)
 
     async def commit(self, commit: Commit) -> None:
         await self._group.submit(commit)
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        return await self._in_transaction(self._readers, lambda connection: _read_steps(connection, episode_id, index))
+        return await self._read(lambda connection: _read_steps(connection, episode_id, index))
 
     async def trajectory(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]] | None:
         def read(connection: Connection) -> tuple[EpisodeRecord, list[Step]] | None:
             record = _read_episode(connection, episode_id)
             return record and (record, _read_steps(connection, episode_id))
 
-        return await self._in_transaction(self._readers, read)
+        return await self._read(read)
 
     async def next_expiry(self) -> float | None:
         query = select(func.min(episodes.c.expires_at))
-        return await self._in_transaction(self._readers, lambda connection: connection.execute(query).scalar())
+        return await self._read(lambda connection: connection.execute(query).scalar())
 
     async def expired(self, now: float, limit: int) -> list[str]:
         query = select(episodes.c.episode_id).where(episodes.c.expires_at <= now)
         query = query.order_by(episodes.c.expires_at).limit(limit)
-        return await self._in_transaction(self._readers, lambda connection: list(connection.execute(query).scalars()))
+        return await self._read(lambda connection: list(connection.execute(query).scalars()))
 
     async def add_feedback(self, feedback: Feedback) -> None:
-        row = dataclasses.asdict(feedback)
+        row = feedback_row(feedback)
         same = [ratings.c[name].is_not_distinct_from(row[name]) for name in ("episode_id", "step", "rater")]
 
         def write(connection: Connection) -> None:
-            if connection.execute(_alive(feedback.episode_id)).first() is None:
-                raise EpisodeGone
+            _lock_alive(connection, feedback.episode_id)
             if feedback.rater is not None:
                 connection.execute(delete(ratings).where(*same))
             connection.execute(insert(ratings), row)
 
-        await self._in_transaction(self._writers, write)
+        await self._write(write)
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         query = select(ratings).where(ratings.c.episode_id == episode_id).order_by(ratings.c.feedback_id)
@@ -191,18 +173,20 @@ class SQLStore:
         def read(connection: Connection) -> list[Feedback]:
             return [feedback_value(row) for row in connection.execute(query).mappings()]
 
-        return await self._in_transaction(self._readers, read)
+        return await self._read(read)
 
     async def put_policy(self, policy: PolicyRecord) -> None:
+        row = policy_row(policy)
+
         def write(connection: Connection) -> None:
             connection.execute(delete(policies).where(policies.c.name == policy.name))
-            connection.execute(insert(policies), dataclasses.asdict(policy))
+            connection.execute(insert(policies), row)
 
-        await self._in_transaction(self._writers, write)
+        await self._write(write)
 
     async def delete_policy(self, name: str) -> None:
         gone = delete(policies).where(policies.c.name == name)
-        await self._in_transaction(self._writers, lambda connection: connection.execute(gone))
+        await self._write(lambda connection: connection.execute(gone))
 
     async def policies(self) -> list[PolicyRecord]:
         query = select(policies).order_by(policies.c.name)
@@ -210,90 +194,62 @@ class SQLStore:
         def read(connection: Connection) -> list[PolicyRecord]:
             return [PolicyRecord(**row) for row in connection.execute(query).mappings()]
 
-        return await self._in_transaction(self._readers, read)
-
-    async def keys(self) -> list[KeyRecord]:
-        return []  # until their table is there
+        return await self._read(read)
 
     async def num_active(self, tenant: str | None = None) -> int:
         query = select(func.count()).select_from(episodes).where(episodes.c.status == "active")
+        if tenant is not None:
+            query = query.where(episodes.c.tenant == tenant)
+        return await self._read(lambda connection: connection.execute(query).scalar_one())
 
-        def read(connection: Connection) -> int:
-            return connection.execute(query).scalar_one()
+    async def add_key(self, key: KeyRecord) -> None:
+        row = key_row(key)
+        await self._write(lambda connection: connection.execute(insert(keys), row))
 
-        return await self._in_transaction(self._readers, read)
+    async def revoke_key(self, key_id: str, at: float) -> bool:
+        revoked = update(keys).where(keys.c.key_id == key_id, keys.c.revoked_at.is_(None)).values(revoked_at=at)
+        return await self._write(lambda connection: connection.execute(revoked).rowcount > 0)
+
+    async def keys(self) -> list[KeyRecord]:
+        query = select(keys).order_by(keys.c.created_at, keys.c.key_id)
+
+        def read(connection: Connection) -> list[KeyRecord]:
+            return [key_record(row) for row in connection.execute(query).mappings()]
+
+        return await self._read(read)
 
     async def delete(self, episode_id: str) -> bool:
-        tombstone = update(episodes).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_(None))
         blank = {name: None for name in ("policy", "profile", "episode_group", "expires_at")}
-        lineage = select(ancestors.c.ancestor_id).where(ancestors.c.episode_id == episode_id)
+        values = {"deleted_at": episodes.c.updated_at, "request": "{}", "status": "ended", **blank}
+        tombstone = update(episodes).where(episodes.c.episode_id == episode_id).values(values)
 
         def write(connection: Connection) -> bool:
-            values = {"deleted_at": episodes.c.updated_at, "request": "{}", "status": "ended", **blank}
-            found = connection.execute(tombstone.values(values))
-            candidates = [episode_id, *connection.execute(lineage).scalars()]
+            family = {row.episode_id: row for row in connection.execute(locked(_lineage_of(episode_id)))}
+            if episode_id not in family or family[episode_id].deleted_at is not None:
+                return False
+            connection.execute(tombstone)
             for table in (ancestors, tags, ratings):
                 connection.execute(delete(table).where(table.c.episode_id == episode_id))
-            for candidate in candidates:
-                _drop_unread_steps(connection, candidate)
-            return found.rowcount > 0
+            for member in family:
+                _drop_unread_steps(connection, member)
+            return True
 
-        return await self._in_transaction(self._writers, write)
+        return await self._write(write)
 
-    async def _write(self, changes: Sequence[Change]) -> list[Exception | None]:
-        """One transaction for all; if any of them is refused, one for each, so that it spoils no other."""
+    async def _write(self, function: Callable[[Connection], _T]) -> _T:
         try:
-            await self._write_together(changes)
-        except (StepTaken, EpisodeExists, TypeError, ValueError) as error:  # the last two: it cannot be written
-            if len(changes) == 1:
-                return [error]
-            return [result for change in changes for result in await self._write([change])]
-        return [None] * len(changes)
+            return await self._connections.write(function)
+        except IntegrityError as error:  # another replica wrote the same row in the same moment
+            raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
-    async def _write_together(self, changes: Sequence[Change]) -> None:
-        opened = [change for change in changes if isinstance(change, EpisodeRecord)]
-        acted = [change for change in changes if isinstance(change, Commit)]
-
-        def write(connection: Connection) -> None:
-            if opened:
-                _insert_episodes(connection, opened)
-            if acted:
-                advances = [
-                    {"id": act.step.episode_id, "expected": act.step.index, **head_row(act.head)} for act in acted
-                ]
-                if connection.execute(_ADVANCE, advances).rowcount != len(acted):
-                    raise StepTaken
-                connection.execute(insert(steps), [step_row(act.step) for act in acted])
-
+    async def _write_together(self, changes: Sequence[Change]) -> Sequence[Exception | None]:
+        """One transaction for all; but one for each if another replica opened one of these episodes in that moment."""
         try:
-            await self._in_transaction(self._writers, write)
-        except IntegrityError as error:
-            raise (EpisodeExists if opened else StepTaken) from error
-
-    async def _in_transaction(self, threads: ThreadPoolExecutor, function: Callable[[Connection], _T]) -> _T:
-        def call() -> _T:
-            with self._engine.begin() as connection:
-                return function(connection)
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(threads, call)
+            return await self._connections.write(lambda connection: write_changes(connection, changes))
         except IntegrityError:
-            raise
-        except (SQLAlchemyError, OSError) as error:
-            raise StoreUnavailable(f"the store failed: {_reason(error)}") from error
-
-    def _migrate(self) -> None:
-        config = alembic.config.Config()
-        config.set_main_option("script_location", str(_MIGRATIONS))
-        config.set_main_option("path_separator", "os")
-        config.attributes["url"] = self._url
-        alembic.command.upgrade(config, "head")
-
-
-def _insert_episodes(connection: Connection, records: Sequence[EpisodeRecord]) -> None:
-    connection.execute(insert(episodes), [episode_row(record) for record in records])
-    if tagged := [row for record in records for row in tag_rows(record)]:
-        connection.execute(insert(tags), tagged)
+            if len(changes) == 1:
+                return [EpisodeExists() if isinstance(changes[0], EpisodeRecord) else StepTaken()]
+            return [result for change in changes for result in await self._write_together([change])]
 
 
 def _read_episode(connection: Connection, episode_id: str) -> EpisodeRecord | None:
@@ -314,8 +270,17 @@ def _read_steps(connection: Connection, episode_id: str, index: int | None = Non
     return [step_value(row) for row in connection.execute(query).mappings()]
 
 
-def _alive(episode_id: str) -> Select[Any]:
-    return select(episodes.c.parent_step).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_(None))
+def _lock_alive(connection: Connection, episode_id: str) -> None:
+    """Nobody deletes the episode until the transaction ends. Raises EpisodeGone."""
+    found = connection.execute(locked(episodes.c.episode_id == episode_id)).first()
+    if found is None or found.deleted_at is not None:
+        raise EpisodeGone
+
+
+def _lineage_of(episode_id: str) -> ColumnElement[bool]:
+    """The episode and its ancestors."""
+    lineage = select(ancestors.c.ancestor_id).where(ancestors.c.episode_id == episode_id)
+    return or_(episodes.c.episode_id == episode_id, episodes.c.episode_id.in_(lineage))
 
 
 def _lineage(connection: Connection, parent_id: str, at_step: int) -> list[tuple[str, int]]:
@@ -339,27 +304,26 @@ def _drop_unread_steps(connection: Connection, episode_id: str) -> None:
     connection.execute(delete(steps).where(steps.c.episode_id == episode_id, exists(gone), unread))
 
 
+def _older(created_at: float, episode_id: str) -> ColumnElement[bool]:
+    if math.isnan(created_at) or not storable(episode_id):
+        return false()
+    created = episodes.c.created_at
+    return or_(created < created_at, and_(created == created_at, episodes.c.episode_id < episode_id))
+
+
 def _conditions(where: Filter) -> list[ColumnElement[bool]]:
     columns = {
+        episodes.c.tenant: where.tenant,
         episodes.c.status: where.status,
         episodes.c.policy: where.policy,
         episodes.c.profile: where.profile,
         episodes.c.episode_group: where.group,
     }
-    conditions = [column == value for column, value in columns.items() if value is not None]
+    asked = {column: value for column, value in columns.items() if value is not None}
+    conditions = [column == value for column, value in asked.items()]
     if where.tag is not None:
         tagged = select(tags.c.episode_id).where(tags.c.tag == where.tag)
         conditions.append(episodes.c.episode_id.in_(tagged))
+    if not all(map(storable, (*asked.values(), where.tag or ""))):
+        return [false()]
     return conditions
-
-
-def _set_pragmas(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")  # an answered step survives a power cut, not only a crash
-    cursor.close()
-
-
-def _reason(error: Exception) -> str:
-    """The database's own words, without the statement and its parameters."""
-    return str(getattr(error, "orig", None) or error).split("\n")[0][:200]

@@ -1,105 +1,172 @@
-"""What the SQL store adds: durability, migrations, shared commits, and a plain word when the database fails."""
+"""What a store that lasts adds, SQLite or PostgreSQL: durability, migrations, shared commits, replicas that race."""
 
 import asyncio
-import sqlite3
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any, TypeVar
 
-import alembic.command
-import alembic.config
-import orjson
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, insert, make_url
+from sqlalchemy import Connection, String, delete, func, insert, make_url, select, text, update
 
-from service.store.base import EVERY, Filter, StepTaken, StoreUnavailable
+from service.store.base import EVERY, EpisodeExists, EpisodeGone, Filter, StepTaken, StoreRefused, StoreUnavailable
+from service.store.connections import Connections, Patience
 from service.store.group_commit import MAX_BATCH
-from service.store.schema import ancestors, metadata, step_row, steps
-from service.store.sql import _MIGRATIONS, SQLStore
-from service.trajectory import EpisodeRecord, StopReason
-from tests.store.test_stores import commit, record, step
+from service.store.migrations import upgrade
+from service.store.schema import ancestors, episodes, metadata, ratings, step_row, steps
+from service.store.sql import SQLStore
+from service.store.sqlite import SQLiteConnections
+from service.trajectory import EpisodeRecord, Feedback, Message, StopReason
+from tests.store.test_stores import commit, fork, record, step
+
+_T = TypeVar("_T")
 
 
-def url(folder: Path) -> str:
-    return f"sqlite:///{folder}/episodic.db"
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[SQLStore]:
+    opened = SQLStore(url)
+    await opened.open()
+    yield opened
+    await opened.close()
 
 
-async def test_migrations_make_exactly_the_tables_of_the_schema(tmp_path: Path):
-    store = SQLStore(url(tmp_path))
+@pytest.fixture
+async def other(store: SQLStore, url: str) -> AsyncIterator[SQLStore]:
+    """Another replica's store, on the same database."""
+    opened = SQLStore(url)
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+async def in_database(url: str, function: Callable[[Connection], _T]) -> _T:
+    """What the function gives in a transaction past the store."""
+    patience = Patience()
+    if url.startswith("sqlite"):
+        connections: Connections = SQLiteConnections(make_url(url), patience)
+    else:
+        from service.store.postgresql import PostgreSQLConnections
+
+        connections = PostgreSQLConnections(make_url(url), patience)
+    try:
+        return await connections.write(function)
+    finally:
+        await connections.close()
+
+
+async def num_rows(url: str) -> int:
+    return await in_database(url, lambda connection: connection.scalar(select(func.count()).select_from(steps)) or 0)
+
+
+async def test_migrations_make_exactly_the_tables_of_the_schema(store: SQLStore, url: str):
+    def compare(connection: Connection) -> Any:
+        options = {"compare_type": _differ, "compare_server_default": True}
+        return compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
+
+    assert await in_database(url, compare) == []
+
+
+def _differ(context: MigrationContext, _column: Any, _meta: Any, found: Any, wanted: Any) -> bool | None:
+    """SQLite does not hold to a text's length, so there it is not changed."""
+    on_sqlite = context.dialect.name == "sqlite"
+    return False if on_sqlite and isinstance(found, String) and isinstance(wanted, String) else None
+
+
+def older(revision: str, request: str) -> Callable[[Connection], None]:
+    """Makes a store of an earlier schema, with one episode in it."""
+
+    def make(connection: Connection) -> None:
+        upgrade(connection, "the store", revision)
+        names = "episode_id, request, digest, policy_version, created_at, step, status, episode_return, num_tokens"
+        values = "'old', :request, :digest, 'v', 1.0, 0, 'active', 0, 0, 1"
+        statement = f"INSERT INTO episodes ({names}, updated_at) VALUES ({values})"  # noqa: S608
+        connection.execute(text(statement), {"request": request, "digest": b"0" * 16})
+
+    return make
+
+
+async def test_an_older_store_is_brought_up_to_date_with_its_labels(url: str):
+    await in_database(url, older("0001", '{"policy": "p", "group": "g", "tags": ["x", "x", "y"]}'))
+    store = SQLStore(url)
     await store.open()
-    await store.close()
-    engine = create_engine(f"sqlite:///{tmp_path}/episodic.db")
-    with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
-        assert compare_metadata(context, metadata) == []
-    engine.dispose()
-
-
-def older(folder: Path, request: str) -> None:
-    """A store of the first schema, with one episode in it."""
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
-    config.set_main_option("path_separator", "os")
-    config.attributes["url"] = make_url(url(folder))
-    alembic.command.upgrade(config, "0001")
-    values = "'old', ?, X'00', 'v', 1.0, 0, 'active', NULL, NULL, 0, 0, 1, NULL, NULL"
-    execute(folder, f"INSERT INTO episodes VALUES ({values})", request)  # noqa: S608
-
-
-def execute(folder: Path, statement: str, *values: str) -> None:
-    connection = sqlite3.connect(folder / "episodic.db")
-    connection.execute(statement, values)
-    connection.commit()
-    connection.close()
-
-
-async def test_an_older_store_is_brought_up_to_date_with_its_labels(tmp_path: Path):
-    older(tmp_path, '{"policy": "p", "group": "g", "tags": ["x", "x", "y"]}')
-    store = SQLStore(url(tmp_path))
-    await store.open()
-    for where in (Filter(tag="x"), Filter(tag="y"), Filter(group="g"), Filter(policy="p")):
+    for where in (Filter(tag="x"), Filter(tag="y"), Filter(group="g"), Filter(policy="p"), Filter(tenant="default")):
         assert [row.config.episode_id for row in await store.episodes(limit=9, before=None, where=where)] == ["old"]
     await store.commit(commit(0, "old"))
     assert await store.steps("old") == [step(0, "old")]
     await store.close()
 
 
-async def test_a_migration_that_is_broken_off_leaves_the_store_as_it_was(tmp_path: Path):
-    older(tmp_path, "no JSON")
-    with pytest.raises(orjson.JSONDecodeError):
-        await SQLStore(url(tmp_path)).open()
-    execute(tmp_path, "UPDATE episodes SET request = '{}'")
-    store = SQLStore(url(tmp_path))
+async def test_a_store_of_before_tenants_is_the_default_tenants(url: str):
+    await in_database(url, older("0002", '{"policy": "p"}'))
+    store = SQLStore(url)
+    await store.open()
+    assert await store.num_active("default") == 1
+    long_id = "t" * 64 + ":" + "e" * 128
+    await store.create(record(long_id))
+    await store.commit(commit(0, long_id))
+    assert [row.episode_id for row in await store.steps(long_id)] == [long_id]
+    await store.close()
+
+
+async def test_a_migration_that_is_broken_off_leaves_the_store_as_it_was(url: str):
+    await in_database(url, older("0001", "no JSON"))
+    with pytest.raises(StoreRefused):
+        await SQLStore(url).open()
+    await in_database(url, lambda connection: connection.execute(text("UPDATE episodes SET request = '{}'")))
+    store = SQLStore(url)
     await store.open()
     assert await store.num_active() == 1
     await store.close()
 
 
-async def test_a_lineage_may_be_deep(tmp_path: Path):
+async def test_replicas_that_start_together_migrate_once(url: str):
+    replicas = [SQLStore(url) for _ in range(3)]
+    await asyncio.gather(*(replica.open() for replica in replicas))
+    await replicas[0].create(record())
+    assert [await replica.num_active() for replica in replicas] == [1, 1, 1]
+    for replica in replicas:
+        await replica.close()
+
+
+async def test_a_newer_versions_store_is_refused(store: SQLStore, url: str):
+    await in_database(url, lambda connection: connection.execute(text("UPDATE alembic_version SET version_num='9999'")))
+    with pytest.raises(StoreRefused, match=r"newer version of Episodic \(schema 9999.*install that version"):
+        await SQLStore(url).open()
+
+
+async def test_another_programs_tables_are_left_alone(url: str):
+    await in_database(url, lambda connection: connection.execute(text("CREATE TABLE episodes (title TEXT)")))
+    with pytest.raises(StoreRefused, match="another program's tables"):
+        await SQLStore(url).open()
+    assert await in_database(url, lambda connection: connection.execute(text("SELECT title FROM episodes")).all()) == []
+
+
+async def test_a_lineage_may_be_deep(store: SQLStore, url: str):
     """Deeper than SQLite lets an expression be."""
-    store = SQLStore(url(tmp_path))
-    await store.open()
     depth = 1_100
     await store.create(replace(record("leaf"), head=replace(record().head, step=depth)))
-    with store._engine.begin() as connection:
+
+    def grow(connection: Connection) -> None:
         rows = [{"episode_id": "leaf", "ancestor_id": f"a{n}", "num_steps": n + 1} for n in range(depth)]
         connection.execute(insert(ancestors), rows)
         connection.execute(insert(steps), [step_row(step(n, f"a{n}")) for n in range(depth)])
+
+    await in_database(url, grow)
     await store.commit(commit(depth, "leaf"))
     assert [row.index for row in await store.steps("leaf")] == list(range(depth + 1))
     assert await store.steps("leaf", 700) == [step(700, "a700")]
-    await store.close()
+    assert await store.delete("leaf")
 
 
-async def test_what_was_committed_is_there_after_opening_anew(tmp_path: Path):
-    store = SQLStore(url(tmp_path / "made" / "on the way"))
+async def test_what_was_committed_is_there_after_opening_anew(url: str):
+    store = SQLStore(url)
     await store.open()
     await store.create(record())
     await store.commit(commit(0))
     await store.commit(commit(1, ends=StopReason.TERMINATED))
     await store.close()
-    again = SQLStore(url(tmp_path / "made" / "on the way"))
+    again = SQLStore(url)
     await again.open()
     assert [row.index for row in await again.steps("e")] == [0, 1]
     found = await again.episode("e")
@@ -108,24 +175,9 @@ async def test_what_was_committed_is_there_after_opening_anew(tmp_path: Path):
     await again.close()
 
 
-async def test_a_commit_is_on_disk_when_it_returns(tmp_path: Path):
-    """Another process sees it at once; and the journal is synced, so that a power cut does not take it back."""
-    store = SQLStore(url(tmp_path))
-    await store.open()
-    await store.create(record())
-    await store.commit(commit(0))
-    with sqlite3.connect(tmp_path / "episodic.db") as other:
-        assert other.execute("SELECT count(*) FROM steps").fetchone() == (1,)
-    other.close()
-    with store._engine.connect() as connection:
-        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
-    await store.close()
-
-
-async def test_concurrent_changes_share_commits(tmp_path: Path):
+async def test_concurrent_changes_share_commits(url: str):
     batches: list[int] = []
-    store = SQLStore(url(tmp_path), lambda num_changes, _: batches.append(num_changes))
+    store = SQLStore(url, lambda num_changes, _: batches.append(num_changes))
     await store.open()
     names = [f"e{number}" for number in range(600)]
     await asyncio.gather(*(store.create(record(name)) for name in names))
@@ -137,8 +189,23 @@ async def test_concurrent_changes_share_commits(tmp_path: Path):
     await store.close()
 
 
-async def test_closing_writes_what_is_on_its_way(tmp_path: Path):
-    store = SQLStore(url(tmp_path))
+async def test_those_refused_do_not_break_a_shared_commit_up(url: str):
+    batches: list[int] = []
+    store = SQLStore(url, lambda num_changes, _: batches.append(num_changes))
+    await store.open()
+    await store.create(record("a"))
+    racers = [store.commit(commit(0, name)) for name in ("a", "b")] + [
+        store.create(record("a")),
+        store.create(record("c")),
+    ]
+    results = await asyncio.gather(*racers, return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), StepTaken, EpisodeExists, type(None)]
+    assert batches == [1, 4]
+    await store.close()
+
+
+async def test_closing_writes_what_is_on_its_way(url: str):
+    store = SQLStore(url)
     await store.open()
     await store.create(record())
     late = asyncio.create_task(store.commit(commit(0)))
@@ -147,15 +214,13 @@ async def test_closing_writes_what_is_on_its_way(tmp_path: Path):
     await late
     with pytest.raises(StoreUnavailable):
         await store.commit(commit(1))
-    again = SQLStore(url(tmp_path))
+    again = SQLStore(url)
     await again.open()
     assert len(await again.steps("e")) == 1
     await again.close()
 
 
-async def test_a_caller_that_leaves_does_not_tear_a_commit(tmp_path: Path):
-    store = SQLStore(url(tmp_path))
-    await store.open()
+async def test_a_caller_that_leaves_does_not_tear_a_commit(store: SQLStore, other: SQLStore):
     await asyncio.gather(*(store.create(record(f"e{number}")) for number in range(10)))
     tasks = [asyncio.create_task(store.commit(commit(0, f"e{number}"))) for number in range(10)]
     await asyncio.sleep(0)
@@ -163,82 +228,198 @@ async def test_a_caller_that_leaves_does_not_tear_a_commit(tmp_path: Path):
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await store.close()
-    again = SQLStore(url(tmp_path))
-    await again.open()
-    assert [len(await again.steps(f"e{number}")) for number in range(10)] == [1] * 10
-    await again.close()
+    assert [len(await other.steps(f"e{number}")) for number in range(10)] == [1] * 10
 
 
-async def test_two_stores_race_on_one_file(tmp_path: Path):
-    """Two processes of one host: of two commits of a step one wins, and none is lost."""
-    one, two = SQLStore(url(tmp_path)), SQLStore(url(tmp_path))
-    await one.open()
-    await two.open()
-    await one.create(record())
-    won = {one: 0, two: 0}
-    for index in range(20):
-        results = await asyncio.gather(one.commit(commit(index)), two.commit(commit(index)), return_exceptions=True)
-        assert sorted(map(type, results), key=str) == sorted([type(None), StepTaken], key=str)
-        won[(one, two)[results.index(None)]] += 1
-    assert len(await two.steps("e")) == sum(won.values()) == 20
-    await one.close()
-    await two.close()
-
-
-async def test_a_failing_database_is_store_unavailable_and_heals(tmp_path: Path):
-    store = SQLStore(url(tmp_path))
-    await store.open()
+async def test_callers_that_leave_amid_a_transaction_leave_no_connection_in_it(store: SQLStore):
     await store.create(record())
-    other = sqlite3.connect(tmp_path / "episodic.db", isolation_level=None)
-    other.execute("ALTER TABLE steps RENAME TO hidden")
-    for call in (store.commit(commit(0)), store.steps("e"), store.delete("e")):
-        with pytest.raises(StoreUnavailable) as failure:
-            await call
-        assert "INSERT" not in str(failure.value)
-    other.execute("ALTER TABLE hidden RENAME TO steps")
-    other.close()
     await store.commit(commit(0))
-    found = await store.episode("e")
-    assert found is not None
-    assert found.head.step == 1, "the failed commit left nothing behind"
-    await store.close()
+    for number in range(40):
+        rating = Feedback("e", None, 1, None, f"r{number}", 1.0)
+        calls = [store.trajectory("e"), store.add_feedback(rating), store.fork([fork(f"f{number}", "e", 1)])]
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        for _ in range(number):
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await store.commit(commit(1))
+    for number in range(20):  # more than there are connections
+        await store.add_feedback(Feedback("e", None, 2, None, f"r{number}", 1.0))
+        assert len(await store.steps("e")) == 2
+    assert await store.delete("e")
 
 
-@pytest.mark.parametrize("what", ["a folder", "no database"])
-async def test_a_file_that_is_no_database_is_refused_at_once(tmp_path: Path, what: str):
-    path = tmp_path / "episodic.db"
-    if what == "a folder":
-        path.mkdir()
-    else:
-        path.write_bytes(b"this is no database" * 100)
-    with pytest.raises(StoreUnavailable, match="cannot open the store"):
-        await SQLStore(url(tmp_path)).open()
+async def test_replicas_race_for_a_step(store: SQLStore, other: SQLStore):
+    """Of two commits of a step one wins, and none is lost."""
+    await store.create(record())
+    for index in range(20):
+        racers = [replica.commit(commit(index, message=Message(str(replica is store)))) for replica in (store, other)]
+        results = await asyncio.gather(*racers, return_exceptions=True)
+        assert sorted(map(type, results), key=str) == sorted([type(None), StepTaken], key=str)
+        (kept,) = await other.steps("e", index)
+        assert kept.message.observation == str(results[0] is None)
+    assert len(await other.steps("e")) == 20
 
 
-async def test_a_deleted_parents_rows_that_no_fork_reads_are_gone(tmp_path: Path):
-    store = SQLStore(url(tmp_path))
-    await store.open()
+async def test_replicas_race_for_many_steps_in_any_order_and_none_waits_in_a_circle(store: SQLStore, other: SQLStore):
+    names = [f"e{number:02}" for number in range(60)]
+    await asyncio.gather(*(store.create(record(name)) for name in names))
+    for index in range(5):
+        racers = [store.commit(commit(index, name)) for name in names]
+        racers += [other.commit(commit(index, name)) for name in reversed(names)]
+        results = await asyncio.gather(*racers, return_exceptions=True)
+        assert {type(result) for result in results} == {type(None), StepTaken}
+        assert sum(result is None for result in results) == 60
+    assert await num_rows_of(store, names) == [5] * 60
+
+
+async def num_rows_of(store: SQLStore, names: list[str]) -> list[int]:
+    return [len(await store.steps(name)) for name in names]
+
+
+async def test_replicas_race_to_open_an_episode(store: SQLStore, other: SQLStore):
+    for number in range(10):
+        names = [f"e{number}-{which}" for which in range(8)]
+        racers = [store.create(record(name)) for name in names] + [other.create(record(name)) for name in names[::-1]]
+        results = await asyncio.gather(*racers, return_exceptions=True)
+        assert sum(result is None for result in results) == 8
+        assert sum(isinstance(result, EpisodeExists) for result in results) == 8
+    assert await other.num_active() == 80
+
+
+async def test_a_fork_has_all_of_its_rows_or_is_refused_when_its_parent_is_deleted(
+    store: SQLStore, other: SQLStore, url: str
+):
+    for number in range(20):
+        await store.create(record(f"p{number}"))
+        for index in range(3):
+            await store.commit(commit(index, f"p{number}"))
+        racers = [other.delete(f"p{number}"), store.fork([fork(f"f{number}", f"p{number}", 2)])]
+        gone, forked = await asyncio.gather(*racers, return_exceptions=True)
+        assert gone is True
+        assert forked is None or isinstance(forked, EpisodeGone)
+        assert len(await store.steps(f"f{number}")) == (2 if forked is None else 0)
+        assert await store.delete(f"f{number}") == (forked is None)
+    assert await num_rows(url) == 0
+
+
+async def test_a_family_deleted_at_once_leaves_no_rows(store: SQLStore, other: SQLStore, url: str):
+    for number in range(20):
+        await store.create(record(f"p{number}"))
+        await store.commit(commit(0, f"p{number}"))
+        await store.fork([fork(f"f{number}", f"p{number}", 1)])
+        results = await asyncio.gather(store.delete(f"p{number}"), other.delete(f"f{number}"))
+        assert results == [True, True]
+    assert await num_rows(url) == 0
+
+
+async def test_a_rating_is_not_left_behind_by_a_delete_and_a_rater_has_one(store: SQLStore, other: SQLStore, url: str):
+    for number in range(20):
+        name = f"e{number}"
+        await store.create(record(name))
+        rating = Feedback(name, None, 3, None, "ann", 1.0)
+        await asyncio.gather(store.add_feedback(rating), other.add_feedback(replace(rating, rating=4)))
+        assert len(await store.feedback(name)) == 1
+        racers = (store.add_feedback(replace(rating, rater=None)), other.delete(name))
+        results = await asyncio.gather(*racers, return_exceptions=True)
+        assert isinstance(results[0], EpisodeGone | None)
+    assert await in_database(url, lambda connection: connection.execute(select(ratings)).all()) == []
+
+
+async def test_a_trajectory_is_of_one_moment(store: SQLStore, other: SQLStore):
+    await store.create(record())
+
+    async def act() -> None:
+        for index in range(60):
+            await other.commit(commit(index))
+
+    acting = asyncio.create_task(act())
+    while not acting.done():
+        found = await store.trajectory("e")
+        assert found is not None
+        assert found[0].head.step == len(found[1])
+    await acting
+
+
+async def test_a_deleted_parents_rows_that_no_fork_reads_are_gone(store: SQLStore, url: str):
     await store.create(record())
     for index in range(5):
         await store.commit(commit(index))
     for name, at_step in (("f", 1), ("g", 3)):
-        fork = record(name)
-        await store.fork([EpisodeRecord(replace(fork.config, parent=("e", at_step)), replace(fork.head, step=at_step))])
-    for gone, num_rows in (("e", 3), ("g", 1), ("f", 0)):
+        made = record(name)
+        await store.fork([EpisodeRecord(replace(made.config, parent=("e", at_step)), replace(made.head, step=at_step))])
+    for gone, kept in (("e", 3), ("g", 1), ("f", 0)):
         await store.delete(gone)
-        with store._engine.connect() as connection:
-            assert connection.exec_driver_sql("SELECT count(*) FROM steps").scalar() == num_rows
-    await store.close()
+        assert await num_rows(url) == kept
 
 
-async def test_a_step_that_cannot_be_written_spoils_no_other(tmp_path: Path):
-    store = SQLStore(url(tmp_path))
-    await store.open()
+async def test_a_failing_database_is_store_unavailable_and_heals(store: SQLStore, url: str):
+    await store.create(record())
+    await in_database(url, lambda connection: connection.execute(text("ALTER TABLE steps RENAME TO hidden")))
+    for call in (store.commit(commit(0)), store.steps("e"), store.delete("e")):
+        with pytest.raises(StoreUnavailable, match="steps") as failure:
+            await call
+        assert "INSERT" not in str(failure.value)
+    await in_database(url, lambda connection: connection.execute(text("ALTER TABLE hidden RENAME TO steps")))
+    await store.commit(commit(0))
+    found = await store.episode("e")
+    assert found is not None
+    assert found.head.step == 1, "the failed commit left nothing behind"
+
+
+async def test_a_row_that_another_program_wrote_is_no_act(store: SQLStore, url: str):
+    await store.create(record())
+    await store.create(record("f"))
+    await in_database(url, lambda connection: connection.execute(insert(steps), step_row(step(0))))
+    results = await asyncio.gather(store.commit(commit(0)), store.commit(commit(0, "f")), return_exceptions=True)
+    assert [type(result) for result in results] == [StepTaken, type(None)]
+
+
+async def test_a_value_that_cannot_be_written_spoils_no_other(store: SQLStore):
     names = [f"e{number}" for number in range(8)]
     await asyncio.gather(*(store.create(record(name)) for name in names))
     commits = [commit(0, name) for name in names]
-    unwritable = replace(commits[3].step, answer={"action": 10**30})
-    commits[3] = replace(commits[3], step=unwritable)
+    commits[3] = replace(commits[3], step=replace(commits[3].step, answer={"action": 10**30}))
+    commits[5] = replace(commits[5], step=replace(commits[5].step, idempotency_key="a\0b"))
     results = await asyncio.gather(*map(store.commit, commits), return_exceptions=True)
-    assert [type(result) for result in results] == [type(None)] * 3 + [TypeError] + [type(None)] * 4
-    await store.close()
+    assert [type(result) for result in results if result] == [TypeError, ValueError]
+    assert await num_rows_of(store, names) == [1, 1, 1, 0, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("label", ["a\0b", "\ud800", "x" * 129])
+async def test_a_label_that_cannot_be_stored_is_refused(store: SQLStore, label: str):
+    creates = [record("tag", tags=[label]), record("group", group=label), record("fine", group="g")]
+    results = await asyncio.gather(*map(store.create, creates), return_exceptions=True)
+    assert [isinstance(result, ValueError | TypeError) for result in results] == [True, True, False]
+    with pytest.raises(ValueError, match="rater"):
+        await store.add_feedback(Feedback("fine", None, 3, None, label, 1.0))
+    with pytest.raises((ValueError, TypeError)):
+        await store.fork([fork("f", "fine", 0, group=label)])
+    assert [row.config.episode_id for row in await store.episodes(limit=9, before=None)] == ["fine"]
+
+
+async def test_a_filter_or_cursor_that_nothing_can_match_finds_nothing(store: SQLStore):
+    await store.create(record())
+    for name in ("tenant", "tag", "group", "policy", "profile"):
+        for value in ("a\0b", "\ud800"):
+            assert await store.episodes(limit=9, before=None, where=Filter(**{name: value})) == []
+    nowhere = [(float("nan"), "e"), (float("-inf"), "e"), (2.0, "a\0b"), (2.0, "\ud800")]
+    assert [await store.episodes(limit=9, before=before) for before in nowhere] == [[]] * 4
+    assert len(await store.episodes(limit=9, before=(float("inf"), "e"))) == 1
+    assert len(await store.episodes(limit=9, before=(1e300, "e"))) == 1
+
+
+async def test_what_a_tombstone_keeps_is_no_text_of_the_episode(store: SQLStore, url: str):
+    await store.create(record("e", goal="secret", tags=["secret"], group="secret"))
+    await store.delete("e")
+    row = await in_database(url, lambda connection: connection.execute(select(episodes)).one())
+    assert "secret" not in str(row)
+
+
+async def test_an_episode_lost_by_another_program_is_no_act(store: SQLStore, url: str):
+    await store.create(record())
+    await in_database(url, lambda connection: connection.execute(delete(episodes)))
+    with pytest.raises(StepTaken):
+        await store.commit(commit(0))
+    await in_database(url, lambda connection: connection.execute(update(episodes).values(step=3)))

@@ -28,9 +28,13 @@ from service.trajectory import (
 )
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    opened: Store = MemoryStore() if request.param == "memory" else SQLStore(f"sqlite:///{tmp_path}/db")
+    opened: Store = MemoryStore()
+    if request.param == "sqlite":
+        opened = SQLStore(f"sqlite:///{tmp_path}/db")
+    elif request.param == "postgresql":
+        opened = SQLStore(request.getfixturevalue("new_database")())
     await opened.open()
     yield opened
     await opened.close()

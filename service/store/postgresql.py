@@ -1,0 +1,123 @@
+"""Owns transactions on a PostgreSQL server, over asyncpg: what is waited for and how long, and what a failure means."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import asyncpg  # pyright: ignore[reportMissingTypeStubs] - it has none
+from sqlalchemy import URL, Connection, event, text
+from sqlalchemy.exc import IntegrityError, InvalidatePoolError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from service.store.base import StoreRefused, StoreUnavailable
+from service.store.connections import Patience, reason
+from service.store.migrations import upgrade
+
+_T = TypeVar("_T")
+
+_NUM_CONNECTIONS = 8
+_CONNECT_S = 5.0
+_RECYCLE_S = 600  # what stands between may forget a connection
+_MIGRATION_LOCK = 0x65706973  # any number that other programs do not take
+
+_FAILURES = (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+_REFUSALS = ("28", "3D", "42", "0A", "25006")  # who one is, which database, what one may do in it, a standby
+"""Beginnings of the SQLSTATEs that time does not mend."""
+
+
+class PostgreSQLConnections:
+    """`url` = postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE."""
+
+    def __init__(self, url: URL, patience: Patience) -> None:
+        self._url, self._patience = _for_asyncpg(url), patience
+        limits = {
+            "application_name": "episodic",
+            "lock_timeout": _ms(patience.lock_s),
+            "statement_timeout": _ms(patience.transaction_s),
+            # Of a replica that is cut off the locks go, too.
+            "idle_in_transaction_session_timeout": _ms(patience.transaction_s),
+        }
+        self._engine = create_async_engine(
+            self._url,
+            pool_size=_NUM_CONNECTIONS,
+            max_overflow=0,
+            pool_timeout=patience.transaction_s,
+            pool_recycle=_RECYCLE_S,
+            connect_args={"timeout": _CONNECT_S, "server_settings": limits},
+        )
+        event.listen(self._engine.sync_engine, "checkout", _refuse_closed)
+        self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+    async def open(self) -> None:
+        give_up_at = time.monotonic() + self._patience.start_s
+        while True:
+            try:
+                return await self._migrate()
+            except _FAILURES as error:
+                if _state(error).startswith(_REFUSALS):
+                    raise StoreRefused(f"{self._place} does not serve us: {reason(error)}") from error
+                if time.monotonic() >= give_up_at:
+                    raise StoreRefused(f"{self._place} cannot be reached: {reason(error)}") from error
+            except (TypeError, ValueError) as error:  # an option in the URL that asyncpg does not know
+                raise StoreRefused(f"{self._place}: the URL's options are not understood: {reason(error)}") from error
+            await asyncio.sleep(min(0.5, self._patience.start_s))
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+    async def read(self, function: Callable[[Connection], _T]) -> _T:
+        return await self._run(self._reading, function)
+
+    async def write(self, function: Callable[[Connection], _T]) -> _T:
+        return await self._run(self._engine, function)
+
+    async def _run(self, engine: AsyncEngine, function: Callable[[Connection], _T]) -> _T:
+        """Who is cancelled amid a transaction leaves no connection behind that is in it: SQLAlchemy closes that one."""
+        try:
+            async with asyncio.timeout(self._patience.transaction_s), engine.begin() as connection:
+                return await connection.run_sync(function)
+        except IntegrityError:
+            raise
+        except _FAILURES as error:
+            raise StoreUnavailable(f"the store failed: {reason(error)}") from error
+
+    async def _migrate(self) -> None:
+        """Takes the time that it takes, on a connection of its own without limits."""
+        engine = create_async_engine(self._url, poolclass=NullPool, connect_args={"timeout": _CONNECT_S})
+        try:
+            async with engine.begin() as connection:
+                # Of replicas that start together one migrates, the others find it done.
+                await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+                await connection.run_sync(upgrade, self._place)
+        finally:
+            await engine.dispose()
+
+    @property
+    def _place(self) -> str:
+        """For messages: without the user and the password."""
+        return f"the PostgreSQL database {self._url.database!r} at {self._url.host}:{self._url.port or 5432}"
+
+
+def _for_asyncpg(url: URL) -> URL:
+    """As libpq's `sslmode`, which most providers write into the URLs they hand out, asyncpg has `ssl`."""
+    ssl = url.query.get("sslmode")
+    url = url.set(drivername="postgresql+asyncpg")
+    return url if ssl is None else url.difference_update_query(["sslmode"]).update_query_dict({"ssl": ssl})
+
+
+def _refuse_closed(connection: Any, _record: Any, _proxy: Any) -> None:
+    """A server that went away has closed its connections: looked at here, that costs no way to the server."""
+    if connection.driver_connection.is_closed():
+        raise InvalidatePoolError
+
+
+def _state(error: BaseException) -> str:
+    """The SQLSTATE, if the server gave one."""
+    original = getattr(error, "orig", None) or error
+    return getattr(original, "sqlstate", None) or ""
+
+
+def _ms(seconds: float) -> str:
+    return str(max(int(seconds * 1000), 1))
