@@ -1,6 +1,7 @@
 """Owns the settings, and alone reads them: a TOML file, EPISODIC_* variables, the command line; the later ones win."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 _POLICIES = Path(__file__).parent / "policies"
+_STORE_URL = re.compile(r"sqlite:///(?!:memory:$|file:).+|postgresql(\+asyncpg)?://[^/?#]+/[^/?#]+(\?.*)?", re.DOTALL)
 
 
 class Quota(BaseModel):
@@ -46,7 +48,11 @@ class Settings(BaseSettings):
     )
     media_hosts: list[str] = Field([], description="Hosts that /v1 may fetch media from; none: data URLs alone.")
     data: Path = Field(Path("data"), description="Folder for what is kept.")
-    store: str | None = Field(None, description="`sqlite:///FILE`, a SQLAlchemy URL; unset, a file under `data`.")
+    store: str | None = Field(
+        None,
+        description="`sqlite:///FILE`, or `postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE` for several replicas; "
+        "unset, a SQLite file under `data`.",
+    )
     adapters: Path | None = Field(
         None, description="Folder that LoRA adapters may be loaded from (PUT /policy/NAME); unset, adapters are off."
     )
@@ -103,9 +109,12 @@ class Settings(BaseSettings):
     @field_validator("store")
     @classmethod
     def _check_store(cls, value: str | None) -> str | None:
-        if value is not None and (not value.startswith("sqlite:///") or value in ("sqlite:///", "sqlite:///:memory:")):
-            raise ValueError("the store must be a SQLite file, sqlite:///FILE; there is no other kind yet")
-        return value
+        if value is None or _STORE_URL.fullmatch(value):
+            return value
+        raise ValueError(
+            "the store must be a SQLite file, sqlite:///FILE, or a PostgreSQL database, "
+            "postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE"
+        )
 
     @property
     def engine_options(self) -> dict[str, Any]:

@@ -77,14 +77,32 @@ def test_a_setting_that_cannot_be_is_refused(given: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
-    "store", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+aiosqlite:///x", "postgresql://me:secret@db/x"]
+    "store",
+    [
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite+aiosqlite:///x",
+        "mysql://me:secret@db/x",
+        "postgresql+psycopg://me:secret@db/x",
+        "postgresql+asyncpg://me:secret@db",
+        "postgresql+asyncpg://me:secret@db/",
+        "postgresql+asyncpg:///x",
+    ],
 )
-def test_a_store_that_is_no_sqlite_file_is_refused_without_telling_its_password(store: str):
+def test_a_store_of_another_kind_is_refused_without_telling_its_password(store: str):
     result = serve("--store", store)
     assert result.exit_code == 2
     assert "must be a SQLite file" in result.output
     assert "secret" not in result.output
-    assert Settings(store="sqlite:////var/x").store_url == "sqlite:////var/x"
+
+
+@pytest.mark.parametrize(
+    "store",
+    ["sqlite:////var/x", "sqlite:///x y", "postgresql://me:secret@db/x", "postgresql+asyncpg://me@db:1/x?ssl=require"],
+)
+def test_a_file_or_a_postgresql_database_is_a_store(store: str):
+    assert Settings(store=store).store_url == store
 
 
 def test_a_misspelt_key_of_the_file_is_refused(tmp_path: Path):

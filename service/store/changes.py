@@ -29,6 +29,11 @@ def locked(which: ColumnElement[bool]) -> "Select[Any, Any, Any, Any]":
     return select(*columns).where(which).order_by(episodes.c.episode_id).with_for_update()
 
 
+# Built once: that takes longer than a short commit's statements do.
+_LOCK = locked(episodes.c.episode_id.in_(bindparam("ids", expanding=True)))
+_INSERT_STEPS = insert(steps)
+
+
 def write_changes(connection: Connection, changes: Sequence[Change]) -> list[Exception | None]:
     """Of each change what it is refused for: EpisodeExists, StepTaken, or the TypeError or ValueError of a value that
     cannot be stored. The others are written. Raises IntegrityError when another replica opens one of the episodes."""
@@ -67,8 +72,7 @@ def _open(connection: Connection, records: dict[int, EpisodeRecord], refusals: d
 def _advance(connection: Connection, acts: dict[int, Commit], refusals: dict[int, Exception]) -> None:
     if not acts:
         return
-    ids = {act.step.episode_id for act in acts.values()}
-    found = connection.execute(locked(episodes.c.episode_id.in_(ids)))
+    found = connection.execute(_LOCK, {"ids": [act.step.episode_id for act in acts.values()]})
     steps_there: dict[str, int | None]
     steps_there = {row.episode_id: row.step for row in found if row.status == "active" and row.deleted_at is None}
     rows: list[_Row] = []
@@ -84,4 +88,4 @@ def _advance(connection: Connection, acts: dict[int, Commit], refusals: dict[int
             refusals[number] = error
     if rows:
         connection.execute(_ADVANCE, heads)
-        connection.execute(insert(steps), rows)
+        connection.execute(_INSERT_STEPS, rows)

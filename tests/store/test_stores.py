@@ -21,7 +21,9 @@ from service.trajectory import (
     EpisodeHead,
     EpisodeRecord,
     Feedback,
+    KeyRecord,
     Message,
+    PolicyRecord,
     Span,
     Step,
     StopReason,
@@ -192,6 +194,48 @@ async def test_active_episodes_are_counted(store: Store):
     await store.commit(commit(0, "ended", ends=StopReason.TERMINATED))
     await store.delete("deleted")
     assert await store.num_active() == 2
+
+
+async def test_a_tenants_episodes_are_counted_and_listed_apart(store: Store):
+    for name, at in (("a", 1.0), ("acme:a", 2.0), ("acme:b", 3.0), ("ac:a", 4.0)):
+        await store.create(record(name, at, group="g"))
+    await store.commit(commit(0, "acme:a", ends=StopReason.TERMINATED))
+    assert [await store.num_active(tenant) for tenant in ("default", "acme", "ac", "nobody", None)] == [1, 1, 1, 0, 3]
+    found = {
+        Filter(tenant="default"): ["a"],
+        Filter(tenant="acme"): ["acme:b", "acme:a"],
+        Filter(tenant="acme", status="ended", group="g"): ["acme:a"],
+        Filter(tenant="nobody"): [],
+    }
+    for where, names in found.items():
+        rows = await store.episodes(limit=10, before=None, where=where)
+        assert [row.config.episode_id for row in rows] == names, where
+    (older,) = await store.episodes(limit=10, before=(3.0, "acme:b"), where=Filter(tenant="acme"))
+    assert older.config.tenant == "acme"
+    await store.delete("acme:b")
+    assert await store.num_active("acme") == 0
+
+
+async def test_keys_are_kept_and_revoked_once(store: Store):
+    assert await store.keys() == []
+    first = KeyRecord("k2", b"\0" * 32, "acme", ("act", "read"), 1.0)
+    second = KeyRecord("k1", b"\1" * 32, "default", (), 2.0)
+    await store.add_key(first)
+    await store.add_key(second)
+    assert await store.keys() == [first, second]
+    assert await store.revoke_key("k2", 3.0)
+    assert not await store.revoke_key("k2", 4.0)
+    assert not await store.revoke_key("nobody", 4.0)
+    assert await store.keys() == [replace(first, revoked_at=3.0), second]
+
+
+async def test_policies_are_kept_by_name(store: Store):
+    for name, digest in (("b", "1"), ("a", "2"), ("b", "3")):
+        await store.put_policy(PolicyRecord(name, digest, "v", 8, 1.0))
+    assert [(kept.name, kept.digest) for kept in await store.policies()] == [("a", "2"), ("b", "3")]
+    await store.delete_policy("a")
+    await store.delete_policy("nobody")
+    assert [kept.name for kept in await store.policies()] == ["b"]
 
 
 async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Store):

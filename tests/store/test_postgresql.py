@@ -1,0 +1,240 @@
+"""Trouble of a PostgreSQL server: a crash, a cut connection, one that answers nothing, a wrong password."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from sqlalchemy import Connection, make_url, text
+
+from service.store.base import StepTaken, StoreRefused, StoreUnavailable
+from service.store.connections import Patience
+from service.store.sql import SQLStore
+from service.trajectory import Feedback
+from tests.postgres import Postgres
+from tests.store.test_stores import commit, record
+
+IMPATIENT = Patience(lock_s=0.2, transaction_s=1.0, start_s=0.5)
+_CUT = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'episodic'"
+
+
+@pytest.fixture
+async def store(own_server: Postgres) -> AsyncIterator[SQLStore]:
+    opened = SQLStore(own_server.new(), patience=IMPATIENT)
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+def database(store: SQLStore) -> str:
+    return store._connections._url.database  # pyright: ignore
+
+
+async def play(store: SQLStore, name: str, num_steps: int, trouble: Callable[[], None] = lambda: None) -> None:
+    """Commits step after step as sessions do: an unknown outcome is settled by a look at the store. Half-way there is
+    trouble."""
+    index = 0
+    while index < num_steps:
+        try:
+            await store.commit(commit(index, name))
+        except (StepTaken, StoreUnavailable):
+            num_there = await num_steps_of(store, name)
+            assert num_there in (index, index + 1), "what was acknowledged is there, and nothing else"
+            index = num_there
+            continue
+        index += 1
+        if index == num_steps // 2:
+            await asyncio.to_thread(trouble)
+
+
+def restart(server: Postgres) -> None:
+    server.stop("immediate")
+    server.start()
+
+
+async def num_steps_of(store: SQLStore, name: str) -> int:
+    """As soon as the store can be read."""
+    while True:
+        try:
+            return len(await store.steps(name))
+        except StoreUnavailable:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_restarted_server_is_used_again_at_once(store: SQLStore, own_server: Postgres):
+    await store.create(record())
+    await asyncio.gather(*(store.steps("e") for _ in range(8)))
+    own_server.stop("immediate")
+    for call in (store.commit(commit(0)), store.steps("e")):
+        with pytest.raises(StoreUnavailable):
+            await call
+    own_server.start()
+    await asyncio.gather(*(store.steps("e") for _ in range(8)))
+    await store.commit(commit(0))
+
+
+async def test_a_server_that_was_restarted_while_nobody_looked_is_no_error(store: SQLStore, own_server: Postgres):
+    await store.create(record())
+    await asyncio.to_thread(restart, own_server)
+    await store.commit(commit(0))
+    assert len(await store.steps("e")) == 1
+
+
+async def test_a_crash_amid_commits_loses_none_that_was_acknowledged(store: SQLStore, own_server: Postgres):
+    names = [f"e{number}" for number in range(6)]
+    for name in names:
+        await store.create(record(name))
+
+    others = [play(store, name, 60) for name in names[1:]]
+    await asyncio.gather(play(store, names[0], 60, lambda: restart(own_server)), *others)
+    assert [[row.index for row in await store.steps(name)] for name in names] == [list(range(60))] * 6
+
+
+async def test_connections_cut_amid_commits_lose_none_that_was_acknowledged(store: SQLStore, own_server: Postgres):
+    names = [f"e{number}" for number in range(6)]
+    for name in names:
+        await store.create(record(name))
+    playing = asyncio.gather(*(play(store, name, 30) for name in names))
+    num_cut = 0
+    while not playing.done():
+        num_cut += int(await asyncio.to_thread(own_server.execute, _CUT))
+        await asyncio.sleep(0.05)
+    await playing
+    assert num_cut > 0
+    assert [[row.index for row in await store.steps(name)] for name in names] == [list(range(30))] * 6
+
+
+async def test_a_connection_cut_amid_a_transaction_leaves_nothing_of_it(store: SQLStore, own_server: Postgres):
+    await store.create(record())
+
+    def write(connection: Connection) -> None:
+        connection.execute(text("DELETE FROM episodes"))
+        connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    with pytest.raises(StoreUnavailable):
+        await store._connections.write(write)
+    assert await store.num_active() == 1
+    await store.commit(commit(0))
+
+
+async def test_a_server_that_answers_nothing_is_unavailable_and_heals(store: SQLStore, own_server: Postgres):
+    await store.create(record())
+    own_server.pause()
+    try:
+        calls = [store.commit(commit(0)), *(store.steps("e") for _ in range(12))]  # more than there are connections
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(result) for result in results} == {StoreUnavailable}
+    finally:
+        own_server.resume()
+    await play(store, "e", 3)
+    assert len(await store.steps("e")) == 3
+
+
+async def test_a_lock_that_another_holds_is_unavailable_until_it_is_gone(store: SQLStore, own_server: Postgres):
+    await store.create(record())
+    await store.create(record("f"))
+    holder = SQLStore(own_server.url(database(store)), patience=Patience())
+    held = asyncio.Event()
+    release = asyncio.Event()
+
+    async def hold() -> None:
+        async with holder._connections._engine.begin() as connection:  # pyright: ignore
+            await connection.execute(text("SELECT 1 FROM episodes WHERE episode_id = 'e' FOR UPDATE"))
+            held.set()
+            await release.wait()
+
+    holding = asyncio.create_task(hold())
+    await held.wait()
+    for call in (
+        store.commit(commit(0)),
+        store.delete("e"),
+        store.add_feedback(Feedback("e", None, 1, None, None, 1.0)),
+    ):
+        with pytest.raises(StoreUnavailable, match="lock timeout"):
+            await call
+    assert await store.steps("e") == [], "who reads need not wait"
+    await store.commit(commit(0, "f"))
+    release.set()
+    await holding
+    await store.commit(commit(0))
+    await holder.close()
+
+
+async def test_a_statement_ends_with_its_callers_patience(store: SQLStore):
+    with pytest.raises(StoreUnavailable):
+        await store._connections.read(lambda connection: connection.execute(text("SELECT pg_sleep(60)")))
+    assert await store.num_active() == 0
+
+
+async def test_a_cut_off_replicas_locks_go(store: SQLStore, own_server: Postgres):
+    await store.create(record())
+    lost = SQLStore(own_server.url(database(store)), patience=Patience(transaction_s=0.3))
+
+    def stuck(connection: Connection) -> None:
+        connection.execute(text("SELECT 1 FROM episodes FOR UPDATE"))
+        time.sleep(0.6)  # longer than the server lets a transaction idle
+        connection.execute(text("SELECT 1"))
+
+    with pytest.raises(StoreUnavailable):
+        await lost._connections.write(stuck)
+    await lost.close()
+    await store.commit(commit(0))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "word"),
+    [
+        ("password", "wrong", "password authentication failed"),
+        ("username", "nobody_at_all", "password authentication failed"),
+        ("database", "nowhere", "does not exist"),
+    ],
+)
+async def test_a_server_that_does_not_let_us_in_is_refused_at_once(
+    own_server: Postgres, part: str, value: str, word: str
+):
+    url = make_url(own_server.url()).set(**{part: value})  # pyright: ignore
+    store = SQLStore(url.render_as_string(hide_password=False), patience=Patience(start_s=3600))
+    with pytest.raises(StoreRefused, match=word) as refusal:
+        await store.open()
+    assert f"{url.database!r} at 127.0.0.1:{own_server.port}" in str(refusal.value)
+    assert str(url.password) not in str(refusal.value)
+    await store.close()
+
+
+async def test_a_server_that_does_not_come_is_refused_in_the_end(own_server: Postgres):
+    url = make_url(own_server.url()).set(port=1)
+    store = SQLStore(url.render_as_string(hide_password=False), patience=IMPATIENT)
+    with pytest.raises(StoreRefused, match=r"127\.0\.0\.1:1 cannot be reached") as refusal:
+        await store.open()
+    assert own_server.password not in str(refusal.value)
+    await store.close()
+
+
+async def test_a_server_that_comes_later_is_waited_for(own_server: Postgres):
+    url = own_server.new()
+    own_server.stop("fast")
+    store = SQLStore(url, patience=Patience(start_s=60))
+    opening = asyncio.create_task(store.open())
+    await asyncio.sleep(0.1)
+    assert not opening.done()
+    await asyncio.to_thread(own_server.start)
+    await opening
+    assert await store.num_active() == 0
+    await store.close()
+
+
+@pytest.mark.parametrize(("options", "word"), [("?colour=red", "options"), ("?sslmode=require", "SSL")])
+async def test_the_urls_options_are_read(own_server: Postgres, options: str, word: str):
+    store = SQLStore(own_server.url() + options, patience=IMPATIENT)
+    with pytest.raises(StoreRefused, match=word):
+        await store.open()
+    await store.close()
+
+
+async def test_the_plain_url_is_served_too(own_server: Postgres):
+    store = SQLStore(own_server.new().replace("+asyncpg", "") + "?sslmode=disable")
+    await store.open()
+    await store.create(record())
+    with pytest.raises(StepTaken):
+        await store.commit(commit(1))
+    await store.close()
