@@ -18,14 +18,16 @@ _START_LIMIT_S = 300.0
 
 
 @contextmanager
-def served() -> Generator[str]:
-    """The URL of a service that is ready. Raises RuntimeError, with the end of its log, for one that does not start."""
+def served(data: Path | None = None, **settings: str) -> Generator[str]:
+    """The URL of a service that is ready, over `data` if that is to stay. `settings` by their names, e.g.
+    max_queued_acts. Raises RuntimeError, with the end of its log, for one that does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        environment = {**os.environ, "EPISODIC_PORT": str(port), "EPISODIC_DATA": folder}
+        environment = {**os.environ, "EPISODIC_PORT": str(port), "EPISODIC_DATA": str(data or folder)}
+        environment |= {f"EPISODIC_{name.upper()}": value for name, value in settings.items()}
         with log.open("wb") as out:
             command = [sys.executable, "-m", "service", "serve"]
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)

@@ -32,7 +32,7 @@ class _Account:
 
 class Admission:
     """Admits acts up to `max_running` in the engine (unset: as many as it batches) and `max_queued` that wait for a
-    place (unset: half as many).
+    place (unset: a quarter as many).
 
     Of a full queue each tenant has its share: below it a tenant is admitted still, above it refused.
     """
@@ -59,7 +59,7 @@ class Admission:
     @property
     def limit(self) -> int:
         """Acts that run and wait together."""
-        return self._slots + (self._slots // 2 if self._max_queued is None else self._max_queued)
+        return self._slots + (self._slots // 4 if self._max_queued is None else self._max_queued)
 
     def count_calls(self, tenant: str, num_calls: int = 1) -> None:
         """Raises TooManyRequests (rate_limited) when the tenant's calls come faster than its quota has it. A second's
@@ -76,16 +76,21 @@ class Admission:
             raise TooManyRequests("rate_limited", f"More than {rate:g} calls a second.", retry_after_s=wait_s)
         account.allowance -= num_calls
 
-    @contextmanager
-    def admitted(self, tenant: str, num_acts: int = 1) -> Generator[None]:
-        """Counts acts as long as they last. Raises TooManyRequests: quota_exceeded for more at once than the tenant may
-        have; overloaded when there is no place for the first of them."""
+    def check(self, tenant: str, num_acts: int = 1) -> None:
+        """Raises TooManyRequests: quota_exceeded for more acts at once than the tenant may have; overloaded when there
+        is no place for the first of them."""
         account = self._account(tenant)
         allowed = self.quota(tenant).concurrent_acts
         if allowed is not None and account.num_acts + num_acts > allowed:
             raise _refused("quota_exceeded", f"More than {allowed} acts at once.", 1, num_acts)
         if self._num_acts >= self.limit and account.num_acts >= self._share(account):
             raise _refused("overloaded", "As many acts wait as may; try later.", self._wait_s(), num_acts)
+
+    @contextmanager
+    def admitted(self, tenant: str, num_acts: int = 1) -> Generator[None]:
+        """Counts acts as long as they last. Raises as `check` does."""
+        self.check(tenant, num_acts)
+        account = self._account(tenant)
         account.num_acts += num_acts
         self._num_acts += num_acts
         try:

@@ -73,7 +73,9 @@ class Settings(BaseSettings):
         None, ge=1, description="Acts in the engine at once; unset, as many as it batches (max_num_seqs)."
     )
     max_queued_acts: int | None = Field(
-        None, ge=0, description="Acts that wait for the engine; more are refused with 429. Unset, half of the running."
+        None,
+        ge=0,
+        description="Acts that wait for the engine; more are refused with 429. Unset, a quarter of the running.",
     )
     quota: Quota = Field(
         Quota(),

@@ -71,7 +71,7 @@ async def test_the_queue_is_bounded():
 async def test_unset_bounds_come_from_the_engine():
     admission = Admission()
     admission.serve(8)
-    assert admission.limit == 12
+    assert admission.limit == 10
     admission = Admission(max_running=2, max_queued=0)
     admission.serve(8)
     assert admission.limit == 2

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.admission import Admission
 from service.api import inference, problems
 from service.api.caller import ANYBODY, Caller
 from service.errors import EpisodicError, Forbidden, Unauthenticated
@@ -27,6 +28,9 @@ def scope_of(method: str, path: str) -> str | None:
     return "read" if reads else "act"
 
 
+_ACTS = frozenset({"/act", "/act/batch"})
+
+
 class Security:
     """Finds the caller of a request, or refuses it. Without keys the service answers this machine alone."""
 
@@ -44,7 +48,10 @@ class Security:
         request = Request(scope)
         try:
             found = await self._caller(request, needed)
-            request.app.state.sessions.admission.count_calls(found.tenant)
+            admission: Admission = request.app.state.sessions.admission
+            admission.count_calls(found.tenant)
+            if scope["path"] in _ACTS:
+                admission.check(found.tenant)  # before a flood's bodies are read
         except (EpisodicError, StoreUnavailable) as error:
             refuse = inference.refusal if inference.owns(scope["path"]) else problems.response
             await refuse(request, problems.expected(error))(scope, receive, send)
