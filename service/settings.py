@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     max_queued_acts: int | None = Field(
         None,
         ge=0,
-        description="Acts that wait for the engine; more are refused with 429. Unset, a quarter of the running.",
+        description="Acts that wait for the engine; more get 429. Unset, a quarter of those that run.",
     )
     quota: Quota = Field(
         Quota(),
