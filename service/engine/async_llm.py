@@ -94,6 +94,7 @@ class VLLMEngine:
         self,
         llm: Any,
         pulse: _Pulse,
+        tasks: tuple[str, ...],
         info: EngineInfo,
         tokenizer: HFTokenizer,
         grammar: GrammarChecker,
@@ -109,6 +110,7 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         self._llm = llm
         self._pulse = pulse
+        self._tasks = tasks
         self._was_killed = False
         self._grammar = grammar
         self._inference: asyncio.Task[ASGIApp] | None = None
@@ -133,10 +135,10 @@ class VLLMEngine:
         pulse = _Pulse()
         llm, info_json = await _in_daemon_thread(lambda: _build(model, options, pulse))
         tokenizer = HFTokenizer(llm.get_tokenizer())
-        tasks = await _answer(llm, llm.get_supported_tasks())
+        tasks = tuple(await _answer(llm, llm.get_supported_tasks()))
         info = replace(_info(llm, model, name), generates="generate" in tasks)
         grammar = GrammarChecker(info_json, limit_s=grammar_limit_s)
-        engine = cls(llm, pulse, info, tokenizer, grammar, front_end, model)
+        engine = cls(llm, pulse, tasks, info, tokenizer, grammar, front_end, model)
         if info.generates:
             await engine._warm_up()
         return engine
@@ -239,6 +241,7 @@ class VLLMEngine:
     def kill(self) -> None:
         self._was_killed = True
         lifeline.cut()
+        self._fail_requests()
 
     async def load_adapter(self, adapter: Adapter) -> None:
         from vllm.lora.request import LoRARequest
@@ -274,6 +277,7 @@ class VLLMEngine:
         if self._inference is None or (self._inference.done() and self._inference.exception()):
             building = inference.build(
                 self._llm,
+                self._tasks,
                 model=self._model,
                 name=self.info.model,
                 options=self._front_end.options,
@@ -285,7 +289,12 @@ class VLLMEngine:
 
     async def close(self) -> None:
         await self._grammar.close()
+        self._fail_requests()
         await asyncio.to_thread(self._llm.shutdown)
+
+    def _fail_requests(self) -> None:
+        """vLLM does so itself once it finds the engine dead, but not if it is shut down before."""
+        self._llm.output_processor.propagate_error(self._dead())
 
     async def _warm_up(self) -> None:
         """One call of each kind: the first ones import and allocate for seconds."""
@@ -389,6 +398,7 @@ def _build(model: str, options: dict[str, Any], pulse: _Pulse) -> tuple[Any, str
     import xgrammar
     from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     known = {field.name for field in fields(AsyncEngineArgs)}
@@ -404,6 +414,7 @@ def _build(model: str, options: dict[str, Any], pulse: _Pulse) -> tuple[Any, str
     try:
         args = AsyncEngineArgs(**merged)
         is_encoder_decoder = args.create_model_config().hf_config.is_encoder_decoder
+        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     except (ValueError, OSError) as error:  # an unknown model, a value that an option cannot have
         raise EngineRefused(str(error)) from error
     if is_encoder_decoder:
@@ -412,7 +423,12 @@ def _build(model: str, options: dict[str, Any], pulse: _Pulse) -> tuple[Any, str
     def listener(*_: Any) -> Any:
         return pulse
 
-    llm = AsyncLLM.from_engine_args(args, stat_loggers=[listener])
+    llm = AsyncLLM.from_vllm_config(
+        config,
+        stat_loggers=[listener],
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+    )
     vocab_size = llm.model_config.get_vocab_size()
     tokenizer: Any = llm.get_tokenizer()
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from service.engine.base import CACHE_SALT, EngineRefused
@@ -70,11 +72,18 @@ def _salted(prompt: Any) -> Any:
     return {**prompt, "cache_salt": ":".join([salt, *filter(None, [prompt.get("cache_salt")])])}
 
 
-async def build(llm: Any, *, model: str, name: str, options: dict[str, Any], media_hosts: Sequence[str]) -> ASGIApp:
-    """An ASGI app with vLLM's routes for inference and none of those that steer the engine. `name`: what callers call
-    the model. Takes seconds: the serving classes are imported on the way."""
+async def build(
+    llm: Any,
+    tasks: Any,
+    *,
+    model: str,
+    name: str,
+    options: dict[str, Any],
+    media_hosts: Sequence[str],
+) -> ASGIApp:
+    """An ASGI app with vLLM's routes for inference and none of those that steer the engine. `tasks`: what the engine
+    can do; `name`: what callers call the model. Takes seconds: the serving classes are imported on the way."""
     app = await asyncio.to_thread(_app, llm, model, name, options, media_hosts)
-    tasks = await llm.get_supported_tasks()
     _add_routes(app, tasks, llm.model_config)
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
@@ -95,6 +104,7 @@ def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: 
     from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     from service.engine import media
 
@@ -109,7 +119,14 @@ def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: 
     app.state.server = SimpleNamespace()  # vLLM's handler of a dead engine ends its server; ours outlives the engine
     init_exception_handler(app)
     app.exception_handler(HTTPException)(http_exception_handler)  # of routing, which vLLM's own handlers leave out
+    app.exception_handler(EngineDeadError)(_engine_died)
     return app
+
+
+async def _engine_died(_: Request, __: Exception) -> Response:
+    """503, as of any call that comes a moment later; vLLM's own answer is 500."""
+    error = {"message": "The engine died.", "type": "server_error", "param": None, "code": "engine_unavailable"}
+    return JSONResponse({"error": error}, 503, {"Retry-After": "5"})
 
 
 def _add_routes(app: Any, tasks: Any, model_config: Any) -> None:

@@ -33,12 +33,20 @@ class Server:
     def log(self) -> str:
         return (self.folder / "serve.log").read_text(errors="replace")
 
-    def start(self) -> "Server":
+    def launch(self) -> "Server":
+        """Starts the process, and waits for nothing."""
+        self.folder.mkdir(exist_ok=True)
         with (self.folder / "serve.log").open("ab") as log:
             command = [sys.executable, "-m", "service", "serve"]
             self.process = subprocess.Popen(
                 command, env=self._environment, stdout=log, stderr=log, start_new_session=True
             )
+        return self
+
+    def start(self) -> "Server":
+        """Starts it, and waits until it is ready."""
+        self.launch()
+        assert self.process is not None
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log[-3000:]

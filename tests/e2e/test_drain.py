@@ -1,0 +1,185 @@
+"""SIGTERM amid acts of the real engine: what is in flight, what comes meanwhile, and how the process ends."""
+
+import contextlib
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.server import Server
+
+STREAM = {"Accept": "text/event-stream"}
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as threads:
+        yield threads
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Starts servers that do not outlive the test."""
+    started: list[Server] = []
+
+    def begin(folder: Path, *, ready: bool = True, **settings: str) -> Server:
+        server = Server(folder, **settings)
+        started.append(server)
+        return server.start() if ready else server.launch()
+
+    yield begin
+    for server in started:
+        if server.process and server.process.poll() is None:
+            server.kill()
+
+
+def open_long(server: Server, name: str) -> None:
+    """An episode whose acts take the engine a few seconds: what would end the text is never likeliest."""
+    space = {"type": "regex", "pattern": "[a-z]+~"}
+    body = {"episode_id": name, "action_space": space, "sampling": {"max_tokens": 3000, "temperature": 0.0}}
+    opened = httpx.post(f"{server.url}/episode", json=body, timeout=120)
+    assert opened.status_code == 201, opened.text
+
+
+def act(server: Server, name: str, headers: Any = None) -> httpx.Response:
+    body = {"episode_id": name, "observation": "row 0", "step": 0}
+    return httpx.post(f"{server.url}/act", json=body, headers=headers, timeout=120)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def num_running(server: Server) -> int:
+    """Acts in flight."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return int(float(next(line for line in lines if line.startswith("agent_active_acts ")).split()[1]))
+
+
+def children(server: Server) -> list[psutil.Process]:
+    assert server.process is not None
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def num_steps(server: Server) -> dict[str, int]:
+    """Committed, by episode."""
+    with contextlib.closing(sqlite3.connect(server.folder / "data" / "episodic.db")) as connection:
+        return dict(connection.execute("SELECT episode_id, step FROM episodes"))
+
+
+def code(answer: httpx.Response) -> tuple[int, str | None]:
+    return answer.status_code, answer.json().get("code")
+
+
+def test_an_act_in_flight_ends_and_later_ones_are_told(
+    start: Callable[..., Server], tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    server = start(tmp_path, drain_s="120")
+    for name in ("long", "late"):
+        open_long(server, name)
+    long: Future[httpx.Response] = threads.submit(act, server, "long")
+    until(lambda: num_running(server) == 1)
+    server.signal(signal.SIGTERM)
+    until(lambda: code(httpx.get(f"{server.url}/readyz")) == (503, None))
+    assert code(act(server, "late")) == (503, "draining")
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert not long.done()
+    assert long.result().json()["step"] == 0
+    assert server.wait() == 0
+    assert num_steps(server) == {"long": 1, "late": 0}
+
+
+def test_what_does_not_end_in_time_is_aborted(
+    start: Callable[..., Server], tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    server = start(tmp_path, drain_s="0.1")
+    for name in ("cut", "cut-stream"):
+        open_long(server, name)
+    calls = [threads.submit(act, server, "cut"), threads.submit(act, server, "cut-stream", STREAM)]
+    until(lambda: num_running(server) == 2)
+    server.signal(signal.SIGTERM)
+    assert code(calls[0].result()) == (503, "draining")
+    streamed = calls[1].result()
+    assert "draining" in streamed.text
+    assert (streamed.status_code == 503) or "event: error" in streamed.text
+    assert server.wait() == 0
+    assert num_steps(server) == {"cut": 0, "cut-stream": 0}
+
+
+def test_the_second_signal_ends_it_at_once(
+    start: Callable[..., Server], tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    server = start(tmp_path, drain_s="120")
+    open_long(server, "cut")
+    call = threads.submit(act, server, "cut")
+    until(lambda: num_running(server) == 1)
+    started = children(server)
+    server.signal(signal.SIGTERM)
+    until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+    server.signal(signal.SIGINT)
+    assert server.wait() == 128 + signal.SIGINT
+    assert isinstance(call.exception(), httpx.TransportError)
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert alive == []
+    assert num_steps(server) == {"cut": 0}
+
+
+@pytest.mark.parametrize("amid", ["loading", "Using MEMBIND"], ids=["importing", "the engine's process starts"])
+def test_sigterm_while_the_model_loads(start: Callable[..., Server], tmp_path: Path, amid: str) -> None:
+    server = start(tmp_path, ready=False)
+    until(lambda: amid in server.log)
+    started = children(server)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert alive == []
+
+
+def test_a_store_that_is_no_database_is_refused_in_a_line(start: Callable[..., Server], tmp_path: Path) -> None:
+    file = tmp_path / "data" / "episodic.db"
+    file.parent.mkdir()
+    file.write_bytes(b"no database" * 100)
+    server = start(tmp_path, ready=False)
+    assert server.wait() == 2
+    assert str(file) in server.log
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine__max_model_length": "5"}, "did you mean 'max_model_len'"),
+        ({"engine__block_size": "seven"}, "block_size"),
+        ({"model": "no/such-model"}, "no/such-model"),
+    ],
+    ids=["an unknown option", "an option's value", "an unknown model"],
+)
+def test_an_engine_that_cannot_be_is_refused_in_a_line(
+    start: Callable[..., Server], tmp_path: Path, settings: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the hub is asked many times otherwise
+    server = start(tmp_path, ready=False, **settings)
+    assert server.wait() == 1
+    assert said in server.log
+    assert "Traceback" not in server.log
+
+
+def test_a_port_that_is_taken_is_refused_in_a_line(start: Callable[..., Server], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = start(tmp_path, ready=False, port=str(taken.getsockname()[1]))
+        assert server.wait() == 1
+    assert "address already in use" in server.log
+    assert "Traceback" not in server.log
