@@ -1,13 +1,16 @@
 """Trouble of a PostgreSQL server: a crash, a cut connection, one that answers nothing, a wrong password."""
 
 import asyncio
-import time
+import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 from sqlalchemy import Connection, make_url, text
+from sqlalchemy.exc import SQLAlchemyError
 
-from service.store.base import StepTaken, StoreRefused, StoreUnavailable
+from service.store.base import EpisodeExists, StepTaken, StoreRefused, StoreUnavailable
 from service.store.connections import Patience
 from service.store.sql import SQLStore
 from service.trajectory import Feedback
@@ -160,6 +163,55 @@ async def test_a_lock_that_another_holds_is_unavailable_until_it_is_gone(store: 
     await holder.close()
 
 
+@asynccontextmanager
+async def at_once(own_server: Postgres, url: str, statement: str) -> AsyncIterator[tuple[SQLStore, SQLStore]]:
+    """Two replicas, of which each is in a transaction, and waits there for what the statement locks, when the block
+    ends. The lock is gone then, and with it what the statement wrote."""
+    one, two, holder = (SQLStore(url) for _ in range(3))
+    await one.open()
+    await two.open()
+    async with holder._connections._engine.connect() as connection:  # pyright: ignore
+        await connection.execute(text(statement))
+        yield one, two
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        while await asyncio.to_thread(own_server.execute, waiting) != "2":
+            pass
+    await holder.close()
+
+
+NAMES = [f"e{number:03}" for number in range(100)]
+
+
+async def test_replicas_that_open_the_same_episodes_do_not_wait_in_a_circle(own_server: Postgres):
+    url = own_server.new()
+    first = SQLStore(url)
+    await first.open()
+    await first.close()
+    held = """INSERT INTO episodes VALUES ('e050', '{}', '', '', 0, 0, 'active', NULL, NULL, 0, 0, 0)"""
+    async with at_once(own_server, url, held) as (one, two):
+        calls = [one.create(record(name)) for name in NAMES] + [two.create(record(name)) for name in NAMES[::-1]]
+        racing = asyncio.gather(*calls, return_exceptions=True)
+    kinds = Counter(type(result) for result in await racing)
+    assert kinds == {type(None): len(NAMES), EpisodeExists: len(NAMES)}
+    await one.close()
+    await two.close()
+
+
+async def test_replicas_that_act_in_the_same_episodes_do_not_wait_in_a_circle(own_server: Postgres):
+    url = own_server.new()
+    first = SQLStore(url)
+    await first.open()
+    await asyncio.gather(*(first.create(record(name)) for name in NAMES))
+    await first.close()
+    async with at_once(own_server, url, "SELECT 1 FROM episodes WHERE episode_id = 'e050' FOR UPDATE") as (one, two):
+        calls = [one.commit(commit(0, name)) for name in NAMES] + [two.commit(commit(0, name)) for name in NAMES[::-1]]
+        racing = asyncio.gather(*calls, return_exceptions=True)
+    kinds = Counter(type(result) for result in await racing)
+    assert kinds == {type(None): len(NAMES), StepTaken: len(NAMES)}
+    await one.close()
+    await two.close()
+
+
 async def test_a_statement_ends_with_its_callers_patience(store: SQLStore):
     with pytest.raises(StoreUnavailable):
         await store._connections.read(lambda connection: connection.execute(text("SELECT pg_sleep(60)")))
@@ -168,17 +220,12 @@ async def test_a_statement_ends_with_its_callers_patience(store: SQLStore):
 
 async def test_a_cut_off_replicas_locks_go(store: SQLStore, own_server: Postgres):
     await store.create(record())
-    lost = SQLStore(own_server.url(database(store)), patience=Patience(transaction_s=0.3))
-
-    def stuck(connection: Connection) -> None:
-        connection.execute(text("SELECT 1 FROM episodes FOR UPDATE"))
-        time.sleep(0.6)  # longer than the server lets a transaction idle
-        connection.execute(text("SELECT 1"))
-
-    with pytest.raises(StoreUnavailable):
-        await lost._connections.write(stuck)
+    lost = SQLStore(own_server.url(database(store)), patience=Patience(transaction_s=0.2))
+    with contextlib.suppress(SQLAlchemyError):  # at its end
+        async with lost._connections._engine.begin() as connection:  # pyright: ignore
+            await connection.execute(text("SELECT 1 FROM episodes FOR UPDATE"))
+            await play(store, "e", 1)
     await lost.close()
-    await store.commit(commit(0))
 
 
 @pytest.mark.parametrize(
