@@ -18,6 +18,7 @@ from service.engine.base import Completion, Engine, Scores
 from service.engine.scripted import ScriptedEngine
 from service.settings import Settings
 from service.store.base import Store
+from service.store.memory import MemoryStore
 from service.supervisor import Load, OnFatal
 
 DISCRETE = {"type": "discrete", "actions": ["left", "right", "left turn", "go to the kitchen"]}
@@ -114,6 +115,7 @@ async def serve(
     **settings: Any,
 ) -> AsyncIterator[Served]:
     """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
+    store = store or (MemoryStore() if loading else None)  # which needs no lifespan
     app = create_app(Settings(data=folder, **settings), engine=engine, store=store, on_fatal=on_fatal)
     config = http_server.config(app, port=0, timeout_graceful_shutdown=10, lifespan="off" if loading else "on")
     server = _Server(config)
