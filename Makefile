@@ -24,7 +24,7 @@ serve: install ## Serve the policy on 127.0.0.1:8000; reads EPISODIC_* and MODEL
 
 # The tests set what they need: the caller's EPISODIC_* variables stay out.
 test: install ## Run all tests
-	@env $(patsubst %,-u %,$(filter EPISODIC_%,$(.VARIABLES))) $(BIN)/pytest
+	@env $(patsubst %,-u %,$(filter-out EPISODIC_TEST_%,$(filter EPISODIC_%,$(.VARIABLES)))) $(BIN)/pytest
 
 check: install ## Check format, lint, types and layers
 	$(BIN)/ruff format --check

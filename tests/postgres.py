@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 
 _SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 _OPTIONS = {
@@ -66,7 +66,7 @@ class Postgres:
     """A server over `folder`, which `nobody` must be able to reach if we are root; on a port that stays its own."""
 
     user = "postgres"
-    password = "a secret"  # noqa: S105 - of a database that lives as long as the tests
+    password = "se/cr:et@"  # noqa: S105 - of a server that lives as long as the tests; with what URLs escape
 
     def __init__(self, folder: Path) -> None:
         found = programs()
@@ -118,8 +118,8 @@ class Postgres:
         return self.create(f"test_{self._num_databases}")
 
     def url(self, database: str = "postgres") -> str:
-        password = self.password.replace(" ", "%20")
-        return f"postgresql+asyncpg://{self.user}:{password}@127.0.0.1:{self.port}/{database}"
+        url = URL.create("postgresql+asyncpg", self.user, self.password, "127.0.0.1", self.port, database)
+        return url.render_as_string(hide_password=False)
 
     def execute(self, statement: str, database: str = "postgres") -> str:
         """What the statement gives, as psql prints it without ornament."""

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs] - it has none
 from sqlalchemy import URL, Connection, event, text
@@ -47,6 +48,8 @@ class PostgreSQLConnections:
             pool_recycle=_RECYCLE_S,
             connect_args={"timeout": _CONNECT_S, "server_settings": limits},
         )
+        self._open: WeakSet[Any] = WeakSet()
+        event.listen(self._engine.sync_engine, "connect", self._remember)
         event.listen(self._engine.sync_engine, "checkout", _refuse_closed)
         self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
@@ -65,6 +68,8 @@ class PostgreSQLConnections:
             await asyncio.sleep(min(0.5, self._patience.start_s))
 
     async def close(self) -> None:
+        for connection in self._open:
+            connection.terminate()  # a goodbye would wait for the server's
         await self._engine.dispose()
 
     async def read(self, function: Callable[[Connection], _T]) -> _T:
@@ -93,6 +98,9 @@ class PostgreSQLConnections:
                 await connection.run_sync(upgrade, self._place)
         finally:
             await engine.dispose()
+
+    def _remember(self, connection: Any, _record: Any) -> None:
+        self._open.add(connection.driver_connection)
 
     @property
     def _place(self) -> str:

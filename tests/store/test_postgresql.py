@@ -285,3 +285,14 @@ async def test_the_plain_url_is_served_too(own_server: Postgres):
     with pytest.raises(StepTaken):
         await store.commit(commit(1))
     await store.close()
+
+
+async def test_closing_does_not_wait_for_a_server_that_answers_nothing(own_server: Postgres):
+    store = SQLStore(own_server.new(), patience=IMPATIENT)
+    await store.open()
+    await asyncio.gather(*(store.steps("e") for _ in range(8)))
+    own_server.pause()
+    try:
+        await asyncio.wait_for(store.close(), 60)
+    finally:
+        own_server.resume()
