@@ -17,6 +17,7 @@ from tests.serving import DISCRETE, serve
 
 Format = Literal["console", "json"]
 FORMATS: list[Format] = ["console", "json"]
+PRIVATE = "a secret word"
 
 
 @pytest.fixture
@@ -114,3 +115,72 @@ def test_a_librarys_record_looks_like_ours(log: Any, log_format: Format):
     assert "some.library" in line
     if log_format == "json":
         assert json.loads(line)["count"] == 3
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+async def test_a_message_within_a_request_is_not_told(
+    log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format
+):
+    class QuotingEngine(ScriptedEngine):
+        async def score(self, *args: Any, **options: Any) -> Any:
+            try:
+                raise ValueError(PRIVATE)
+            except ValueError as error:
+                raise ExceptionGroup(PRIVATE, [KeyError(PRIVATE)]) from error
+
+    lines = log(log_format, "debug")
+    async with serve(tmp_path, QuotingEngine(tokenizer)) as api:
+        await api.open(action_space=DISCRETE, goal="a secret word")
+        assert (await api.post_act(observation="a secret word")).status_code == 500
+    text = "\n".join(lines())
+    assert all(name in text for name in ("ValueError", "ExceptionGroup", "KeyError", "which led to", "in score"))
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+@pytest.mark.parametrize("log_format", FORMATS)
+async def test_no_line_holds_what_was_observed_or_done(
+    log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format, level: str
+):
+    lines = log(log_format, level)
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        await api.open(goal="a secret word", instructions="a secret word", metadata={"a": "a secret word"})
+        await api.act(observation="a secret word", info={"b": "a secret word"})
+        await api.client.post("/act", json={"episode_id": "e", "a secret word": "a secret word"})
+        await api.client.post("/act", content=b'{"a secret word')
+        await api.client.post("/episode/e/end", json={"terminated": True, "info": {"c": "a secret word"}})
+        await api.client.post("/episode/e/feedback", json={"rating": 5, "comment": "a secret word"})
+        await api.trajectory()
+    assert "secret" not in "\n".join(lines())
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+def test_outside_of_a_request_a_failure_is_told_whole_and_on_lines_of_its_own(log: Any, log_format: Format):
+    lines = log(log_format)
+    structlog.contextvars.clear_contextvars()
+    try:
+        raise OSError("no such model\n2026-01-01 [critical] forged")
+    except OSError:
+        logs.get("service").exception("the engine cannot be loaded")
+    logging.getLogger("some.library").error("first\n2026-01-01 [critical] forged\x1b[2J")
+    written = lines()
+    text = "\n".join(written)
+    assert "OSError: no such model" in text
+    assert "\x1b" not in text
+    if log_format == "json":
+        assert [json.loads(line)["level"] for line in written] == ["error", "error"]
+    else:
+        events = [line for line in written if not line.startswith("  | ")]
+        assert len(events) == 2, "every other line is set off"
+        assert all("[error" in line for line in events)
+
+
+def test_a_lost_tasks_failure_is_told_without_its_message(log: Any):
+    lines = log("console")
+    try:
+        raise ValueError(PRIVATE)
+    except ValueError as error:
+        logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
+    text = "\n".join(lines())
+    assert "ValueError" in text
+    assert "secret" not in text
