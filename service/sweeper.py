@@ -1,4 +1,4 @@
-"""Owns the end of idle episodes: looks for them at the moment when the next one's time is over, and never before."""
+"""Owns the end of idle episodes: looks for them at the moment when the next one's time is over, and now and then."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,8 @@ from service.store.base import Store, StoreUnavailable
 
 _log = logs.get(__name__)
 
-_LONGEST_SLEEP_S = 86_400.0
+_LONGEST_SLEEP_S = 30.0
+"""Other replicas open episodes too, of which nobody tells this one."""
 _RETRY_S = 1.0
 _BATCH = 256
 

@@ -77,6 +77,16 @@ async def test_it_sleeps_while_nothing_can_expire(expiries: Expiries, sweeper: S
         (await expiries.asked.get()).cancel()
 
 
+async def test_an_episode_that_another_replica_opened_is_found(expiries: Expiries, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.sweeper._LONGEST_SLEEP_S", 0.01)
+    (await expiries.asked.get()).set_result(None)
+    expiries.due = ["theirs"]
+    async with asyncio.timeout(5):
+        (await expiries.asked.get()).set_result(time.time() - 1)
+        (await expiries.asked.get()).cancel()
+    assert expiries.ended == ["theirs"]
+
+
 async def test_a_store_that_fails_is_asked_again(expiries: Expiries, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("service.sweeper._RETRY_S", 0.01)
     (await expiries.asked.get()).set_exception(StoreUnavailable("down"))
