@@ -1,0 +1,130 @@
+"""Owns a campaign: rounds of one kind of fault on one stand, and what they came to.
+
+A round opens episodes, plays them, strikes once at a moment that the seed chose, waits until every call is answered,
+and audits. The campaign ends with an audit of all that was ever acknowledged.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tests.faults.checker import Finding
+from tests.faults.player import BATCH_SIZE, NUM_MOVES, Auditor, Ledger, Player, calling
+from tests.faults.stand import STRIKES, FaultKind, Stand
+
+_ROUND_LIMIT_S = 600.0
+_IN_BATCHES = 0.375
+"""The share of episodes that act in batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do; the same plan makes the same choices."""
+
+    kind: FaultKind
+    store: str
+    seed: int
+    num_rounds: int
+    num_episodes: int
+    first_round: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a campaign came to."""
+
+    plan: Plan
+    num_rounds: int
+    num_faults: int
+    num_acts: int
+    num_retried: int
+    num_replayed: int
+    findings: list[Finding]
+
+    @property
+    def num_losses(self) -> int:
+        return sum(finding.kind in ("loss", "gap") for finding in self.findings)
+
+    @property
+    def num_doubles(self) -> int:
+        return sum(finding.kind == "double" for finding in self.findings)
+
+    @property
+    def num_others(self) -> int:
+        return len(self.findings) - self.num_losses - self.num_doubles
+
+    def document(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("num_losses", "num_doubles", "num_others")}
+        return {**asdict(self), **counts}
+
+
+Tell = Callable[[str], None]
+
+
+def run(stand: Stand, plan: Plan, tell: Tell = lambda _: None) -> Verdict:
+    """The campaign; `tell` hears a line a round."""
+    return asyncio.run(_run(stand, plan, tell))
+
+
+async def _run(stand: Stand, plan: Plan, tell: Tell) -> Verdict:
+    ledger, num_rounds, num_faults = Ledger(), 0, 0
+    for number in range(plan.first_round, plan.first_round + plan.num_rounds):
+        num_rounds += 1
+        try:
+            async with asyncio.timeout(_ROUND_LIMIT_S):
+                what = await _round(stand, plan, number, ledger)
+        except TimeoutError:
+            ledger.findings.append(Finding("stuck", f"round {number}", f"calls unanswered after {_ROUND_LIMIT_S:g} s"))
+            break
+        num_faults += 1
+        tell(f"{plan.kind} on {plan.store}, round {number}: {what}; {ledger.num_acts} acts, {len(ledger.findings)} bad")
+    else:
+        await _audit_all(stand, plan, ledger)
+    return Verdict(
+        plan, num_rounds, num_faults, ledger.num_acts, ledger.num_retried, ledger.num_replayed, ledger.findings
+    )
+
+
+async def _round(stand: Stand, plan: Plan, number: int, ledger: Ledger) -> str:
+    def generator(what: str) -> random.Random:
+        """One for each who draws: what one draws does not hang on when the others do."""
+        return random.Random(f"{plan.seed}:{plan.kind}:{plan.store}:{number}:{what}")
+
+    known = set(ledger.histories)
+    async with calling(stand.urls, generator("ways"), ledger) as client:
+        async with asyncio.TaskGroup() as group:
+            plays = _plays(lambda name: Player(client, generator(name), ledger), plan, number)
+            players = [group.create_task(play) for play in plays]
+            striking = group.create_task(_strike(stand, plan, generator("strike"), ledger, players))
+        fresh = [history for name, history in ledger.histories.items() if name not in known]
+        await Auditor(client, generator("audit"), ledger).audit(fresh, go_on=True)
+    return striking.result()
+
+
+def _plays(player: Callable[[str], Player], plan: Plan, number: int) -> list[Coroutine[Any, Any, None]]:
+    """Some play together, in batches; the others each for itself."""
+    names = [f"{plan.kind}-{plan.store}-{plan.seed}-{number}-{place}" for place in range(plan.num_episodes)]
+    num_batches = int(plan.num_episodes * _IN_BATCHES) // BATCH_SIZE
+    batches = [names[place * BATCH_SIZE :][:BATCH_SIZE] for place in range(num_batches)]
+    singles = names[num_batches * BATCH_SIZE :]
+    return [player(batch[0]).play_batch(batch) for batch in batches] + [player(name).play(name) for name in singles]
+
+
+async def _strike(
+    stand: Stand, plan: Plan, generator: random.Random, ledger: Ledger, players: "list[asyncio.Task[None]]"
+) -> str:
+    """Strikes after a share of the round's acts, or right away, while episodes are being opened."""
+    moment = ledger.num_acts + int(generator.uniform(0.0, 0.8) * plan.num_episodes * NUM_MOVES)
+    delay_s = generator.uniform(0.0, 0.03)
+    while ledger.num_acts < moment and not all(player.done() for player in players):  # noqa: ASYNC110 - they fill it
+        await asyncio.sleep(0.002)
+    await asyncio.sleep(delay_s)
+    return await asyncio.to_thread(STRIKES[plan.kind], stand, generator)
+
+
+async def _audit_all(stand: Stand, plan: Plan, ledger: Ledger) -> None:
+    generator = random.Random(f"{plan.seed}:{plan.kind}:{plan.store}")
+    async with calling(stand.urls, generator, ledger) as client:
+        await Auditor(client, generator, ledger).audit(list(ledger.histories.values()))
