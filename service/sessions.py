@@ -391,8 +391,7 @@ class Sessions:
             episode.record(step, head)
         except StepTaken:
             self._drop(episode.episode_id)
-            named = step.closing or step.idempotency_key is not None or (flight and flight.call.step is not None)
-            return await self._winner(step, is_retry=bool(named))
+            return await self._winner(step, names_step=step.closing or bool(flight and flight.call.step is not None))
         except StoreUnavailable:
             self._drop(episode.episode_id)
             if not await self._is_kept(step):
@@ -409,10 +408,12 @@ class Sessions:
         rows = await self.store.steps(step.episode_id, step.index)
         return bool(rows) and (rows[0].digest, rows[0].created_at) == (step.digest, step.created_at)
 
-    async def _winner(self, step: Step, *, is_retry: bool) -> Step:
-        rows = await self.store.steps(step.episode_id, step.index)
-        if is_retry and rows and rows[0].digest == step.digest:
-            return rows[0]
+    async def _winner(self, step: Step, *, names_step: bool) -> Step:
+        """The step that is there in place of this one, if it answers the same call: equal words alone are no proof."""
+        for row in await self.store.steps(step.episode_id, step.index):
+            has_key = step.idempotency_key is not None and step.idempotency_key == row.idempotency_key
+            if row.digest == step.digest and (names_step or has_key):
+                return row
         head = (await self._record(step.episode_id)).head
         detail = f"Another act took step {step.index}; the next is {head.step}."
         raise Conflict("step_conflict", detail, expected_step=head.step)

@@ -275,6 +275,22 @@ async def test_an_act_without_a_step_never_takes_over_anothers_answer(tokenizer:
     assert [(answer["step"], answer["replayed"]) for answer in answers] == [(1, False), (2, False), (3, False)]
 
 
+async def test_a_key_never_takes_over_the_answer_of_another_key(tokenizer: HFTokenizer):
+    store = MemoryStore()
+    replicas = [Sessions(store, max_live_episodes=8) for _ in range(2)]
+    for replica in replicas:
+        replica.serve(ScriptedEngine(tokenizer))
+    await replicas[0].create("e", {}, b"body")
+    first = await replicas[1].act("e", call(idempotency_key="a"))
+    stale = await replicas[0].act("e", call(idempotency_key="b"))
+    again = await replicas[0].act("e", call(idempotency_key="a"))
+    assert [(answer["step"], answer["replayed"]) for answer in (first, stale, again)] == [
+        (0, False),
+        (1, False),
+        (0, True),
+    ]
+
+
 async def test_concurrent_touches_share_one_read(tokenizer: HFTokenizer):
     class CountingStore(MemoryStore):
         num_reads = 0
