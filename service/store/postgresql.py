@@ -46,6 +46,7 @@ class PostgreSQLConnections:
             max_overflow=0,
             pool_timeout=patience.transaction_s,
             pool_recycle=_RECYCLE_S,
+            hide_parameters=True,
             connect_args={"timeout": _CONNECT_S, "server_settings": limits},
         )
         self._open: WeakSet[Any] = WeakSet()
@@ -90,7 +91,8 @@ class PostgreSQLConnections:
 
     async def _migrate(self) -> None:
         """Takes the time that it takes, on a connection of its own without limits."""
-        engine = create_async_engine(self._url, poolclass=NullPool, connect_args={"timeout": _CONNECT_S})
+        connect_args = {"timeout": _CONNECT_S}
+        engine = create_async_engine(self._url, poolclass=NullPool, connect_args=connect_args, hide_parameters=True)
         try:
             async with engine.begin() as connection:
                 # Of replicas that start together one migrates, the others find it done.
