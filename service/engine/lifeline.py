@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -15,12 +16,15 @@ from threading import Thread
 
 
 def register() -> None:
-    """Ends this process as soon as its parent has ended; does nothing in a process that multiprocessing did not start.
+    """Ends this process as soon as its parent has ended, and not at Ctrl-C, which a terminal sends to both: the parent
+    drains first. Does nothing in a process that multiprocessing did not start.
 
     Named as an entry point in the group `vllm.general_plugins`, which vLLM calls in every process it starts.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         Thread(target=_end_with, args=[parent.sentinel], name="lifeline", daemon=True).start()
 
 

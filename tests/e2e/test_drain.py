@@ -1,6 +1,7 @@
-"""SIGTERM amid acts of the real engine: what is in flight, what comes meanwhile, and how the process ends."""
+"""Signals amid acts of the real engine: what is in flight, what comes meanwhile, and how the process ends."""
 
 import contextlib
+import os
 import signal
 import socket
 import sqlite3
@@ -90,7 +91,8 @@ def test_an_act_in_flight_ends_and_later_ones_are_told(
         open_long(server, name)
     long: Future[httpx.Response] = threads.submit(act, server, "long")
     until(lambda: num_running(server) == 1)
-    server.signal(signal.SIGTERM)
+    assert server.process is not None
+    os.killpg(server.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: the engine's process hears it too
     until(lambda: code(httpx.get(f"{server.url}/readyz")) == (503, None))
     assert code(act(server, "late")) == (503, "draining")
     assert httpx.get(f"{server.url}/healthz").status_code == 200
