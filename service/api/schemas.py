@@ -88,6 +88,11 @@ class ReasoningRequest(_Request):
     history: Literal["keep", "drop"] = "keep"
 
 
+_NO_NUL = r"^[^\x00]*$"
+"""PostgreSQL has no such text."""
+Label = Annotated[str, StringConstraints(max_length=128, pattern=_NO_NUL)]
+
+
 class EpisodeFields(_Request):
     """What an episode is opened with; a profile may hold any of it."""
 
@@ -100,9 +105,9 @@ class EpisodeFields(_Request):
     policy: str | None = None
     max_steps: int | None = Field(None, gt=0, lt=2**31)
     idle_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    tags: list[Annotated[str, StringConstraints(max_length=128)]] = Field([], max_length=64)
+    tags: list[Label] = Field([], max_length=64)
     metadata: JsonObject = {}
-    group: str | None = Field(None, max_length=128)
+    group: Label | None = None
 
 
 class EpisodeRequest(EpisodeFields):
@@ -171,15 +176,15 @@ class ForkRequest(_Request):
     at_step: int | None = Field(None, ge=0)
     n: int = Field(1, ge=1, le=1024)
     episode_ids: list[EpisodeId] | None = None
-    group: str | None = Field(None, max_length=128)
+    group: Label | None = None
 
 
 class FeedbackRequest(_Request):
     """POST /episode/{id}/feedback: a human's rating of a step, or of the episode."""
 
     rating: int = Field(ge=1, le=5)
-    comment: str | None = Field(None, max_length=10_000)
-    rater: str | None = Field(None, min_length=1, max_length=128)
+    comment: str | None = Field(None, max_length=10_000, pattern=_NO_NUL)
+    rater: str | None = Field(None, min_length=1, max_length=128, pattern=_NO_NUL)
     step: int | None = Field(None, ge=0, lt=2**31)
 
 

@@ -311,10 +311,17 @@ async def test_ratings_are_kept_with_the_steps(api: Served):
     assert said.json() == (await api.trajectory())["feedback"][0]
 
 
-@pytest.mark.parametrize(
-    "body", [{"rating": 0}, {"rating": 6}, {"rating": 4.5}, {}, {"rating": 3, "step": 1}, {"rating": True}]
-)
-async def test_a_rating_out_of_range_is_refused(api: Served, body: dict[str, Any]):
+WRONG_RATINGS: list[dict[str, Any]] = [
+    *({"rating": rating} for rating in (0, 6, 4.5, True)),
+    {},
+    {"rating": 3, "step": 1},
+    {"rating": 3, "rater": "a\0"},  # PostgreSQL has no such text
+    {"rating": 3, "comment": "\0"},
+]
+
+
+@pytest.mark.parametrize("body", WRONG_RATINGS)
+async def test_a_rating_that_cannot_be_is_refused(api: Served, body: dict[str, Any]):
     await api.open()
     await api.act()
     refused(await post(api, f"{api.path}/feedback", **body), 422, "invalid_request")

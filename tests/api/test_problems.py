@@ -292,6 +292,8 @@ BAD_EPISODES: dict[str, Any] = {
     "a tiny context": {"context": {"max_tokens": 1}},
     "another policy": {"policy": "somebody-else"},
     "a tag too long": {"tags": ["x" * 129]},
+    "a tag that no database has": {"tags": ["a\0b"]},
+    "a group that no database has": {"group": "a\0b"},
     "tags that are text": {"tags": "a"},
     "metadata that is a list": {"metadata": []},
 }
