@@ -3,10 +3,14 @@ SHELL  := /bin/bash
 PYTHON ?= python3
 DEVICE ?= cpu
 MODEL   =
+ROUNDS  = 100
+SEED    = 7
+STORE   = both
+MINUTES = 30
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check bench policy lock clean
+.PHONY: help install serve test check bench faults soak policy lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,6 +18,8 @@ help: ## List the commands
 	@echo "  DEVICE=cpu|gpu       which engine to install (now: $(DEVICE))"
 	@echo "  MODEL=NAME|PATH      the policy that serve loads (default: the packaged one)"
 	@echo "  PYTHON=python3.12    the interpreter that makes .venv (now: $(PYTHON))"
+	@echo "  ROUNDS=100 SEED=7 STORE=sqlite|postgresql|both    what faults does"
+	@echo "  MINUTES=30           how long soak takes"
 
 install: ## Set up .venv for DEVICE; does nothing when it is up to date
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Name one: make install PYTHON=python3.12"; exit 1; }
@@ -34,6 +40,12 @@ check: install ## Check format, lint, types and layers
 
 bench: install ## Measure the service and write its report
 	$(BIN)/python -m bench
+
+faults: install ## Hurt the service under load, ROUNDS times a kind of fault, and check what it kept
+	$(BIN)/python -m tests.faults --rounds $(ROUNDS) --seed $(SEED) --store $(STORE)
+
+soak: install ## Load the service for MINUTES and watch what grows
+	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
 policy: install ## Train the packaged policy anew
 	$(BIN)/python -m training.toy_text

@@ -13,6 +13,7 @@ EPISODES_ENDED = Counter("agent_episodes_ended", "Episodes ended, by stop reason
 LIVE_EPISODES = Gauge("agent_live_episodes", "Episodes held in memory; the others are in the store alone.")
 ACTIVE_ACTS = Gauge("agent_active_acts", "Acts in flight.")
 WAITING_ACTS = Gauge("agent_waiting_acts", "Admitted acts that wait for a place in the engine.")
+TASKS = Gauge("agent_tasks", "Tasks of the event loop; a number that only grows is a leak.")
 ACTIVE_EPISODES = Gauge("agent_active_episodes", "Episodes that have not ended, in memory or not.")
 TOKENS = Counter("agent_tokens", "Tokens by kind: prompt, cached (of the prompt), completion.", ["kind"])
 PARSE_FAILURES = Counter("agent_parse_failures", "Completions that gave no action, by kind.", ["kind"])

@@ -88,6 +88,7 @@ async def test_acts_in_flight_and_live_episodes_go_up_and_down(tmp_path: Path, t
         acts: list[Any] = [asyncio.create_task(api.post_act("e0")), asyncio.create_task(api.post_act("e1"))]
         await until(lambda: engine.num_held == 2)
         assert moved(before, await samples(api), "agent_active_acts") == 2
+        assert moved(before, await samples(api), "agent_tasks") >= 2
         engine.release.set()
         await asyncio.gather(*acts)
         assert moved(before, await samples(api), "agent_active_acts") == 0

@@ -1,5 +1,6 @@
 """Owns what operators call: health, readiness, version, metrics."""
 
+import asyncio
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from service.api.schemas import Ready, Version
-from service.metrics import ACTIVE_EPISODES
+from service.metrics import ACTIVE_EPISODES, TASKS
 from service.store.base import StoreUnavailable
 
 router = APIRouter(tags=["operations"])
@@ -60,6 +61,7 @@ async def metrics(request: Request) -> Response:
     """Prometheus text: ours `agent_*`, the engine's `vllm:*`."""
     with contextlib.suppress(StoreUnavailable):  # other replicas open and end episodes too: the store alone knows
         ACTIVE_EPISODES.set(await request.app.state.sessions.store.num_active())
+    TASKS.set(len(asyncio.all_tasks()))
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

@@ -1,0 +1,136 @@
+"""Loads one service for a long while with all that callers do, and says what grows: memory, tasks, files."""
+
+import asyncio
+import json
+import sqlite3
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from bench import report, soak_report
+from bench.served import served, server_of
+from bench.soak_load import Load
+from bench.soak_report import Sample
+from service.client import AsyncClient, Retry
+
+_EVERY_S = 5.0
+_SETTLE_S = 15.0
+"""Longer than an idle episode's time, and than the engine lets its metrics grow old."""
+
+
+class Probe:
+    """Looks at a service from outside: its processes, its metrics and its SQLite file."""
+
+    def __init__(self, url: str, data: Path) -> None:
+        self._url = url
+        self._file = data / "episodic.db"
+        self._server = server_of(url)
+        children = self._server.children(recursive=True)
+        self._engine = next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
+
+    async def sample(self, at_s: float) -> Sample:
+        metrics = await self._metrics()
+        episodes, tombstones, steps = await asyncio.to_thread(self._rows)
+        return Sample(
+            at_s=round(at_s, 1),
+            server_mb=self._server.memory_info().rss / 1e6,
+            engine_mb=self._engine.memory_info().rss / 1e6,
+            num_fds=self._server.num_fds(),
+            num_threads=self._server.num_threads(),
+            num_tasks=metrics["agent_tasks"],
+            live_episodes=metrics["agent_live_episodes"],
+            acts=metrics.get("agent_acts_total", 0.0),
+            store_mb=self._size_mb(""),
+            wal_mb=self._size_mb("-wal"),
+            episodes=episodes,
+            tombstones=tombstones,
+            steps=steps,
+        )
+
+    async def _metrics(self) -> Mapping[str, float]:
+        """Each of ours, summed over its labels."""
+        async with httpx.AsyncClient(base_url=self._url, timeout=60) as http:
+            lines = (await http.get("/metrics")).text.splitlines()
+        found: dict[str, float] = {}
+        for line in lines:
+            if line.startswith("agent_"):
+                name, _, value = line.rpartition(" ")
+                name = name.partition("{")[0]
+                found[name] = found.get(name, 0.0) + float(value)
+        return found
+
+    def _rows(self) -> tuple[int, int, int]:
+        """Episodes, deleted ones of which a tombstone is left, and steps."""
+        counts = "SELECT count(*) FILTER (WHERE deleted_at IS NULL), count(deleted_at) FROM episodes"
+        with closing(sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, timeout=30)) as connection:
+            episodes, tombstones = connection.execute(counts).fetchone()
+            (steps,) = connection.execute("SELECT count(*) FROM steps").fetchone()
+        return episodes, tombstones, steps
+
+    def _size_mb(self, suffix: str) -> float:
+        file = self._file.with_name(self._file.name + suffix)
+        return file.stat().st_size / 1e6 if file.exists() else 0.0
+
+
+async def _soak(url: str, data: Path, seconds: float, seed: int) -> tuple[list[Sample], Load]:
+    probe, began = Probe(url, data), time.monotonic()
+    samples: list[Sample] = []
+    async with AsyncClient(url, retry=Retry(total_s=120.0)) as client:
+        load = Load(client, seed, began + seconds)
+        playing = asyncio.create_task(load.run())
+        while not playing.done():
+            samples.append(await probe.sample(time.monotonic() - began))
+            await asyncio.wait([playing], timeout=_EVERY_S)
+        await playing
+    await asyncio.sleep(_SETTLE_S)
+    samples.append(await probe.sample(time.monotonic() - began))
+    return samples, load
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="How long.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of the load's choices.")] = 7,
+    warm_up_s: Annotated[float | None, typer.Option(help="What comes before says nothing; a third, if unset.")] = None,
+    out: Annotated[Path, typer.Option(help="OUT.json and OUT.png are written.")] = Path("bench/soak"),
+) -> None:
+    """Soaks the service. Exit code 1 if anything grows, or a call failed that should not have."""
+    warm_up_s = min(minutes * 20, 600.0) if warm_up_s is None else warm_up_s
+    facts = report.machine()
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
+        samples, load = asyncio.run(_soak(url, Path(folder), minutes * 60, seed))
+    *loaded, idle = samples
+    found = soak_report.trends(loaded, warm_up_s)
+    document = {"machine": facts, "minutes": minutes, "seed": seed, "warm_up_s": warm_up_s, "counts": load.counts}
+    document |= {"failures": load.failures, **soak_report.document(samples, found)}
+    out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    soak_report.plot(out.with_suffix(".png"), loaded, found, warm_up_s)
+    _tell(load, found, loaded, idle)
+    raise typer.Exit(int(bool(load.failures) or any(trend.grows for trend in found)))
+
+
+def _tell(load: Load, found: list[soak_report.Trend], loaded: list[Sample], idle: Sample) -> None:
+    last = loaded[-1]
+    typer.echo("did: " + ", ".join(f"{number} {name}" for name, number in sorted(load.counts.items())))
+    for trend in found:
+        typer.echo(str(trend))
+    typer.echo(
+        f"{last.store_mb * 1e6 / max(last.steps, 1):.0f} bytes of file a stored step, with {last.steps} steps of "
+        f"{last.episodes} episodes in it and {last.tombstones} tombstones of deleted ones"
+    )
+    typer.echo(
+        f"at rest afterwards: {idle.num_fds} descriptors, {idle.num_tasks:.0f} tasks, {idle.server_mb:.0f} MB, "
+        f"{idle.live_episodes:.0f} episodes in memory"
+    )
+    for failure, times in load.failures.most_common(10):
+        typer.echo(f"{times} times: {failure}")
+    typer.echo(soak_report.verdict(found, sum(load.failures.values())))
+
+
+if __name__ == "__main__":
+    typer.run(main)

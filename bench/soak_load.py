@@ -1,0 +1,143 @@
+"""Owns the load of a soak: lives of episodes of every kind, side by side; a bounded number of episodes stays."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from contextlib import aclosing, suppress
+
+from service.client import Act, AsyncClient, AsyncEpisode, EpisodeNotFound, EpisodicError, StepConflict
+from service.client.errors import ApiError
+
+NUM_KEPT = 300
+"""Ended episodes that stay; older ones are deleted, so that what still grows is not what callers keep."""
+_NUM_LANES = 12
+_NUM_STEPS = 8
+_IDLE_TTL_S = 3.0
+_TIDY_S = 5.0
+_DISCRETE = {"type": "discrete", "actions": ["left", "down", "right", "up"]}
+
+
+class Load:
+    """Plays until `stop_at` (time.monotonic()); `counts` says what it did, `failures` what it did not expect."""
+
+    def __init__(self, client: AsyncClient, seed: int, stop_at: float) -> None:
+        self._client = client
+        self._random = random.Random(seed)  # noqa: S311 - a load, no secret
+        self._stop_at = stop_at
+        self.counts: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_NUM_LANES):
+                group.create_task(self._lane())
+            group.create_task(self._tidy())
+            group.create_task(self._export())
+
+    async def _lane(self) -> None:
+        lives = (self._play, self._play, self._write, self._together, self._fork, self._leave)
+        while time.monotonic() < self._stop_at:
+            life = self._random.choice(lives)
+            try:
+                await life()
+            except EpisodicError as error:
+                self.failures[f"{life.__name__[1:]}: {error}"[:200]] += 1
+                await asyncio.sleep(0.1)
+
+    async def _open(self, **fields: object) -> AsyncEpisode:
+        self.counts["episodes"] += 1
+        return await self._client.episode(instructions="Play on.", tags=["soak"], **fields)  # type: ignore[arg-type]
+
+    async def _act(self, episode: AsyncEpisode, **fields: object) -> Act:
+        self.counts["acts"] += 1
+        said = f"row {self._random.randrange(4)}, column {self._random.randrange(4)}"
+        return await episode.act(said, **fields)  # type: ignore[arg-type]
+
+    async def _play(self) -> None:
+        """Discrete actions to a terminal state; half of these are deleted right away."""
+        episode = await self._open(action_space=_DISCRETE)
+        for step in range(_NUM_STEPS):
+            await self._act(episode, reward=1.0 if step else None)
+        await self._act(episode, reward=1.0, terminated=True)
+        if self._random.random() < 0.5:
+            await episode.delete()
+
+    async def _write(self) -> None:
+        """Streams of text, every other of which its reader leaves."""
+        episode = await self._open(sampling={"max_tokens": 24})
+        for _ in range(_NUM_STEPS // 2):
+            if self._random.random() < 0.5:
+                await self._abandon(episode)
+            await self._act_when_free(episode)
+        await episode.end(success=True)
+
+    async def _abandon(self, episode: AsyncEpisode) -> None:
+        self.counts["abandoned"] += 1
+        async with aclosing(episode.stream("Tell me a long story.")) as events:
+            async for _ in events:
+                break
+
+    async def _act_when_free(self, episode: AsyncEpisode) -> None:
+        """The act that was left may be on its way out still, or have been taken after all."""
+        while True:
+            try:
+                await self._act(episode)
+                return
+            except StepConflict:
+                await episode.refresh()
+            except ApiError as error:
+                if error.code not in ("episode_busy", "idempotency_mismatch"):
+                    raise
+                await asyncio.sleep(0.05)
+                await episode.refresh()
+
+    async def _together(self) -> None:
+        """A vectorised environment's: four episodes a call."""
+        episodes = [await self._open(action_space=_DISCRETE) for _ in range(4)]
+        for _ in range(_NUM_STEPS):
+            self.counts["acts"] += len(episodes)
+            for result in await self._client.act_batch([(episode, "row 0, column 0", {}) for episode in episodes]):
+                if isinstance(result, ApiError):
+                    raise result
+        for episode in episodes:
+            await episode.end(truncated=True)
+
+    async def _fork(self) -> None:
+        """Four ways from one point; the parent is deleted while its forks go on."""
+        parent = await self._open(action_space=_DISCRETE)
+        for _ in range(_NUM_STEPS // 2):
+            await self._act(parent)
+        forks = await parent.fork(4, at_step=self._random.randint(1, _NUM_STEPS // 2))
+        self.counts["episodes"] += len(forks)
+        await parent.delete()
+        for fork in forks:
+            await self._act(fork)
+            await fork.end()
+
+    async def _leave(self) -> None:
+        """An episode that its caller forgets: its idle time ends it."""
+        episode = await self._open(action_space=_DISCRETE, idle_ttl_s=_IDLE_TTL_S)
+        await self._act(episode)
+
+    async def _tidy(self) -> None:
+        """Deletes what ended but for the newest."""
+        while time.monotonic() < self._stop_at:
+            await asyncio.sleep(_TIDY_S)
+            try:
+                ended = [episode.episode_id async for episode in self._client.episodes(status="ended")]
+                for episode_id in ended[NUM_KEPT:]:
+                    with suppress(EpisodeNotFound):
+                        await (await self._client.resume(episode_id)).delete()
+                    self.counts["deleted"] += 1
+            except EpisodicError as error:
+                self.failures[f"tidy: {error}"[:200]] += 1
+
+    async def _export(self) -> None:
+        while time.monotonic() < self._stop_at:
+            await asyncio.sleep(_TIDY_S)
+            try:
+                async for _ in self._client.export("tokens", tag="soak"):
+                    self.counts["exported"] += 1
+            except EpisodicError as error:
+                self.failures[f"export: {error}"[:200]] += 1

@@ -1,0 +1,49 @@
+"""What grows is said to grow, by how much an hour; noise, peaks and the warm-up are not taken for growth."""
+
+import random
+from typing import Any
+
+from bench.soak_report import FIGURES, Sample, slope, trends, verdict
+
+HOUR_S = 3600.0
+
+
+def sampled(**of: Any) -> list[Sample]:
+    """Half an hour of a service at rest; `of`: a field's value as a function of the second."""
+    still = dict.fromkeys(Sample.__dataclass_fields__, 100)
+    at = [5.0 * number for number in range(361)]
+    return [Sample(**{**still, "at_s": at_s, **{name: value(at_s) for name, value in of.items()}}) for at_s in at]
+
+
+def growing(samples: list[Sample]) -> set[str]:
+    return {trend.figure.name for trend in trends(samples, warm_up_s=600) if trend.grows}
+
+
+def test_a_slope_is_found_through_noise_and_peaks() -> None:
+    generator = random.Random(1)
+    points = [(float(x), 2.0 * x + generator.gauss(0, 5)) for x in range(0, 1800, 5)]
+    points[::10] = [(x, 10_000.0) for x, _ in points[::10]]
+    assert abs(slope(points) - 2.0) < 0.05
+    assert slope(points[:1]) == 0.0
+
+
+def test_a_service_at_rest_does_not_grow() -> None:
+    generator = random.Random(1)
+    samples = sampled(server_mb=lambda _: 900 + generator.gauss(0, 3), num_fds=lambda _: 80 + generator.randrange(20))
+    assert growing(samples) == set()
+    assert verdict(trends(samples, 600), failures=0) == "Nothing grows. Every call was answered."
+
+
+def test_a_leak_of_each_figure_is_told_by_its_name() -> None:
+    for figure in FIGURES:
+        samples = sampled(**{figure.name: lambda at_s, rate=figure.at_most_an_hour * 2: 50 + rate * at_s / HOUR_S})
+        assert growing(samples) == {figure.name}
+        assert figure.title in verdict(trends(samples, 600), failures=0)
+
+
+def test_what_fills_up_in_the_warm_up_is_no_growth() -> None:
+    assert growing(sampled(server_mb=lambda at_s: min(at_s, 590.0))) == set()
+
+
+def test_calls_that_failed_are_told() -> None:
+    assert "3 calls failed" in verdict(trends(sampled(), 600), failures=3)
