@@ -282,6 +282,7 @@ class VLLMEngine:
                 name=self.info.model,
                 options=self._front_end.options,
                 media_hosts=self._front_end.media_hosts,
+                check=self._grammar.check,
             )
             self._inference = asyncio.create_task(building)
             self._inference.add_done_callback(lambda _: self._show_adapters())

@@ -17,9 +17,10 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a completion must be: JSON valid under `spec` (a schema as JSON text), or text that `spec` matches."""
+    """What a completion must be: JSON valid under `spec` (a schema as JSON text), or text that `spec` matches. The
+    other kinds are /v1's: a grammar as EBNF or Lark has it, or xgrammar's structural tag, which is JSON."""
 
-    kind: Literal["json", "regex"]
+    kind: Literal["json", "regex", "grammar", "lark", "structural_tag"]
     spec: str
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from typing import Any
 
@@ -17,6 +18,8 @@ from service.engine.base import Constraint, ConstraintRefused
 
 _MEMORY_LIMIT_BYTES = 3 << 30
 _START_LIMIT_S = 120.0
+_PARSE_LIMIT_S = 0.25
+"""Of CPU time. vLLM parses a constraint anew at each request, on the event loop."""
 
 
 class GrammarChecker:
@@ -110,10 +113,9 @@ def _serve() -> None:
     answers.write("{}\n")
     for line in sys.stdin:
         question = json.loads(line)
-        compile_ = compiler.compile_json_schema if question["kind"] == "json" else compiler.compile_regex
         matches: bool | None = None
         try:
-            grammar = compile_(question["spec"])
+            grammar = _compiled(compiler, question["kind"], question["spec"])
             if question["text"] is not None:
                 matcher = xgrammar.GrammarMatcher(grammar)
                 matches = matcher.accept_string(question["text"]) and matcher.accept_token(info.stop_token_ids[0])
@@ -121,6 +123,33 @@ def _serve() -> None:
         except Exception as failure:  # noqa: BLE001 - the library raises several kinds; all mean "no"
             error = str(failure).strip().split("\n")[-1][:300] or type(failure).__name__
         answers.write(json.dumps({"error": error, "matches": matches}) + "\n")
+
+
+def _compiled(compiler: Any, kind: str, spec: str) -> Any:
+    """As vLLM's backend for xgrammar compiles each kind. Raises ValueError for one that takes too long to parse, and
+    whatever the library raises."""
+    from xgrammar import Grammar, StructuralTagItem
+
+    if kind == "structural_tag":
+        tag = json.loads(spec)
+        if "structures" not in tag:
+            return compiler.compile_structural_tag(spec)
+        items = [
+            StructuralTagItem(begin=item["begin"], schema=json.dumps(item["schema"]), end=item["end"])
+            for item in tag["structures"]
+        ]
+        return compiler.compile_structural_tag(items, tag["triggers"])
+    parse, compile_ = {
+        "json": (Grammar.from_json_schema, compiler.compile_json_schema),
+        "regex": (Grammar.from_regex, compiler.compile_regex),
+        "grammar": (Grammar.from_ebnf, compiler.compile_grammar),
+        "lark": (Grammar.from_lark, compiler.compile_lark),
+    }[kind]
+    began = time.process_time()
+    parse(spec)
+    if time.process_time() - began > _PARSE_LIMIT_S:
+        raise ValueError("it takes too long to parse")
+    return compile_(spec)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Owns OpenAI-compatible inference: vLLM's own serving classes over the engine that the episodes use."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from service.engine.base import CACHE_SALT, EngineRefused
+from service.engine.base import CACHE_SALT, Constraint, ConstraintRefused, EngineRefused
+
+Check = Callable[[Constraint], Awaitable[None]]
 
 OPTIONS = frozenset(
     {
@@ -65,6 +69,46 @@ class SaltedClient:
         return self._llm.encode(_salted(prompt), *args, **options)
 
 
+class CheckedClient:
+    """vLLM's engine, which compiles what a caller wants its completion held to without any limit: asked here first.
+    Whatever field of whatever route it came by, it is in the sampling parameters now."""
+
+    def __init__(self, llm: Any, check: Check) -> None:
+        self._llm = llm
+        self._check = check
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    async def generate(self, prompt: Any, sampling_params: Any, *args: Any, **options: Any) -> AsyncGenerator[Any]:
+        """Raises ValueError, which vLLM's serving classes answer with 400."""
+        if sampling_params.structured_outputs is not None:
+            try:
+                await self._check(_constraint(sampling_params.structured_outputs))
+            except ConstraintRefused as error:
+                raise ValueError(f"the structured output is refused: {error}") from error
+        async with aclosing(self._llm.generate(prompt, sampling_params, *args, **options)) as outputs:
+            async for output in outputs:
+                yield output
+
+
+def _constraint(wanted: Any) -> Constraint:
+    """Of vLLM's StructuredOutputsParams, as its backend for xgrammar takes them. Raises ValueError."""
+    from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
+
+    if wanted.json is not None:
+        return Constraint("json", wanted.json if isinstance(wanted.json, str) else json.dumps(wanted.json))
+    if wanted.regex is not None:
+        return Constraint("regex", wanted.regex)
+    if wanted.structural_tag is not None:
+        tag = wanted.structural_tag
+        return Constraint("structural_tag", tag if isinstance(tag, str) else json.dumps(tag))
+    if wanted.json_object:
+        return Constraint("json", '{"type":"object"}')
+    grammar = choice_as_grammar(wanted.choice) if wanted.choice else wanted.grammar or ""
+    return Constraint("lark" if grammar_is_likely_lark(grammar) else "grammar", grammar)
+
+
 def _salted(prompt: Any) -> Any:
     salt = CACHE_SALT.get()
     if salt is None:
@@ -80,14 +124,16 @@ async def build(
     name: str,
     options: dict[str, Any],
     media_hosts: Sequence[str],
+    check: Check,
 ) -> ASGIApp:
     """An ASGI app with vLLM's routes for inference and none of those that steer the engine. `tasks`: what the engine
-    can do; `name`: what callers call the model. Takes seconds: the serving classes are imported on the way."""
+    can do; `name`: what callers call the model; `check` raises ConstraintRefused for what must not be
+    compiled. Takes seconds: the serving classes are imported on the way."""
     app = await asyncio.to_thread(_app, llm, model, name, options, media_hosts)
     _add_routes(app, tasks, llm.model_config)
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
-    client: Any = SaltedClient(llm)
+    client: Any = SaltedClient(CheckedClient(llm, check))
     await init_app_state(client, app.state, app.state.args, tasks)
     return app
 

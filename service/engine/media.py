@@ -1,20 +1,27 @@
-"""Owns what /v1 may fetch: vLLM's media connector, held to hosts that are allowed and to public addresses.
+"""Owns what /v1 may fetch and decode: vLLM's media connector, held to hosts that are allowed, to public addresses, and
+to images that fit in memory.
 
 Imports vllm, and is imported where vLLM is served alone.
 """
 
 import asyncio
 import ipaddress
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import DefaultResolver
+from PIL.Image import DecompressionBombError, DecompressionBombWarning
 from urllib3.util import parse_url
 from vllm.connections import HTTPConnection
 from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+MAX_PIXELS = 1 << 24
+"""Of an image, or of a frame; 48 MiB as RGB. A packed image of a few kilobytes may have more."""
 
 
 class MediaRefused(ValueError):
@@ -24,6 +31,7 @@ class MediaRefused(ValueError):
 def guard(hosts: Sequence[str]) -> None:
     """From now on vLLM fetches media through a connector that allows these hosts alone."""
     MEDIA_CONNECTOR_REGISTRY.register("http")(connector(hosts))
+    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # looked at after Pillow's, which is too generous
 
 
 def connector(hosts: Sequence[str]) -> type[MediaConnector]:
@@ -37,22 +45,34 @@ def connector(hosts: Sequence[str]) -> type[MediaConnector]:
         def load_from_url(self, url: str, media_io: Any, **options: Any) -> Any:
             _check(url, hosts)
             if _is_data(url):
-                return super().load_from_url(url, media_io, **options)
+                with _no_bombs():
+                    return super().load_from_url(url, media_io, **options)
             raise MediaRefused("media is fetched asynchronously only")
 
         async def load_from_url_async(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
             _check(url, hosts)
             if _is_data(url):
-                return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
+                with _no_bombs():
+                    return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
             limit = media_io.get_max_bytes()
             options: dict[str, Any] = {"timeout": fetch_timeout, "allow_redirects": False, "max_bytes": limit}
             try:
                 data = await self.connection.async_get_bytes(url, **options)
             except (OSError, aiohttp.ClientError, TimeoutError) as error:
                 raise MediaRefused(f"the media cannot be fetched: {type(error).__name__}") from error
-            return await asyncio.to_thread(media_io.load_bytes, data)
+            with _no_bombs():
+                return await asyncio.to_thread(media_io.load_bytes, data)
 
     return Guarded
+
+
+@contextmanager
+def _no_bombs() -> Generator[None]:
+    """Pillow's own limit is a failure to vLLM, and not the caller's fault."""
+    try:
+        yield
+    except (DecompressionBombError, DecompressionBombWarning) as error:
+        raise MediaRefused("the image has too many pixels") from error
 
 
 def is_public(address: str) -> bool:

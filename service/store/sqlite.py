@@ -42,7 +42,7 @@ class SQLiteConnections:
         self._path = Path(str(url.database))
         # No isolation level: Python's sqlite3 begins no transaction then, and we begin the one that we want.
         connect_args = {"timeout": patience.lock_s, "isolation_level": None}
-        self._engine = create_engine(url, pool_size=1 + _NUM_READERS, connect_args=connect_args)
+        self._engine = create_engine(url, pool_size=1 + _NUM_READERS, connect_args=connect_args, hide_parameters=True)
         event.listen(self._engine, "connect", _set_pragmas)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-read")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="store-write")

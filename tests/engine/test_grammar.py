@@ -79,7 +79,7 @@ async def test_a_caller_that_leaves_takes_no_answer_along(checker: GrammarChecke
 
 
 async def test_what_takes_too_long_is_refused_and_the_next_is_served(tokenizer_info: str):
-    properties = {f"property{number}": {"type": "string"} for number in range(40_000)}
+    properties = {f"property{number}": {"type": "string"} for number in range(10_000)}
     hostile = Constraint("json", json.dumps({"type": "object", "properties": properties}))
     checker = GrammarChecker(tokenizer_info, limit_s=1.0)
     try:
@@ -198,3 +198,84 @@ async def test_a_pydantic_models_schema_is_a_tools(checker: GrammarChecker):
     ):
         call = {"name": "move", "arguments": arguments}
         assert await checker.matches(space.constraint, json.dumps(call)) == is_valid, arguments
+
+
+WANTED: list[tuple[dict[str, Any], str]] = [
+    ({"json": {"type": "object"}}, "json"),
+    ({"json": '{"type":"object"}'}, "json"),
+    ({"json_object": True}, "json"),
+    ({"regex": "[ab]"}, "regex"),
+    ({"choice": ["left", 'ri"ght']}, "grammar"),
+    ({"grammar": 'root ::= "a" | "b"'}, "grammar"),
+    ({"grammar": 'start: "a" | "b"'}, "lark"),
+    (
+        {
+            "structural_tag": '{"type":"structural_tag","format":{"type":"triggered_tags","triggers":["<f>"],"tags":'
+            '[{"begin":"<f>","content":{"type":"any_text"},"end":"</f>"}]}}'
+        },
+        "structural_tag",
+    ),
+    (
+        {
+            "structural_tag": '{"structures":[{"begin":"<f>","schema":{"type":"object"},"end":"</f>"}],'
+            '"triggers":["<f>"]}'
+        },
+        "structural_tag",
+    ),
+]
+
+
+class Client:
+    """vLLM's engine, as far as its serving classes call it."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.errored = False
+
+    async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> Any:
+        self.num_calls += 1
+        yield request_id
+
+
+async def _asked(checker: GrammarChecker, wanted: dict[str, Any] | None) -> Client:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from service.engine.inference import CheckedClient
+
+    client = Client()
+    params = SamplingParams(structured_outputs=wanted and StructuredOutputsParams(**wanted))
+    checked: Any = CheckedClient(client, checker.check)
+    assert checked.errored is False
+    assert [output async for output in checked.generate("prompt", params, "id")] == ["id"]
+    return client
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, at its import
+@pytest.mark.parametrize(("wanted", "kind"), WANTED)
+async def test_what_v1_holds_completions_to_compiles_first(checker: GrammarChecker, wanted: dict[str, Any], kind: str):
+    checker._passed.clear()
+    assert (await _asked(checker, wanted)).num_calls == 1
+    assert [constraint.kind for constraint in checker._passed] == [kind]
+    assert (await _asked(checker, None)).num_calls == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json": {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(40_000)}}},
+        {"regex": "("},
+        {"grammar": "root ::= (" * 1000},
+        {"structural_tag": '{"structures":[{}],"triggers":[]}'},
+        {"structural_tag": "[]"},
+    ],
+    ids=lambda wanted: str(wanted)[:30],
+)
+async def test_v1_refuses_what_does_not_compile_in_time(tokenizer_info: str, wanted: dict[str, Any]):
+    strict_checker = GrammarChecker(tokenizer_info, limit_s=1.0)
+    try:
+        with pytest.raises(ValueError, match="the structured output is refused"):
+            await _asked(strict_checker, wanted)
+    finally:
+        await strict_checker.close()

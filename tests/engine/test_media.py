@@ -1,11 +1,14 @@
 """What /v1 may fetch: data URLs, and allowed hosts at public addresses."""
 
+import base64
 import socket
+import struct
+import zlib
 from typing import Any
 
 import pytest
 
-from service.engine.media import MediaRefused, connector, is_public
+from service.engine.media import MAX_PIXELS, MediaRefused, connector, guard, is_public
 
 
 class Bytes:
@@ -83,3 +86,36 @@ async def test_an_allowed_name_at_a_private_address_is_not_connected_to(monkeypa
 async def test_data_urls_are_read():
     fetcher: Any = connector([])()
     assert await fetcher.load_from_url_async("data:image/png;base64,aGk=", Bytes()) == "aGk="
+
+
+def _png(width: int, height: int) -> str:
+    """A white image of one bit a pixel, as a data URL: kilobytes, whatever its size."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = zlib.compressobj(9)
+    row = b"\x00" + b"\xff" * -(-width // 8)
+    data = b"".join(rows.compress(row) for _ in range(height)) + rows.flush()
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    image = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+@pytest.mark.parametrize(("side", "fits"), [(64, True), (5_000, False), (14_000, False), (20_000, False)])
+async def test_an_image_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch, side: int, fits: bool):
+    from vllm.multimodal.media import ImageMediaIO
+
+    monkeypatch.delenv("VLLM_MAX_IMAGE_PIXELS", raising=False)
+    guard([])
+    url = _png(side, side)
+    assert len(url) < 200_000
+    assert (side * side <= MAX_PIXELS) == fits
+    fetcher: Any = connector([])()
+    if fits:
+        assert (await fetcher.load_from_url_async(url, ImageMediaIO())).media.size == (side, side)
+        return
+    with pytest.raises(ValueError, match="pixels"):  # 400 at /v1
+        await fetcher.load_from_url_async(url, ImageMediaIO())
+    with pytest.raises(ValueError, match="pixels"):
+        fetcher.load_from_url(url, ImageMediaIO())
