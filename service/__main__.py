@@ -17,9 +17,19 @@ from service.drain import LAST_ANSWERS_S, DrainingServer, end
 from service.key_commands import keys_app
 from service.keys import Keyring
 from service.rollout import rollout_command
-from service.settings import Settings
+from service.settings import Settings, holds_password
 from service.store.base import StoreRefused, StoreUnavailable
 from service.store.sql import SQLStore
+
+
+def _without_password(url: str | None) -> str | None:
+    if url is not None and holds_password(url):
+        hint = "everyone on the machine can read a process's arguments: set EPISODIC_STORE, or `store` in a TOML file"
+        raise typer.BadParameter(f"the URL holds a password, and {hint}")
+    return url
+
+
+Store = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the store.", callback=_without_password)]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A stateful agent service over vLLM.")
 app.command("rollout")(rollout_command)
@@ -33,7 +43,7 @@ def serve(
     model: Annotated[str | None, typer.Option(help="A packaged policy, a folder, or a Hugging Face model id.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to serve on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to serve on.")] = None,
-    store: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the store.")] = None,
+    store: Store = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="A vLLM engine option, NAME=VALUE; may be repeated.")] = None,
     log_format: Annotated[str | None, typer.Option(help="console or json.")] = None,
@@ -54,7 +64,7 @@ def serve(
 
 
 @app.command()
-def migrate(store: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the store.")] = None) -> None:
+def migrate(store: Store = None) -> None:
     """Brings the store's schema up to date; serve does so too."""
     settings = _settings({"store": store}, {})
     try:

@@ -1,4 +1,5 @@
-"""Owns the commands that read from a running service: `episodic episodes` and `episodic export`."""
+"""Owns the commands that read from a running service: `episodic episodes` and `episodic export`. Its key is in
+EPISODIC_API_KEY."""
 
 import os
 import sys
@@ -17,9 +18,9 @@ from rich.table import Column, Table
 
 from service.client import DEFAULT_URL, Client, EpisodicError
 from service.client.calls import Labels
+from service.settings import client_key
 
 Url = Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Where the service is.")]
-Key = Annotated[str | None, typer.Option(envvar="EPISODIC_API_KEY", help="The service's key.")]
 Tag = Annotated[str | None, typer.Option(help="Only those with this tag.")]
 Group = Annotated[str | None, typer.Option(help="Only those of this group.")]
 Policy = Annotated[str | None, typer.Option(help="Only those of this policy.")]
@@ -31,7 +32,6 @@ _COLUMNS = ("status", "steps", "return", "policy", "group", "created")
 
 def episodes_command(
     url: Url = DEFAULT_URL,
-    api_key: Key = None,
     status: State = None,
     tag: Tag = None,
     group: Group = None,
@@ -41,7 +41,7 @@ def episodes_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """List episodes, newest first."""
-    with _errors(), Client(url, api_key) as client:
+    with _errors(), Client(url, client_key()) as client:
         found = islice(client.episodes(**_labels(status, tag, group, policy, profile)), limit)
         if as_json:
             for episode in found:
@@ -60,7 +60,6 @@ def export_command(
     output: Annotated[str, typer.Option(help="A file, or - for standard output.")] = "-",
     format: Annotated[Literal["steps", "messages", "tokens"], typer.Option(help="The face of a trajectory.")] = "steps",
     url: Url = DEFAULT_URL,
-    api_key: Key = None,
     status: State = None,
     tag: Tag = None,
     group: Group = None,
@@ -69,7 +68,7 @@ def export_command(
 ) -> None:
     """Write trajectories as NDJSON, one a line. A file appears when it is whole."""
     count = 0
-    with _errors(), Client(url, api_key) as client, _written(output) as out:
+    with _errors(), Client(url, client_key()) as client, _written(output) as out:
         for document in client.export(format, **_labels(status, tag, group, policy, profile)):
             out.write(orjson.dumps(document).decode() + "\n")
             count += 1

@@ -1,6 +1,7 @@
 """Owns the settings, and alone reads them: a TOML file, EPISODIC_* variables, the command line; the later ones win."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -167,6 +168,18 @@ class Settings(BaseSettings):
             raise FileNotFoundError(f"there is no file {path}")  # the source below would pass over it in silence
         file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
         return (init_settings, env_settings, file) if file else (init_settings, env_settings)
+
+
+def client_key() -> str | None:
+    """EPISODIC_API_KEY: the key of commands that call a service. No option gives it, because everyone on the machine
+    can read the arguments of a process."""
+    return os.environ.get("EPISODIC_API_KEY") or None
+
+
+def holds_password(url: str) -> bool:
+    """Whether a store's URL names a password, in whichever place it may stand."""
+    user_and_place = url.partition("://")[2].rpartition("@")[0]
+    return ":" in user_and_place or "password=" in url.lower()
 
 
 def _json_or_text(value: Any) -> Any:

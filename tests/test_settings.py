@@ -90,8 +90,9 @@ def test_a_setting_that_cannot_be_is_refused(given: dict[str, Any]):
         "postgresql+asyncpg:///x",
     ],
 )
-def test_a_store_of_another_kind_is_refused_without_telling_its_password(store: str):
-    result = serve("--store", store)
+def test_a_store_of_another_kind_is_refused_without_telling_its_password(store: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EPISODIC_STORE", store)
+    result = serve()
     assert result.exit_code == 2
     assert "must be a SQLite file" in result.output
     assert "secret" not in result.output

@@ -35,7 +35,7 @@ class _Inference:
             return
         try:
             content = await body.read_bytes(request)
-            if "json" in request.headers.get("content-type", ""):
+            if content and "json" in request.headers.get("content-type", ""):
                 body.check_json(content)  # vLLM reads it without our bounds
         except EpisodicError as error:
             await _error(error.status, error.detail, error.code)(scope, receive, send)

@@ -15,6 +15,7 @@ from service.rollout.environment import EnvironmentFactory, RewardNotFinite, Unu
 from service.rollout.intervals import Interval
 from service.rollout.play import Player, rollout
 from service.rollout.report import Report, Summary
+from service.settings import client_key
 
 _LOAD_S = 600.0
 """How long a service that answers may take until it is ready: it may be loading its model."""
@@ -31,13 +32,14 @@ def rollout_command(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     url: Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Where the service is.")] = DEFAULT_URL,
-    api_key: Annotated[str | None, typer.Option(envvar="EPISODIC_API_KEY", help="The service's key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
-    """Play episodes of a Gymnasium environment with the service's policy, and compare it with a random one."""
+    """Play episodes of a Gymnasium environment with the service's policy, and compare it with a random one.
+
+    A service that asks for a key gets EPISODIC_API_KEY."""
     factory = EnvironmentFactory(env, _json_object(env_kwargs), max_episode_steps)
     try:
-        report = asyncio.run(_play(factory, url, api_key, episodes, concurrency, seed, temperature))
+        report = asyncio.run(_play(factory, url, episodes, concurrency, seed, temperature))
     except (UnusableEnvironment, RewardNotFinite, EpisodicError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -49,13 +51,13 @@ def rollout_command(
 async def _play(
     factory: EnvironmentFactory,
     url: str,
-    api_key: str | None,
     episodes: int,
     concurrency: int,
     seed: int,
     temperature: float,
 ) -> Report:
     factory.make().env.close()  # a wrong id or argument is said before the service is asked for
+    api_key = client_key()
     async with _client(url, api_key) as client:
         await _find_service(client, url, api_key)
         with _progress() as progress:

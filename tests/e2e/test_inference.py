@@ -112,6 +112,36 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
         assert refused.value.body == {"message": ANY, "type": ANY, "param": None, "code": refused.value.status_code}
 
 
+WIDE = {"type": "object", "properties": {f"property{number}": {"type": "string"} for number in range(60_000)}}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": WIDE}}},
+        {"structured_outputs": {"json": WIDE}},
+        {"structured_outputs": {"regex": "("}},
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": WIDE, "strict": True}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        },
+    ],
+    ids=["response_format", "structured_outputs", "regex", "tools"],
+)
+def test_what_does_not_compile_is_refused(http: httpx.Client, wanted: dict[str, Any]) -> None:
+    body = {"model": MODEL, "messages": SAY, "max_tokens": 4, **wanted}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text[:300]
+    assert http.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("value", ["[" * 50_000, "[" * 400 + "]" * 400, "9" * 10_000])
+def test_json_that_is_too_deep_or_holds_too_large_a_number_is_refused(http: httpx.Client, value: str) -> None:
+    body = f'{{"model":"{MODEL}","messages":[{{"role":"user","content":{value}}}]}}'
+    answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "malformed_json")
+
+
 def test_media_by_url_is_off(client: openai.OpenAI) -> None:
     image = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}
     with pytest.raises(openai.BadRequestError):

@@ -1,0 +1,105 @@
+"""Passwords and keys: in no argument, no message, no log line and no answer."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from service.__main__ import app
+from service.api.server import config
+from service.app import create_app
+from service.settings import Settings, holds_password
+from service.store.memory import MemoryStore
+from tests.serving import serve
+
+PASSWORD = "0pen-sesame"  # noqa: S105 - a made-up one
+URL = f"postgresql+asyncpg://user:{PASSWORD}@db.invalid:1/episodic"
+
+
+@pytest.mark.parametrize(
+    ("url", "holds"),
+    [
+        (URL, True),
+        ("postgresql+asyncpg://db/e?user=u&password=x", True),
+        ("postgresql+asyncpg://user:a@b@db/e", True),
+        ("postgresql+asyncpg://user@db:5432/e", False),
+        ("sqlite:///a:b.db", False),
+    ],
+)
+def test_where_a_url_holds_a_password(url: str, holds: bool):
+    assert holds_password(url) == holds
+
+
+@pytest.mark.parametrize("command", ["serve", "migrate"])
+def test_a_password_among_the_arguments_is_refused(command: str):
+    ran = CliRunner().invoke(app, [command, "--store", URL])
+    assert ran.exit_code == 2
+    assert "EPISODIC_STORE" in ran.output
+    assert PASSWORD not in ran.output
+
+
+@pytest.mark.parametrize("url", [URL, URL.replace("+asyncpg", ""), f"mysql://user:{PASSWORD}@db/e", f":{PASSWORD}@"])
+@pytest.mark.parametrize("command", ["serve", "migrate"])
+def test_a_failure_does_not_say_the_password(command: str, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("EPISODIC_STORE", url)
+    monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
+    monkeypatch.setenv("EPISODIC_PORT", "many")  # so that serve fails over its settings
+    ran = CliRunner().invoke(app, [command])
+    assert ran.exit_code == 2
+    assert PASSWORD not in ran.output
+    assert PASSWORD not in str(ran.exception)
+
+
+@pytest.mark.parametrize("command", [["episodes"], ["export"], ["rollout"]])
+def test_a_key_is_no_option(command: list[str]):
+    ran = CliRunner().invoke(app, [*command, "--api-key", PASSWORD])
+    assert ran.exit_code == 2
+    assert "No such option" in ran.output
+
+
+@pytest.mark.parametrize("command", [["episodes"], ["export"], ["rollout", "--episodes", "1"]])
+def test_the_key_is_taken_from_the_environment(command: list[str], monkeypatch: pytest.MonkeyPatch):
+    sent: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers["Authorization"])
+        return httpx.Response(401, json={"code": "unauthenticated", "detail": "no", "status": 401})
+
+    async def answer_async(_: Any, request: httpx.Request) -> httpx.Response:
+        return answer(request)
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda _, request: answer(request))
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", answer_async)
+    monkeypatch.setenv("EPISODIC_API_KEY", PASSWORD)
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 1
+    assert set(sent) == {f"Bearer {PASSWORD}"}
+    assert PASSWORD not in ran.output
+
+
+async def test_neither_answers_nor_log_lines_hold_them(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+):
+    from service.engine.scripted import ScriptedEngine
+
+    caplog.set_level(logging.DEBUG)
+    kept = MemoryStore()
+    async with serve(tmp_path, ScriptedEngine(tokenizer), store=kept, openai={"chat_template": PASSWORD}) as api:
+        api.app.state.settings.store = URL
+        headers = {"Authorization": f"Bearer {PASSWORD}"}
+        texts = []
+        for path in ("/version", "/readyz", "/metrics", "/openapi.json", "/nowhere", "/episode", "/policy"):
+            answer = await api.client.get(path, headers=headers)
+            texts.append(answer.text + str(answer.headers))
+        texts.append((await api.post_act(headers=headers)).text)
+    assert PASSWORD not in "\n".join(texts)
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpcore", "httpx"))]
+    assert PASSWORD not in "\n".join(ours)
+
+
+def test_the_servers_settings_are_one_for_all():
+    made = config(create_app(Settings(), store=MemoryStore()))
+    assert (made.server_header, made.proxy_headers, made.ws) == (False, False, "none")
