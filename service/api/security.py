@@ -83,9 +83,17 @@ def is_loopback(host: str) -> bool:
 def _refuse_other_sites(request: Request) -> None:
     """A page in this machine's browser can reach loopback: by a name of its own that resolves there (DNS rebinding), or
     by a request across sites. Programs send neither. Raises Forbidden."""
-    name = urlsplit(f"//{request.headers.get('host', 'localhost')}").hostname or ""
+    name = _hostname(f"//{request.headers.get('host', 'localhost')}")
     origin = request.headers.get("origin")
     if not is_loopback(name):
         raise Forbidden("forbidden", "Without API keys the service answers to a loopback name alone; make a key.")
-    if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
+    if origin is not None and not is_loopback(_hostname(origin)):
         raise Forbidden("forbidden", "Without API keys the service answers no page of another site; make a key.")
+
+
+def _hostname(url: str) -> str:
+    """Empty where the URL names none, or is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

@@ -99,7 +99,7 @@ def reading(what: str) -> Generator[None]:
     """Raises InvalidResponse for an answer that is not what `what` should give."""
     try:
         yield
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidResponse(f"{what}: {error}") from error
 
 
