@@ -1,0 +1,42 @@
+"""`python -m tests.fuzz`: hostile inputs to every parser, from a seed. Ends at the first that fails, and says which."""
+
+import argparse
+import random
+import sys
+import warnings
+
+from tests.fuzz.mutations import mutated
+from tests.fuzz.targets import TARGETS, prepare
+
+
+def fuzz(num_inputs: int, seed: int) -> dict[str, int]:
+    """Gives each target its share. Returns how many inputs it refused; raises AssertionError for a failure."""
+    prepare()
+    refused = dict.fromkeys(TARGETS, 0)
+    for name, target in TARGETS.items():
+        for number in range(-(-num_inputs // len(TARGETS))):
+            generator = random.Random(f"{seed}/{name}/{number}")
+            data = mutated(generator, target.corpus)
+            try:
+                target.run(data, generator)
+            except target.allowed:
+                refused[name] += 1
+            except Exception as error:
+                raise AssertionError(f"{name}, seed {seed}, input {number}: {data!r}") from error
+    return refused
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    warnings.simplefilter("error")
+    refused = fuzz(given.inputs, given.seed)
+    num_inputs = len(TARGETS) * -(-given.inputs // len(TARGETS))
+    shares = ", ".join(f"{name} {count}" for name, count in refused.items())
+    sys.stdout.write(f"{num_inputs} inputs, seed {given.seed}: none failed; refused were {shares}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What is fuzzed: each target reads hostile bytes and raises nothing but errors of our own trees."""
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from service import strict_json
+from service.actions import ActionSpaceError, DecisionTrie, discrete_space, json_space, regex_space, tools_space
+from service.api import body, episodes, schemas, security
+from service.api.middleware import _ids
+from service.client.errors import EpisodicError as ClientError
+from service.client.errors import reading
+from service.client.streams import EventReader, LineReader
+from service.errors import EpisodicError
+from service.keys import Keyring, new_key
+from service.trajectory import Sampling
+
+_MODELS = (
+    *(schemas.EpisodeRequest, schemas.ActRequest, schemas.BatchRequest, schemas.RecordRequest),
+    *(schemas.ForkRequest, schemas.FeedbackRequest, schemas.AdapterRequest, schemas.EndRequest),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`run` gets the bytes, and a generator for the choices it makes itself."""
+
+    run: Callable[[bytes, random.Random], None]
+    allowed: tuple[type[Exception], ...]
+    corpus: Sequence[bytes]
+
+
+def _bytes(*documents: Any) -> list[bytes]:
+    return [json.dumps(document).encode() for document in documents]
+
+
+def read_body(data: bytes, generator: random.Random) -> None:
+    """The way of a body: JSON, digest, schema."""
+    document = body._parse(data)
+    body.digest(document if isinstance(document, dict) else {"value": document})
+    if isinstance(document, dict):
+        body.validated(document, generator.choice(_MODELS))
+
+
+def build_space(data: bytes, generator: random.Random) -> None:
+    """A schema as a caller gives it, as an action space and as a tool's parameters; then an action under it."""
+    value = _json(data)
+    if not isinstance(value, dict):
+        regex_space(str(value))
+        return
+    try:
+        space = json_space(value)
+        _, failure = space.parse(
+            generator.choice(('{"a":[1,{"b":2}]}', "[]", "x", data.decode(errors="replace"))), "stop"
+        )
+        assert failure is None or failure.detail
+    finally:
+        tools_space([{"name": "tool", "parameters": value}])
+
+
+def build_trie(data: bytes, generator: random.Random) -> None:
+    """Actions cut from the bytes; each can be drawn, and their probabilities sum to 1."""
+    actions = tuple(data.decode(errors="replace").split(generator.choice((",", '"', " "))))
+    trie = DecisionTrie(discrete_space(actions).actions, lambda text: list(text.encode()), 256)
+    scores = [[generator.choice((0.0, -1.0, float("-inf"))) for _ in branch.children] for branch in trie.branches]
+    drawn = trie.draw(scores, Sampling(temperature=generator.choice((0.0, 0.5, 1.0))), generator)
+    assert drawn.action in actions
+    assert abs(sum(drawn.probs.values()) - 1) < 1e-6
+
+
+def read_events(data: bytes, generator: random.Random) -> None:
+    _fed(EventReader(), data, generator)
+
+
+def read_lines(data: bytes, generator: random.Random) -> None:
+    _fed(LineReader(), data, generator)
+
+
+def read_cursor(data: bytes, generator: random.Random) -> None:
+    created_at, episode_id = episodes._read_cursor(data.decode(errors="replace"))
+    assert isinstance(created_at, float)
+    assert isinstance(episode_id, str)
+
+
+def read_headers(data: bytes, generator: random.Random) -> None:
+    """Any header that we look at, with and without keys."""
+    name = generator.choice((b"authorization", b"host", b"origin", b"x-request-id", b"x-episode-id"))
+    scope = {"type": "http", "method": "GET", "path": "/episode", "headers": [(name, data)]}
+    assert all(found is None or found.isascii() for found in _ids(scope))
+    keyring = generator.choice((_KEYS, _NO_KEYS))
+    found = _now(security.Security(_nothing, keyring, loopback=True)._caller(Request(scope), "read"))
+    assert keyring is _NO_KEYS or data.endswith(_KEY.encode())
+    assert found.tenant
+
+
+def _fed(reader: Any, data: bytes, generator: random.Random) -> None:
+    cut = generator.randrange(len(data) + 1)
+    for chunk in (data[:cut], data[cut:]):
+        with reading("fuzz"):
+            list(reader.feed(chunk))
+    reader.end()
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return strict_json.parse(data, object_pairs_hook=strict_json.without_twins)
+    except ValueError:
+        return data.decode(errors="replace")
+
+
+async def _nothing(*_: Any) -> None: ...
+
+
+class _Store:
+    """Has these keys."""
+
+    def __init__(self, *records: Any) -> None:
+        self._records = list(records)
+
+    async def keys(self) -> list[Any]:
+        return self._records
+
+
+def _now(awaited: Coroutine[Any, Any, Any]) -> Any:
+    """Runs what waits for nothing."""
+    try:
+        awaited.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it waits")
+
+
+_KEY, _RECORD = new_key("tenant", ("read",), 0.0)
+_STORE: Any = _Store(_RECORD)
+_EMPTY: Any = _Store()
+_KEYS, _NO_KEYS = Keyring(_STORE), Keyring(_EMPTY)
+
+_TREE = {
+    "type": "object",
+    "properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/b"}}, "c": {"enum": ["x", 1, None]}},
+    "required": ["a"],
+    "additionalProperties": False,
+    "$defs": {"b": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^a+$"}]}},
+}
+_ACT = {
+    "episode_id": "e",
+    "observation": [{"type": "text", "text": "look"}],
+    "reward": 1.0,
+    "step": 3,
+    "info": {"a": 1},
+}
+_EPISODE = {
+    "episode_id": "e",
+    "goal": "g",
+    "action_space": {"type": "discrete", "actions": ["left", "right"]},
+    "sampling": {"temperature": 0.5, "top_k": 3, "stop": ["x"]},
+    "context": {"overflow": "slide", "max_tokens": 100},
+    "tags": ["a"],
+    "metadata": {"k": [1, 2.5, None, "v"]},
+}
+
+TARGETS = {
+    "body": Target(
+        read_body,
+        (EpisodicError,),
+        _bytes(
+            _ACT,
+            _EPISODE,
+            {**_EPISODE, "action_space": {"type": "json", "schema": _TREE}},
+            {**_EPISODE, "action_space": {"type": "tools", "tools": [{"name": "t", "parameters": _TREE}]}},
+            {"acts": [_ACT, _ACT]},
+            {"rating": 5, "comment": "c", "rater": "r", "step": 0},
+            {"at_step": 2, "n": 3},
+            {"terminated": True, "success": None, "reward": -1},
+        ),
+    ),
+    "space": Target(
+        build_space,
+        (ActionSpaceError,),
+        _bytes(
+            _TREE,
+            {"type": "array", "prefixItems": [{"const": 1}], "items": {"not": {"type": "null"}}, "uniqueItems": True},
+            {"oneOf": [{"type": "string", "format": "date"}, {"type": "number", "multipleOf": 0.1}]},
+            {"allOf": [{"if": {"type": "string"}, "then": {"maxLength": 3}}], "$dynamicAnchor": "n"},
+            {"type": "object", "patternProperties": {"^a": {}}, "dependentRequired": {"a": ["b"]}},
+        ),
+    ),
+    "trie": Target(
+        build_trie, (ActionSpaceError,), [b"left,right,left turn,go to the kitchen", b"a,aa,aaa,b", b"\xc3\xa9,e"]
+    ),
+    "events": Target(
+        read_events,
+        (ClientError,),
+        [
+            b'event: text\ndata: {"delta": "a"}\n\nevent: act\ndata: {"episode_id": "e", "step": 0}\n\n',
+            b'event: reasoning\ndata: {"delta":\ndata: "b"}\n\n',
+            b'event: error\ndata: {"status": 409, "code": "step_conflict", "detail": "d", "expected_step": 2}\n\n',
+        ],
+    ),
+    "lines": Target(read_lines, (ClientError,), [b'{"a": 1}\n{"b": [2]}\n', b'{"a": "x"}\r\n\n']),
+    "cursor": Target(read_cursor, (EpisodicError,), [b"WzEuNSwiZSJd", b"W251bGwsbnVsbF0", b"e30"]),
+    "headers": Target(
+        read_headers,
+        (EpisodicError,),
+        [f"Bearer {_KEY}".encode(), b"localhost:8000", b"[::1]:8000", b"https://example.org", b"r-1", b"Basic YTpi"],
+    ),
+}
+
+
+def prepare() -> None:
+    """Has the keyrings read their stores, so that the targets wait for nothing."""
+    for keyring in (_KEYS, _NO_KEYS):
+        asyncio.run(keyring.exists())
+        keyring._read_at = float("inf")
