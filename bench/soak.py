@@ -22,6 +22,8 @@ from service.client import AsyncClient, Retry
 _EVERY_S = 5.0
 _SETTLE_S = 15.0
 """Longer than an idle episode's time, and than the engine lets its metrics grow old."""
+_SETTINGS = {"engine__kv_cache_memory_bytes": str(1 << 27)}
+"""A prefix cache that fills up in the warm-up: its pages are taken when they are first written."""
 
 
 class Probe:
@@ -36,7 +38,7 @@ class Probe:
 
     async def sample(self, at_s: float) -> Sample:
         metrics = await self._metrics()
-        episodes, tombstones, steps = await asyncio.to_thread(self._rows)
+        episodes, tombstones, steps, free_bytes = await asyncio.to_thread(self._rows)
         return Sample(
             at_s=round(at_s, 1),
             server_mb=self._server.memory_info().rss / 1e6,
@@ -47,6 +49,7 @@ class Probe:
             live_episodes=metrics["agent_live_episodes"],
             acts=metrics.get("agent_acts_total", 0.0),
             store_mb=self._size_mb(""),
+            free_mb=free_bytes / 1e6,
             wal_mb=self._size_mb("-wal"),
             episodes=episodes,
             tombstones=tombstones,
@@ -65,13 +68,12 @@ class Probe:
                 found[name] = found.get(name, 0.0) + float(value)
         return found
 
-    def _rows(self) -> tuple[int, int, int]:
-        """Episodes, deleted ones of which a tombstone is left, and steps."""
-        counts = "SELECT count(*) FILTER (WHERE deleted_at IS NULL), count(deleted_at) FROM episodes"
+    def _rows(self) -> tuple[int, int, int, int]:
+        """Episodes; deleted ones, of which a tombstone is left; steps; and the bytes of the file's free pages."""
+        asked = """SELECT count(*) FILTER (WHERE deleted_at IS NULL), count(deleted_at), (SELECT count(*) FROM steps),
+            (SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size) FROM episodes"""
         with closing(sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, timeout=30)) as connection:
-            episodes, tombstones = connection.execute(counts).fetchone()
-            (steps,) = connection.execute("SELECT count(*) FROM steps").fetchone()
-        return episodes, tombstones, steps
+            return connection.execute(asked).fetchone()
 
     def _size_mb(self, suffix: str) -> float:
         file = self._file.with_name(self._file.name + suffix)
@@ -99,29 +101,32 @@ def main(
     warm_up_s: Annotated[float | None, typer.Option(help="What comes before says nothing; a third, if unset.")] = None,
     out: Annotated[Path, typer.Option(help="OUT.json and OUT.png are written.")] = Path("bench/soak"),
 ) -> None:
-    """Soaks the service. Exit code 1 if anything grows, or a call failed that should not have."""
+    """Soaks the service. Exit code 1 if anything grows, given time to tell, or a call failed that should not have."""
     warm_up_s = min(minutes * 20, 600.0) if warm_up_s is None else warm_up_s
     facts = report.machine()
-    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder), **_SETTINGS) as url:
         samples, load = asyncio.run(_soak(url, Path(folder), minutes * 60, seed))
-    *loaded, idle = samples
+    loaded, idle = [sample for sample in samples if sample.at_s <= minutes * 60], samples[-1]
     found = soak_report.trends(loaded, warm_up_s)
     document = {"machine": facts, "minutes": minutes, "seed": seed, "warm_up_s": warm_up_s, "counts": load.counts}
     document |= {"failures": load.failures, **soak_report.document(samples, found)}
     out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     soak_report.plot(out.with_suffix(".png"), loaded, found, warm_up_s)
+    measured_s = minutes * 60 - warm_up_s
     _tell(load, found, loaded, idle)
-    raise typer.Exit(int(bool(load.failures) or any(trend.grows for trend in found)))
+    typer.echo(soak_report.verdict(found, measured_s, sum(load.failures.values())))
+    grows = measured_s >= soak_report.ENOUGH_S and any(trend.grows for trend in found)
+    raise typer.Exit(int(grows or bool(load.failures)))
 
 
 def _tell(load: Load, found: list[soak_report.Trend], loaded: list[Sample], idle: Sample) -> None:
-    last = loaded[-1]
+    last, (of_step, of_tombstone) = loaded[-1], soak_report.bytes_each(loaded)
     typer.echo("did: " + ", ".join(f"{number} {name}" for name, number in sorted(load.counts.items())))
     for trend in found:
         typer.echo(str(trend))
     typer.echo(
-        f"{last.store_mb * 1e6 / max(last.steps, 1):.0f} bytes of file a stored step, with {last.steps} steps of "
-        f"{last.episodes} episodes in it and {last.tombstones} tombstones of deleted ones"
+        f"a stored step takes {of_step:.0f} bytes of file, a deleted episode's tombstone {of_tombstone:.0f}; "
+        f"there are {last.steps} steps of {last.episodes} episodes, and {last.tombstones} tombstones"
     )
     typer.echo(
         f"at rest afterwards: {idle.num_fds} descriptors, {idle.num_tasks:.0f} tasks, {idle.server_mb:.0f} MB, "
@@ -129,7 +134,6 @@ def _tell(load: Load, found: list[soak_report.Trend], loaded: list[Sample], idle
     )
     for failure, times in load.failures.most_common(10):
         typer.echo(f"{times} times: {failure}")
-    typer.echo(soak_report.verdict(found, sum(load.failures.values())))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import asyncio
 import random
 import time
 from collections import Counter
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
-from service.client import Act, AsyncClient, AsyncEpisode, EpisodeNotFound, EpisodicError, StepConflict
+from service.client import Act, AsyncClient, AsyncEpisode, EpisodicError, StepConflict, calls
 from service.client.errors import ApiError
 
 NUM_KEPT = 300
@@ -25,6 +25,7 @@ class Load:
         self._client = client
         self._random = random.Random(seed)  # noqa: S311 - a load, no secret
         self._stop_at = stop_at
+        self._tidying = asyncio.Semaphore(8)
         self.counts: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
 
@@ -126,12 +127,14 @@ class Load:
             await asyncio.sleep(_TIDY_S)
             try:
                 ended = [episode.episode_id async for episode in self._client.episodes(status="ended")]
-                for episode_id in ended[NUM_KEPT:]:
-                    with suppress(EpisodeNotFound):
-                        await (await self._client.resume(episode_id)).delete()
-                    self.counts["deleted"] += 1
+                await asyncio.gather(*map(self._delete, ended[NUM_KEPT:]))
             except EpisodicError as error:
                 self.failures[f"tidy: {error}"[:200]] += 1
+
+    async def _delete(self, episode_id: str) -> None:
+        async with self._tidying:
+            await self._client.run(calls.delete_episode(episode_id))
+        self.counts["deleted"] += 1
 
     async def _export(self) -> None:
         while time.monotonic() < self._stop_at:

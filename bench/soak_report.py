@@ -1,11 +1,15 @@
 """Owns what a soak shows: how fast each figure grows once the service is warm, a verdict in words, and a plot."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+ENOUGH_S = 600.0
+"""A shorter time says nothing about growth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,8 @@ class Sample:
     live_episodes: float
     acts: float
     store_mb: float
+    free_mb: float
+    """Of the store's file, pages that hold nothing and are used next."""
     wal_mb: float
     episodes: int
     tombstones: int
@@ -35,7 +41,7 @@ class Figure:
     title: str
     unit: str
     at_most_an_hour: float
-    """What may be noise or a cache that fills: more than this is growth."""
+    """What may be noise: more than this is growth. Infinite for what grows by nature."""
 
 
 FIGURES = (
@@ -44,8 +50,10 @@ FIGURES = (
     Figure("num_fds", "file descriptors", "", 4.0),
     Figure("num_threads", "threads", "", 4.0),
     Figure("num_tasks", "asyncio tasks", "", 8.0),
-    Figure("live_episodes", "episodes in memory", "", 100.0),
-    Figure("store_mb", "the store's file", "MB", 20.0),
+    Figure("live_episodes", "episodes in memory", "", 400.0),
+    Figure("steps", "steps in the store", "", 3000.0),
+    Figure("store_mb", "the store's file", "MB", math.inf),
+    Figure("free_mb", "free pages in it", "MB", 8.0),
     Figure("wal_mb", "its write-ahead log", "MB", 8.0),
 )
 
@@ -65,7 +73,8 @@ class Trend:
 
     def __str__(self) -> str:
         unit = f" {self.figure.unit}" if self.figure.unit else ""
-        what = "grows" if self.grows else "flat"
+        by_nature = math.isinf(self.figure.at_most_an_hour)
+        what = "grows" if self.grows else "by nature" if by_nature else "flat"
         return (
             f"{self.figure.title}: {self.first:.4g} to {self.last:.4g}{unit}, {self.an_hour:+.1f}{unit} an hour: {what}"
         )
@@ -93,10 +102,23 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     return statistics.median(slopes) if slopes else 0.0
 
 
-def verdict(found: Sequence[Trend], failures: int) -> str:
-    """The last line: what grows, in plain words."""
+def bytes_each(samples: Sequence[Sample]) -> tuple[float, float]:
+    """What a stored step and the tombstone of a deleted episode add to the store's file: the least squares over the
+    samples, as both numbers move."""
+    import numpy as np
+
+    numbers = np.array([[sample.steps, sample.tombstones, 1.0] for sample in samples])
+    used = np.array([(sample.store_mb - sample.free_mb) * 1e6 for sample in samples])
+    of_step, of_tombstone, _ = np.linalg.lstsq(numbers, used, rcond=None)[0]
+    return float(of_step), float(of_tombstone)
+
+
+def verdict(found: Sequence[Trend], measured_s: float, failures: int) -> str:
+    """The last line: what grows, in plain words. `measured_s`: how long the service was watched after the warm-up."""
     growing = [f"{trend.figure.title} ({trend.an_hour:+.0f} an hour)" for trend in found if trend.grows]
     grows = f"Grows: {', '.join(growing)}." if growing else "Nothing grows."
+    if measured_s < ENOUGH_S:
+        grows = f"{measured_s / 60:.0f} minutes after the warm-up do not tell what an hour brings."
     return grows + (f" {failures} calls failed that should not have." if failures else " Every call was answered.")
 
 
@@ -112,15 +134,15 @@ def plot(path: Path, samples: Sequence[Sample], found: Sequence[Trend], warm_up_
     from matplotlib import pyplot
 
     figure: Any
-    figure, axes = pyplot.subplots(2, 4, figsize=(15, 5.6), squeeze=False)
+    figure, axes = pyplot.subplots(2, 5, figsize=(17, 5.6), squeeze=False)
     minutes = [sample.at_s / 60 for sample in samples]
     for axis, trend in zip(axes.flat, found, strict=True):
-        axis.plot(minutes, [getattr(sample, trend.figure.name) for sample in samples], color="#2a6f97", linewidth=1.2)
+        values = [getattr(sample, trend.figure.name) for sample in samples]
+        axis.plot(minutes, values, color="#2a6f97", linewidth=1.2)
         axis.axvspan(0, warm_up_s / 60, color="#9aa5ad", alpha=0.2)
         unit = f", {trend.figure.unit}" if trend.figure.unit else ""
         axis.set_title(f"{trend.figure.title}{unit}\n{trend.an_hour:+.1f} an hour", fontsize=10)
-        axis.set_ylim(bottom=0)
-        axis.margins(y=0.14)
+        axis.set_ylim(0, max(*values, 1) * 1.15)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("minutes")

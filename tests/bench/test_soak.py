@@ -1,9 +1,10 @@
 """What grows is said to grow, by how much an hour; noise, peaks and the warm-up are not taken for growth."""
 
+import math
 import random
 from typing import Any
 
-from bench.soak_report import FIGURES, Sample, slope, trends, verdict
+from bench.soak_report import FIGURES, Sample, bytes_each, slope, trends, verdict
 
 HOUR_S = 3600.0
 
@@ -31,14 +32,14 @@ def test_a_service_at_rest_does_not_grow() -> None:
     generator = random.Random(1)
     samples = sampled(server_mb=lambda _: 900 + generator.gauss(0, 3), num_fds=lambda _: 80 + generator.randrange(20))
     assert growing(samples) == set()
-    assert verdict(trends(samples, 600), failures=0) == "Nothing grows. Every call was answered."
+    assert verdict(trends(samples, 600), 1200, failures=0) == "Nothing grows. Every call was answered."
 
 
 def test_a_leak_of_each_figure_is_told_by_its_name() -> None:
-    for figure in FIGURES:
+    for figure in (figure for figure in FIGURES if math.isfinite(figure.at_most_an_hour)):
         samples = sampled(**{figure.name: lambda at_s, rate=figure.at_most_an_hour * 2: 50 + rate * at_s / HOUR_S})
         assert growing(samples) == {figure.name}
-        assert figure.title in verdict(trends(samples, 600), failures=0)
+        assert figure.title in verdict(trends(samples, 600), 1200, failures=0)
 
 
 def test_what_fills_up_in_the_warm_up_is_no_growth() -> None:
@@ -46,4 +47,19 @@ def test_what_fills_up_in_the_warm_up_is_no_growth() -> None:
 
 
 def test_calls_that_failed_are_told() -> None:
-    assert "3 calls failed" in verdict(trends(sampled(), 600), failures=3)
+    assert "3 calls failed" in verdict(trends(sampled(), 600), 1200, failures=3)
+
+
+def test_a_few_minutes_do_not_tell_growth() -> None:
+    samples = sampled(server_mb=lambda at_s: at_s)
+    assert "grows" not in verdict(trends(samples, 600), 120, failures=0).lower()
+    assert "2 minutes" in verdict(trends(samples, 600), 120, failures=0)
+
+
+def test_what_a_step_and_a_tombstone_take_is_told_apart() -> None:
+    def steps(at_s: float) -> float:
+        return 2000 + 300 * math.sin(at_s)
+
+    used = {"steps": steps, "tombstones": lambda at_s: 10 * at_s, "free_mb": lambda _: 1.0}
+    samples = sampled(**used, store_mb=lambda at_s: 1.5 + (800 * steps(at_s) + 600 * 10 * at_s) / 1e6)
+    assert [round(each) for each in bytes_each(samples)] == [800, 600]
