@@ -10,7 +10,7 @@ MINUTES = 30
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check bench faults soak policy lock clean
+.PHONY: help install serve test check fuzz audit bench faults soak policy lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ check: install ## Check format, lint, types and layers
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+fuzz: install ## Feed a million hostile inputs to every parser; SEED=N for others
+	@$(BIN)/python -m tests.fuzz --seed $(SEED)
+
+audit: install ## Look the locks up in the published advisories
+	@$(BIN)/python deploy/audit.py
 
 bench: install ## Measure the service and write its report
 	$(BIN)/python -m bench
