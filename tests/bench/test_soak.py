@@ -60,6 +60,9 @@ def test_what_a_step_and_a_tombstone_take_is_told_apart() -> None:
     def steps(at_s: float) -> float:
         return 2000 + 300 * math.sin(at_s)
 
-    used = {"steps": steps, "tombstones": lambda at_s: 10 * at_s, "free_mb": lambda _: 1.0}
-    samples = sampled(**used, store_mb=lambda at_s: 1.5 + (800 * steps(at_s) + 600 * 10 * at_s) / 1e6)
+    def free_mb(at_s: float) -> float:
+        return 1 + math.cos(at_s / 100)
+
+    rows = {"steps": steps, "tombstones": lambda at_s: 10 * at_s, "free_mb": free_mb}
+    samples = sampled(**rows, store_mb=lambda at_s: free_mb(at_s) + 0.5 + (800 * steps(at_s) + 6000 * at_s) / 1e6)
     assert [round(each) for each in bytes_each(samples)] == [800, 600]
