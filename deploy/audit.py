@@ -20,14 +20,9 @@ def main() -> None:
 
 def audit(lock: Path) -> int:
     """Prints what applies to a lock. Returns the exit code for it."""
-    command = [
-        str(Path(sys.executable).parent / "pip-audit"),
-        "--no-deps",
-        "--disable-pip",
-        "--progress-spinner",
-        "off",
-    ]
-    ran = subprocess.run([*command, "-f", "json", "-r", str(lock)], capture_output=True, text=True)  # noqa: S603
+    quiet = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
+    command = [str(Path(sys.executable).parent / "pip-audit"), *quiet, "--requirement", str(lock)]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
     try:
         packages: list[dict[str, Any]] = json.loads(ran.stdout)["dependencies"]
     except ValueError:  # it says in prose that it reaches nothing

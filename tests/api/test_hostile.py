@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from service.api import server
+from service.api.problems import CODES
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
+from service.trajectory import StopReason
 from tests.api.test_inference import EchoEngine
 from tests.serving import DISCRETE, Served, serve, until
 
@@ -415,3 +418,24 @@ async def test_the_documentation_can_be_turned_off(tmp_path: Path, tokenizer: HF
     async with serve(tmp_path, ScriptedEngine(tokenizer), docs=docs) as api:
         for path in ("/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"):
             assert ((await api.client.get(path)).status_code == 200) == docs, path
+
+
+# ---- what is counted
+
+
+async def test_no_caller_makes_a_series_of_its_own(patient: Served):
+    """Labels have values of ours alone, whatever is called and sent."""
+    await patient.open(action_space={"type": "json", "schema": {"type": "object"}})
+    for number in range(3):
+        await patient.post_act(f"nobody{number}", info={f"key{number}": 1})
+        await patient.post_act(step=number + 5)
+        await patient.client.get(f"/nowhere{number}", headers={"X-Episode-Id": f"forged{number}"})
+        await patient.client.request(f"BREW{number}", "/act")
+    ours = [family for family in REGISTRY.collect() if family.name.startswith("agent_")]
+    values = {
+        value for family in ours for sample in family.samples for name, value in sample.labels.items() if name != "le"
+    }
+    codes = {code for codes in CODES.values() for code in codes}
+    parts = {"queue_s", "engine_s", "store_s", "total_s", "prompt", "cached", "completion"}
+    kinds = {"json", "schema", "length", *StopReason}
+    assert values <= codes | parts | kinds | {"acted", "done", "replayed"}
