@@ -1,6 +1,7 @@
 """Owns who may call: the API key of a request, the scope that its route asks for, and what is let in without keys."""
 
 import ipaddress
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -83,17 +84,16 @@ def is_loopback(host: str) -> bool:
 def _refuse_other_sites(request: Request) -> None:
     """A page in this machine's browser can reach loopback: by a name of its own that resolves there (DNS rebinding), or
     by a request across sites. Programs send neither. Raises Forbidden."""
-    name = _hostname(f"//{request.headers.get('host', 'localhost')}")
-    origin = request.headers.get("origin")
-    if not is_loopback(name):
+    if not _is_local(f"//{request.headers.get('host', 'localhost')}"):
         raise Forbidden("forbidden", "Without API keys the service answers to a loopback name alone; make a key.")
-    if origin is not None and not is_loopback(_hostname(origin)):
+    origin = request.headers.get("origin")
+    if origin is not None and not _is_local(origin):
         raise Forbidden("forbidden", "Without API keys the service answers no page of another site; make a key.")
 
 
-def _hostname(url: str) -> str:
-    """Empty where the URL names none, or is none."""
+@lru_cache(256)  # callers are few, and say the same at each call
+def _is_local(url: str) -> bool:
     try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:  # no address of any kind
+        return False

@@ -176,7 +176,12 @@ async def test_a_revoked_key_is_refused_and_the_door_stays_shut(api: Keyed):
 
 async def test_without_keys_a_page_in_the_browser_gets_nothing(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
-        for headers in ({"Host": "rebound.example:8000"}, {"Origin": "https://page.example"}, {"Origin": "null"}):
+        for headers in (
+            {"Host": "rebound.example:8000"},
+            {"Host": "[::1"},
+            {"Origin": "https://page.example"},
+            {"Origin": "null"},
+        ):
             answer = await api.client.post("/episode", json={}, headers=headers)
             assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), headers
         for headers in ({"Host": "localhost:1"}, {"Host": "[::1]:8000"}, {"Origin": "http://localhost:3000"}):
