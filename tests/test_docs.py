@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from prometheus_client import REGISTRY
 
 from service import metrics
@@ -42,3 +43,17 @@ def test_architecture_stays_under_60_lines_and_names_tests_that_exist() -> None:
     assert text.count("\n") < 60
     for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", ["security.md", "reliability.md"])
+def test_what_holds_a_promise_exists(page: str) -> None:
+    """Each row of a table names its tests, and each test is there."""
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert named
+    for path, name in named:
+        found = re.search(rf"^ *(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
+        assert found, f"{page}: {path}::{name}"
+    headings = re.findall(r"^\|.*\| test \|\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    for row in "".join(headings).splitlines():
+        assert "::" in row.split("|")[-2], f"{page}: no test: {row}"
