@@ -15,7 +15,8 @@ TEXT = "row 0, column 0 and a long way to go " * 8
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, httpx.Client]]:
     """Clients of one server, each with its tenant's key."""
-    server = Server(tmp_path_factory.mktemp("tenants"), openai__enable_prompt_tokens_details="true")
+    served = {"host": "0.0.0.0", "openai__enable_prompt_tokens_details": "true"}  # noqa: S104
+    server = Server(tmp_path_factory.mktemp("tenants"), **served)
     clients = {}
     for tenant in ("acme", "other"):
         headers = {"Authorization": f"Bearer {server.make_key(tenant)}"}
