@@ -1,7 +1,6 @@
 """Two tenants on the real engine: neither meets what the engine has cached of the other's, by an act or by /v1."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
