@@ -124,6 +124,8 @@ def tools_space(tools: Sequence[dict[str, Any]]) -> JsonSpace:
     names = [tool["name"] for tool in tools]
     if twins := sorted({name for name in names if names.count(name) > 1}):
         raise ActionSpaceError(f"two tools are named {twins[0]!r}")
+    if len(json.dumps([tool.get("parameters") for tool in tools])) > MAX_SCHEMA_BYTES:
+        raise ActionSpaceError(f"the tools' schemas are too large: more than {MAX_SCHEMA_BYTES} bytes")
     calls: list[dict[str, Any]] = []
     room = MAX_SCHEMA_BYTES
     for tool in tools:

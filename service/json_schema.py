@@ -50,10 +50,18 @@ class Schema:
         validate(self._schema, value)
 
 
-def validate(schema: dict[str, Any], value: Any) -> None:
-    """As Schema.validate, under a schema that was checked, or a part of one."""
+@dataclass(slots=True)
+class Budget:
+    """What comparing may still take."""
+
+    left: int = MAX_COMPARISONS
+
+
+def validate(schema: dict[str, Any], value: Any, budget: Budget | None = None) -> None:
+    """As Schema.validate, under a schema that was checked, or a part of one. Calls may share a budget: it is below zero
+    after one that took too long."""
     try:
-        with _bounded(value):
+        with _bounded(value, budget or Budget()):
             _Validator(schema).validate(value)
     except _TooMuchWork as error:
         raise SchemaMismatch("comparing the value with the schema takes too long") from error
@@ -75,7 +83,7 @@ class _TooMuchWork(Exception):
 class _Work:
     """What comparing may still take, and the size of each list and object in the value, by its identity."""
 
-    left: int
+    budget: Budget
     sizes: dict[int, int]
 
 
@@ -83,10 +91,10 @@ _work: ContextVar[_Work] = ContextVar("work")
 
 
 @contextmanager
-def _bounded(value: Any) -> Generator[None]:
+def _bounded(value: Any, budget: Budget) -> Generator[None]:
     sizes: dict[int, int] = {}
     _measure(value, sizes)
-    token = _work.set(_Work(MAX_COMPARISONS, sizes))
+    token = _work.set(_Work(budget, sizes))
     try:
         yield
     finally:
@@ -110,8 +118,8 @@ def _counted(check: Callable[..., Any]) -> Callable[..., Any]:
     def counted(validator: Any, wanted: Any, instance: Any, schema: dict[str, Any]) -> Any:
         work = _work.get()
         listed = len(cast("list[Any]", wanted)) if isinstance(wanted, list) else 0
-        work.left -= 1 + listed + work.sizes.get(id(instance), 0) // 64
-        if work.left < 0:
+        work.budget.left -= 1 + listed + work.sizes.get(id(instance), 0) // 64
+        if work.budget.left < 0:
             raise _TooMuchWork
         return check(validator, wanted, instance, schema)
 

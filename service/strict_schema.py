@@ -4,15 +4,18 @@ xgrammar, which compiles schemas for vLLM, passes over some keywords in silence:
 are promised to be valid by construction, so what cannot be written without such a keyword is refused.
 """
 
+import json
 from typing import Any, cast
 from urllib.parse import unquote
 
-from service.json_schema import MAX_NESTING, MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused, validate
+from service.json_schema import MAX_NESTING, MAX_SCHEMA_BYTES, Budget, Schema, SchemaMismatch, SchemaRefused, validate
 
 Node = dict[str, Any]
 
 _MAX_NODES = MAX_SCHEMA_BYTES // 4
-"""More than a schema that is not too large can have."""
+"""More than a schema that is not too large can have, the values that it lists among them."""
+_MAX_CHECKED_BYTES = 2 * MAX_SCHEMA_BYTES
+"""Of the places that are referred to, each once: checking one takes as long as checking a schema of its size."""
 
 _ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "discriminator"}
@@ -37,17 +40,22 @@ def strict(schema: Node) -> Node | bool:
     return _Rewriting(schema).node(schema, ())
 
 
+_TOO_LARGE = "the schema is too large with its references written out"
+
+
 class _Rewriting:
     def __init__(self, root: Node) -> None:
         self._root = root
         self._num_nodes = 0
         self._depth = 0
-        self._checked: set[str] = set()
+        self._checked: set[int] = set()
+        self._num_checked_bytes = 0
+        self._budget = Budget()
 
     def node(self, schema: Any, seen: tuple[str, ...]) -> Any:
-        self._num_nodes += 1
-        if self._num_nodes > _MAX_NODES or self._depth > MAX_NESTING:
-            raise SchemaRefused("the schema is too large with its references written out")
+        self._count(1)
+        if self._depth > MAX_NESTING:
+            raise SchemaRefused(_TOO_LARGE)
         self._depth += 1
         try:
             return self._rewritten(schema, seen)
@@ -62,7 +70,13 @@ class _Rewriting:
             raise SchemaRefused("the schema refers to itself dynamically")
         if "$ref" in found:
             return self._referred(found, seen)
-        return _held(found | self._parts(found, seen))
+        self._count(len(found.get("enum", ())))
+        return _held(found | self._parts(found, seen), self._budget)
+
+    def _count(self, num_nodes: int) -> None:
+        self._num_nodes += num_nodes
+        if self._num_nodes > _MAX_NODES:
+            raise SchemaRefused(_TOO_LARGE)
 
     def _parts(self, found: Node, seen: tuple[str, ...]) -> Node:
         parts: Node = {name: self.node(found[name], seen) for name in _SCHEMA if name in found}
@@ -92,20 +106,23 @@ class _Rewriting:
                 node = cast("list[Any]", node)[int(name)] if isinstance(node, list) else node[name]
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise SchemaRefused(f"the schema refers to {target[:100]!r}, which it does not hold") from error
-        if target not in self._checked:  # it may stand where no schema does, and be none
+        if id(node) not in self._checked:  # it may stand where no schema does, and be none
+            self._num_checked_bytes += len(json.dumps(node))
+            if self._num_checked_bytes > _MAX_CHECKED_BYTES:
+                raise SchemaRefused(_TOO_LARGE)
             Schema({"allOf": [node]})
-            self._checked.add(target)
+            self._checked.add(id(node))
         return node
 
 
-def _held(found: Node) -> Node:
+def _held(found: Node, budget: Budget) -> Node:
     """The node, whose parts are held, so that the grammar holds it. It looks at one of enum, const, anyOf, oneOf and
     allOf, and then at nothing beside them."""
     for name in _PASSED_OVER:
         if name in found:
             raise SchemaRefused(f"{name!r} cannot be held")
     if "enum" in found or "const" in found:
-        return _chosen(found)
+        return _chosen(found, budget)
     for name in _ALTERNATIVES:
         if name in found:
             return _alternatives(found, name)
@@ -116,20 +133,24 @@ def _held(found: Node) -> Node:
     return found
 
 
-def _chosen(found: Node) -> Node:
+def _chosen(found: Node, budget: Budget) -> Node:
     """Of the listed values those that are valid under all that stands beside them."""
     if beside := found.keys() & {"pattern", "format", "patternProperties"}:
         raise SchemaRefused(f"{min(beside)!r} beside enum or const cannot be held")
-    valid = [value for value in found.get("enum", [found.get("const")]) if _is_valid(found, value)]
+    values = found.get("enum", [found.get("const")])
+    beside_values = {name: value for name, value in found.items() if name != "enum" or "const" in found}
+    valid = [value for value in values if _is_valid(beside_values, value, budget)]
     if not valid:
         raise SchemaRefused("none of the values of an enum or const is valid")
     return {**_annotations(found), "enum": valid}
 
 
-def _is_valid(schema: Node, value: Any) -> bool:
+def _is_valid(schema: Node, value: Any, budget: Budget) -> bool:
     try:
-        validate(schema, value)
-    except SchemaMismatch:
+        validate(schema, value, budget)
+    except SchemaMismatch as error:
+        if budget.left < 0:
+            raise SchemaRefused("telling which values of its enums are valid takes too long") from error
         return False
     return True
 

@@ -97,3 +97,38 @@ def test_references_that_nest_without_end_are_refused():
     chained = {f"d{n}": nested({"$ref": f"#/$defs/d{n + 1}"}) for n in range(60)}
     with pytest.raises(SchemaRefused):
         strict({"$ref": "#/$defs/d0", "$defs": {**chained, "d60": INTEGER}})
+
+
+LISTED = {"enum": list(range(1000))}
+SLOW: list[Any] = [{"anyOf": [{"items": {"anyOf": [{"type": "string"}] * 10}}] * 10}] * 10
+
+
+def _nested(levels: int) -> Any:
+    """Refers to each level of definitions within definitions, around a long one."""
+    inner: Any = {"enum": list(range(3000))}
+    for _ in range(levels):
+        inner = {"type": "string", "$defs": {"d": inner}}
+    return {**inner, "properties": {f"p{i}": {"$ref": "#" + "/$defs/d" * i} for i in range(1, levels)}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {"e": LISTED}, "properties": {f"p{i}": {"$ref": "#/$defs/e"} for i in range(20)}},
+        {"properties": {"a": {"enum": [[i] for i in range(1000)], "anyOf": [*SLOW, True]}}},
+        _nested(14),
+    ],
+    ids=["values", "comparisons", "places"],
+)
+def test_work_that_a_short_schema_asks_for_many_times_is_refused(schema: Any):
+    with pytest.raises(SchemaRefused, match="too l"):
+        strict(schema)
+
+
+def test_a_place_is_checked_once_however_it_is_spelled(monkeypatch: pytest.MonkeyPatch):
+    checked: list[Any] = []
+    monkeypatch.setattr("service.strict_schema.Schema", checked.append)
+    spelled = ["#/$defs/big", "#/%24defs/big", "#/$defs/%62ig", "#/$defs/b%69g", "#/%24defs/bi%67"]
+    schema = {"$defs": {"big": INTEGER}, "properties": {f"p{i}": {"$ref": name} for i, name in enumerate(spelled)}}
+    strict(schema)
+    assert len(checked) == 2, "the whole, and the place"
