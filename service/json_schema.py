@@ -15,6 +15,8 @@ from referencing.exceptions import Unresolvable
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_NESTING = 32
 MAX_COMPARISONS = 100_000
+_MAX_DEPTH = 120
+"""Keywords within each other; each takes up to five frames of the thousand that Python has."""
 
 
 class SchemaRefused(ValueError):
@@ -69,8 +71,8 @@ def validate(schema: dict[str, Any], value: Any, budget: Budget | None = None) -
         raise SchemaMismatch(error.message[:500]) from error
     except Unresolvable as error:
         raise SchemaMismatch(f"the schema refers to what it does not hold: {error.ref}"[:500]) from error
-    except RecursionError as error:
-        raise SchemaMismatch("the schema refers to itself without end") from error
+    except (_TooDeep, RecursionError) as error:
+        raise SchemaMismatch("the schema refers to itself without end, or the value nests too deeply") from error
     except ArithmeticError as error:
         raise SchemaMismatch(f"a number is too large to compare: {error}") from error
 
@@ -79,12 +81,18 @@ class _TooMuchWork(Exception):
     pass
 
 
+class _TooDeep(Exception):
+    pass
+
+
 @dataclass(slots=True)
 class _Work:
-    """What comparing may still take, and the size of each list and object in the value, by its identity."""
+    """What comparing may still take, and the size of each list and object in the value, by its identity. `depth`:
+    keywords that are being checked within each other."""
 
     budget: Budget
     sizes: dict[int, int]
+    depth: int = 0
 
 
 _work: ContextVar[_Work] = ContextVar("work")
@@ -121,9 +129,22 @@ def _counted(check: Callable[..., Any]) -> Callable[..., Any]:
         work.budget.left -= 1 + listed + work.sizes.get(id(instance), 0) // 64
         if work.budget.left < 0:
             raise _TooMuchWork
-        return check(validator, wanted, instance, schema)
+        found = check(validator, wanted, instance, schema)
+        return _within(work, cast("Generator[ValidationError]", found)) if isinstance(found, Generator) else found
 
     return counted
+
+
+def _within(work: _Work, found: Generator[ValidationError]) -> Generator[ValidationError]:
+    """Stops a schema that refers to itself before Python's recursion limit does: the library's compiled part (rpds)
+    panics at it, with an exception that is no Exception."""
+    work.depth += 1
+    try:
+        if work.depth > _MAX_DEPTH:
+            raise _TooDeep
+        yield from found
+    finally:
+        work.depth -= 1
 
 
 def _unique_items(validator: Any, wanted: Any, instance: Any, schema: dict[str, Any]) -> Generator[ValidationError]:

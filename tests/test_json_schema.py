@@ -107,3 +107,31 @@ def test_a_large_value_under_many_alternatives_is_given_up():
     with pytest.raises(SchemaMismatch, match="too long"):
         Schema({"anyOf": [{"type": "string"}] * 300}).validate([[number] * 500 for number in range(400)])
     Schema({"items": {"items": {"type": "integer"}}}).validate([[number] * 200 for number in range(100)])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"anyOf": [{"$ref": "#"}]},
+        {"not": {"$dynamicRef": "#"}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}},
+    ],
+)
+def test_a_schema_without_end_is_a_mismatch_however_deep_the_stack_is(schema: dict[str, Any]):
+    def validate(num_frames: int) -> None:
+        if num_frames:
+            return validate(num_frames - 1)
+        with pytest.raises(SchemaMismatch, match="without end"):
+            Schema(schema).validate({"a": 1})
+        return None
+
+    for num_frames in range(60):
+        validate(num_frames)
+
+
+def test_a_value_may_nest_as_the_schema_does():
+    value: Any = {}
+    for _ in range(40):
+        value = {"child": value}
+    Schema({"type": "object", "properties": {"child": {"$ref": "#"}}, "additionalProperties": False}).validate(value)

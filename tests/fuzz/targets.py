@@ -59,8 +59,10 @@ def build_space(data: bytes, generator: random.Random) -> None:
             generator.choice(('{"a":[1,{"b":2}]}', "[]", "x", data.decode(errors="replace"))), "stop"
         )
         assert failure is None or failure.detail
-    finally:
+    except ActionSpaceError:
         tools_space([{"name": "tool", "parameters": value}])
+        raise
+    tools_space([{"name": "tool", "parameters": value}])
 
 
 def build_trie(data: bytes, generator: random.Random) -> None:
