@@ -10,8 +10,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tests.faults.auditor import Auditor
 from tests.faults.checker import Finding
-from tests.faults.player import BATCH_SIZE, NUM_MOVES, Auditor, Ledger, Player, calling
+from tests.faults.ledger import Ledger, calling
+from tests.faults.player import BATCH_SIZE, NUM_MOVES, Player
 from tests.faults.stand import STRIKES, FaultKind, Stand
 
 _ROUND_LIMIT_S = 600.0
@@ -69,7 +71,7 @@ def run(stand: Stand, plan: Plan, tell: Tell = lambda _: None) -> Verdict:
 
 
 async def _run(stand: Stand, plan: Plan, tell: Tell) -> Verdict:
-    ledger, num_rounds, num_faults = Ledger(), 0, 0
+    ledger, num_rounds, num_faults, num_told = Ledger(), 0, 0, 0
     for number in range(plan.first_round, plan.first_round + plan.num_rounds):
         num_rounds += 1
         try:
@@ -79,6 +81,9 @@ async def _run(stand: Stand, plan: Plan, tell: Tell) -> Verdict:
             ledger.findings.append(Finding("stuck", f"round {number}", f"calls unanswered after {_ROUND_LIMIT_S:g} s"))
             break
         num_faults += 1
+        for finding in ledger.findings[num_told:]:
+            tell(f"  {finding}")
+        num_told = len(ledger.findings)
         tell(f"{plan.kind} on {plan.store}, round {number}: {what}; {ledger.num_acts} acts, {len(ledger.findings)} bad")
     else:
         await _audit_all(stand, plan, ledger)

@@ -1,31 +1,25 @@
-"""Owns the load: episodes of every kind, played by callers who retry until they are answered, and hop between servers.
+"""Owns the load: episodes of every kind, played by callers who retry until they are answered.
 
 Whatever a call's fate, its player sends it again as it was until it is answered: then the history holds all that the
 service may hold, and nothing else.
 """
 
-import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any, Literal
 
-import httpx
-
-from service.client import Act, AsyncClient, AsyncEpisode, ConnectionFailed, EpisodicError, Retry, Unavailable, calls
+from service.client import Act, AsyncClient, AsyncEpisode, ConnectionFailed, EpisodicError, Unavailable, calls
 from service.client.models import EpisodeResource
-from tests.faults.checker import Finding, check, check_retry, remember
-from tests.faults.history import History, Sent, Taken
+from tests.faults.auditor import read
+from tests.faults.history import History, Sent
+from tests.faults.ledger import Ledger
 
 NUM_MOVES = 6
 BATCH_SIZE = 8
-_PATIENCE = Retry(max_retries=100_000, total_s=400.0, max_s=1.0)
-_CALL_LIMIT_S = 60.0
-"""A call that hangs is a call that failed: it is sent again."""
 
-Move = Literal["act", "keyed", "recorded", "abandoned", "fork"]
-_MOVES: dict[Move, int] = {"act": 10, "keyed": 5, "recorded": 2, "abandoned": 3, "fork": 1}
+Move = Literal["act", "keyed", "recorded", "abandoned", "fork", "read"]
+_MOVES: dict[Move, int] = {"act": 10, "keyed": 5, "recorded": 2, "abandoned": 3, "fork": 1, "read": 3}
 """How often each is made."""
 
 SPACES: dict[str, dict[str, Any]] = {
@@ -37,51 +31,6 @@ SPACES: dict[str, dict[str, Any]] = {
     },
 }
 _BY_HAND = {"discrete": "left", "text": "by hand", "json": "south"}
-
-
-@dataclass(slots=True)
-class Ledger:
-    """What all players were answered so far, and what went wrong."""
-
-    histories: dict[str, History] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    num_acts: int = 0
-    num_retried: int = 0
-    """Calls that were sent more than once."""
-    num_replayed: int = 0
-    """Acts whose first answer was lost: the retry got it from the store."""
-
-    def take(self, history: History, sent: Sent, answer: Act) -> None:
-        history.take(sent, answer)
-        self.num_acts += 1
-        self.num_replayed += answer.replayed
-
-
-class Hopping(httpx.AsyncBaseTransport):
-    """Sends each attempt to one of the servers, drawn anew, and counts the calls that took more than one."""
-
-    def __init__(self, urls: Sequence[str], generator: random.Random, ledger: Ledger) -> None:
-        self._urls = [httpx.URL(url) for url in urls]
-        self._random = generator
-        self._ledger = ledger
-        self._inner = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None))
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        num_sent = request.extensions["num_sent"] = request.extensions.get("num_sent", 0) + 1
-        self._ledger.num_retried += num_sent == 2
-        server = self._random.choice(self._urls)
-        request.url = request.url.copy_with(host=server.host, port=server.port)
-        return await self._inner.handle_async_request(request)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-
-@asynccontextmanager
-async def calling(urls: Sequence[str], generator: random.Random, ledger: Ledger) -> AsyncIterator[AsyncClient]:
-    transport = Hopping(urls, generator, ledger)
-    async with AsyncClient(urls[0], retry=_PATIENCE, timeout_s=_CALL_LIMIT_S, transport=transport) as client:
-        yield client
 
 
 class Player:
@@ -101,7 +50,7 @@ class Player:
                 await self._move(history)
             await self._maybe_end(history)
         except EpisodicError as error:
-            self._refused(episode_id, error)
+            self._ledger.refused(episode_id, error)
 
     async def play_batch(self, episode_ids: Sequence[str]) -> None:
         """Episodes that all act in one call, each time."""
@@ -112,7 +61,7 @@ class Player:
             for _ in range(NUM_MOVES):
                 await self._act_together(histories, episodes)
         except EpisodicError as error:
-            self._refused(episode_ids[0], error)
+            self._ledger.refused(episode_ids[0], error)
 
     async def _open(self, episode_id: str) -> History:
         space = self._random.choice(list(SPACES))
@@ -136,6 +85,8 @@ class Player:
                 await self._abandon(history)
             case "fork":
                 await self._fork(history)
+            case "read":
+                await read(self._client, history, self._ledger)
 
     async def _call(self, history: History, sent: Sent) -> None:
         self._ledger.take(history, sent, await self._client.run(sent.call(history.episode_id)))
@@ -186,52 +137,3 @@ class Player:
                 history.ended_with = reward or 0.0
             case _:
                 pass
-
-    def _refused(self, episode_id: str, error: EpisodicError) -> None:
-        self._ledger.findings.append(Finding("refused", episode_id, f"{type(error).__name__}: {error}"))
-
-
-class Auditor:
-    """Reads what the service keeps and holds it to the histories."""
-
-    def __init__(self, client: AsyncClient, generator: random.Random, ledger: Ledger) -> None:
-        self._client = client
-        self._random = generator
-        self._ledger = ledger
-
-    async def audit(self, histories: Sequence[History], *, go_on: bool = False) -> None:
-        """Each episode's record, the retry of one of its steps and, with `go_on`, a further act."""
-        lanes = asyncio.Semaphore(16)
-
-        async def one(history: History) -> None:
-            async with lanes:
-                try:
-                    await self._audit(history, go_on=go_on)
-                except EpisodicError as error:
-                    said = f"{type(error).__name__}: {error}"
-                    self._ledger.findings.append(Finding("refused", history.episode_id, said))
-
-        await asyncio.gather(*map(one, histories))
-
-    async def _audit(self, history: History, *, go_on: bool) -> None:
-        await self._read(history)
-        await self._retry(history)
-        if go_on and not history.ended:
-            sent = history.say(self._random)
-            self._ledger.take(history, sent, await self._client.run(sent.call(history.episode_id)))
-            await self._read(history)
-
-    async def _read(self, history: History) -> None:
-        stored = await self._client.run(calls.trajectory(history.episode_id, "steps"))
-        tokens = await self._client.run(calls.trajectory(history.episode_id, "tokens"))
-        found = check(history, stored, tokens)
-        self._ledger.findings += found
-        if not found:
-            remember(history, tokens)
-
-    async def _retry(self, history: History) -> None:
-        own: list[Taken] = [*history.steps[history.first_own :], *([history.closing] if history.closing else [])]
-        if own:
-            taken = self._random.choice(own)
-            again = await self._client.run(taken.sent.call(history.episode_id))
-            self._ledger.findings += check_retry(history, taken, again)
