@@ -14,7 +14,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from typing import Any
 
-from service.engine.base import Constraint, ConstraintRefused
+from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
 
 _MEMORY_LIMIT_BYTES = 3 << 30
 _START_LIMIT_S = 120.0
@@ -31,9 +31,10 @@ class GrammarChecker:
         self._child: Process | None = None
         self._lock = asyncio.Lock()  # the child answers one question at a time
         self._passed: set[Constraint] = set()
+        self._is_closed = False
 
     async def check(self, constraint: Constraint) -> None:
-        """Raises ConstraintRefused when it does not compile, or not within the limits."""
+        """Raises ConstraintRefused when it does not compile, or not within the limits; EngineUnavailable if closed."""
         if constraint in self._passed:
             return
         await self._ask(constraint)
@@ -42,10 +43,15 @@ class GrammarChecker:
         self._passed.add(constraint)
 
     async def matches(self, constraint: Constraint, text: str) -> bool:
-        """Whether the constraint allows the text as a whole. Raises ConstraintRefused."""
+        """Whether the constraint allows the text as a whole. Raises ConstraintRefused, EngineUnavailable."""
         return bool(await self._ask(constraint, text))
 
     async def close(self) -> None:
+        """Ends the child, with the engine. Whoever waits for an answer or asks later gets EngineUnavailable."""
+        self._is_closed = True
+        await self._end_child()
+
+    async def _end_child(self) -> None:
         if self._child is not None and self._child.returncode is None:
             self._child.kill()
             await self._child.wait()
@@ -64,29 +70,37 @@ class GrammarChecker:
             async with asyncio.timeout(self._limit_s):
                 answer = await _exchange(child, question)
         except TimeoutError:
-            await self.close()
+            await self._end_child()
             return {"error": f"it does not compile within {self._limit_s:g} s"}
         except asyncio.CancelledError:
-            await self.close()  # its late answer must not meet the next question
+            await self._end_child()  # its late answer must not meet the next question
             raise
         if answer is None:
-            await self.close()
+            await self._end_child()
+            self._check_open()  # it did not die of the question
             return {"error": "compiling it takes more memory than is allowed"}
         return answer
 
     async def _started(self) -> Process:
+        self._check_open()
         if self._child is None or self._child.returncode is not None:
             self._child = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", __spec__.name, stdin=PIPE, stdout=PIPE, limit=1 << 20
             )
             try:
                 async with asyncio.timeout(_START_LIMIT_S):
-                    if await _exchange(self._child, {"tokenizer_info": self._tokenizer_info}) is None:
-                        raise RuntimeError("the grammar compiler did not start")
+                    answer = await _exchange(self._child, {"tokenizer_info": self._tokenizer_info})
+                self._check_open()  # closed meanwhile, perhaps before there was a child to end
+                if answer is None:
+                    raise RuntimeError("the grammar compiler did not start")
             except BaseException:
-                await self.close()  # its late answer must not meet a question
+                await self._end_child()  # its late answer must not meet a question
                 raise
         return self._child
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineUnavailable("the engine was closed")
 
 
 async def _exchange(child: Process, question: dict[str, Any]) -> dict[str, Any] | None:

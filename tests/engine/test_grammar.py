@@ -11,7 +11,7 @@ import pytest_asyncio
 from pydantic import BaseModel, Field
 
 from service.actions import tools_space
-from service.engine.base import Constraint, ConstraintRefused
+from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
 from service.engine.grammar import GrammarChecker
 from service.strict_schema import strict
 from tests.serving import until
@@ -98,6 +98,30 @@ async def test_the_child_that_died_is_replaced(checker: GrammarChecker):
     await child.wait()
     await checker.check(Constraint("regex", "after the death"))
     assert checker._child is not child
+
+
+async def test_closing_while_the_child_starts_ends_all_questions_and_starts_no_other(tokenizer_info: str):
+    checker = GrammarChecker(tokenizer_info, limit_s=5.0)
+    asked = [asyncio.create_task(checker.check(Constraint("regex", letter))) for letter in "abc"]
+    await until(lambda: checker._child)
+    await checker.close()
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [EngineUnavailable] * 3
+    assert checker._child is None
+    with pytest.raises(EngineUnavailable):
+        await checker.check(SIMPLE)
+
+
+async def test_closing_amid_a_compilation_blames_no_constraint(tokenizer_info: str):
+    checker = GrammarChecker(tokenizer_info, limit_s=60.0)
+    await checker.check(SIMPLE)
+    properties = {f"property{number}": {"type": "string"} for number in range(10_000)}
+    slow = Constraint("json", json.dumps({"type": "object", "properties": properties}))
+    asked = asyncio.create_task(checker.check(slow))
+    await until(checker._lock.locked)
+    await checker.close()
+    with pytest.raises(EngineUnavailable):
+        await asked
 
 
 LIST = {"type": "array", "items": {"type": "integer"}}
