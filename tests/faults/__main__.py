@@ -30,7 +30,6 @@ def main(
     episodes: Annotated[int, typer.Option(help="Concurrent episodes.")] = 64,
     first: Annotated[int, typer.Option(help="The number of the first round, to repeat one.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="A folder where data and logs stay.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Keeps data and logs there.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Writes what was found there.")] = None,
 ) -> None:
     """Hurts the real service under load and checks that every acknowledged act is there, once and as it was."""
@@ -47,7 +46,7 @@ def main(
     if json_path is not None:
         json_path.write_text(json.dumps([verdict.document() for verdict in verdicts], indent=1) + "\n")
     console.print(f"Seed {seed}. Again: python -m tests.faults --seed {seed} --kinds {kinds} --store {store}", end=" ")
-    console.print(f"--rounds {rounds} --first {first} --episodes {episodes}; one: --rounds 1 --first N --folder LOGS")
+    console.print(f"--rounds {rounds} --first {first} --episodes {episodes}; one: --rounds 1 --first N --keep LOGS")
     raise typer.Exit(int(any(verdict.findings for verdict in verdicts)))
 
 
@@ -70,6 +69,7 @@ def _stand(kind: FaultKind, store: str, keep: Path | None) -> Iterator[Stand]:
     """Servers that are up, with data that is thrown away unless it has a folder to stay in."""
     with ExitStack() as stack:
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        folder.mkdir(parents=True, exist_ok=True)
         database = stack.enter_context(running()) if store == "postgresql" else None
         settings = {**SETTINGS, "store": database.create("faults")} if database else SETTINGS
         num_servers = 2 if kind == "replicas" else 1
