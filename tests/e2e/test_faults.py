@@ -12,7 +12,7 @@ from tests.faults.player import NUM_MOVES
 from tests.faults.stand import SETTINGS, FaultKind, Stand
 from tests.postgres import missing, running
 
-NUM_EPISODES = 64
+NUM_EPISODES = 32
 
 
 def loses_nothing(stand: Stand, kind: FaultKind, store: str, seed: int) -> None:
