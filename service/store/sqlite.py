@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ class SQLiteConnections:
         # No isolation level: Python's sqlite3 begins no transaction then, and we begin the one that we want.
         connect_args = {"timeout": patience.lock_s, "isolation_level": None}
         self._engine = create_engine(url, pool_size=1 + _NUM_READERS, connect_args=connect_args, hide_parameters=True)
-        event.listen(self._engine, "connect", _set_pragmas)
+        self._lock_s = patience.lock_s
+        event.listen(self._engine, "connect", self._connected)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-read")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="store-write")
 
@@ -88,6 +90,9 @@ class SQLiteConnections:
             yield connection
             connection.commit()
 
+    def _connected(self, connection: Any, _record: Any) -> None:
+        _set_pragmas(connection, self._lock_s)
+
     def _prepare(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -110,10 +115,22 @@ class SQLiteConnections:
         return _WAYS_OUT.get(code, _NO_ACCESS).format(path=self._path)
 
 
-def _set_pragmas(connection: Any, _record: Any) -> None:
+def _set_pragmas(connection: Any, lock_s: float) -> None:
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
+        _keep_a_log(connection, time.monotonic() + lock_s)
         connection.execute("PRAGMA synchronous=FULL")  # an answered step survives a power cut, not only a crash
     except sqlite3.Error:
         connection.close()  # SQLAlchemy would leave it open
         raise
+
+
+def _keep_a_log(connection: Any, give_up_at: float) -> None:
+    """SQLite waits for no lock when it changes a new file to write-ahead logging: several that open it would fail."""
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= give_up_at:
+                raise
+            time.sleep(0.01)
