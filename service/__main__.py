@@ -1,4 +1,4 @@
-"""The command line: serve, rollout, episodes, export, migrate, settings."""
+"""The command line: serve, rollout, episodes, export, keys, migrate, settings."""
 
 import asyncio
 from pathlib import Path
@@ -82,8 +82,8 @@ def show_settings() -> None:
 
 
 async def _migrate(store: SQLStore) -> None:
-    await store.open()
-    await store.close()
+    async with store:
+        pass  # opening brings it up to date
 
 
 def _settings(given: dict[str, Any], engine: dict[str, str]) -> Settings:
@@ -118,11 +118,8 @@ def _require_keys(settings: Settings) -> None:
 
 
 async def _has_keys(store: SQLStore) -> bool:
-    await store.open()
-    try:
+    async with store:
         return await Keyring(store).exists()
-    finally:
-        await store.close()
 
 
 def _serve(settings: Settings) -> int:

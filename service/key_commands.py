@@ -57,12 +57,8 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The key's public id.")]) 
 
 def _on_store(work: Callable[[Store], Awaitable[T]]) -> T:
     async def run() -> T:
-        store = SQLStore(Settings(**_NOTHING).store_url)
-        await store.open()
-        try:
+        async with SQLStore(Settings(**_NOTHING).store_url) as store:
             return await work(store)
-        finally:
-            await store.close()
 
     try:
         return asyncio.run(run())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from sqlalchemy import (
     URL,
@@ -82,6 +82,13 @@ class SQLStore:
         self._connections = _connections(make_url(url), patience or Patience())
         self._read = self._connections.read
         self._group = GroupCommit(self._write_together, on_commit)
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def open(self) -> None:
         await self._connections.open()

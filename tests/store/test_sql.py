@@ -25,10 +25,8 @@ _T = TypeVar("_T")
 
 @pytest.fixture
 async def store(url: str) -> AsyncIterator[SQLStore]:
-    opened = SQLStore(url)
-    await opened.open()
-    yield opened
-    await opened.close()
+    async with SQLStore(url) as opened:
+        yield opened
 
 
 @pytest.fixture

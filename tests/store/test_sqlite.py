@@ -28,10 +28,8 @@ def stored(folder: Path, patience: Patience = IMPATIENT) -> SQLStore:
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[SQLStore]:
-    opened = stored(tmp_path)
-    await opened.open()
-    yield opened
-    await opened.close()
+    async with stored(tmp_path) as opened:
+        yield opened
 
 
 async def filled(folder: Path) -> bytes:
