@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from service.engine import async_llm
+from service.engine import loading
 
 
 def arguments(options: dict[str, Any]) -> list[str]:
@@ -26,9 +26,8 @@ def arguments(options: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     model, options, port = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    on_cpu = async_llm.prepare_environment(options)
-    theirs = async_llm._CPU_OPTIONS if on_cpu else {}  # pyright: ignore[reportPrivateUsage]
-    merged = {**async_llm._OPTIONS, **theirs, **options}  # pyright: ignore[reportPrivateUsage]
+    on_cpu = loading.prepare_environment(options)
+    merged = {**loading.OPTIONS, **(loading.CPU_OPTIONS if on_cpu else {}), **options}
     serving = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "bench", "--disable-uvicorn-access-log"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     os.execv(command[0], [*command, *serving, *arguments(merged)])  # noqa: S606

@@ -1,5 +1,7 @@
 """Owns what an episode was opened with, made ready: defaults filled in, limits checked, the action space built."""
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -96,6 +98,25 @@ class Options:
 
     def expires_at(self, now: float) -> float | None:
         return None if self.idle_ttl_s is None else now + self.idle_ttl_s
+
+
+async def checked(request: dict[str, Any], info: EngineInfo) -> Options:
+    """`Options.of`, off the event loop where that may take a while."""
+    return await _made(Options.of, request, info)
+
+
+async def restored(request: dict[str, Any], info: EngineInfo) -> Options:
+    """`Options.restored`, off the event loop where that may take a while."""
+    return await _made(Options.restored, request, info)
+
+
+async def _made(
+    make: Callable[[dict[str, Any], EngineInfo], Options], request: dict[str, Any], info: EngineInfo
+) -> Options:
+    space: dict[str, Any] = request.get("action_space") or {}
+    if space.keys() & {"schema", "tools"}:
+        return await asyncio.to_thread(make, request, info)
+    return make(request, info)
 
 
 def _limit(request: dict[str, Any], info: EngineInfo) -> int:

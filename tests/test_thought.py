@@ -114,7 +114,7 @@ def test_the_tags_are_those_of_vllms_reasoning_parser():
 
     from transformers import AutoTokenizer
 
-    from service.engine.async_llm import _think_tags
+    from service.engine.loading import _think_tags
     from tests.conftest import POLICY
 
     known = AutoTokenizer.from_pretrained(POLICY)

@@ -248,7 +248,7 @@ async def test_a_retry_of_the_step_that_ended_the_episode(api: Served):
 async def test_retries_in_flight_share_one_engine_call(held: Served, how: dict[str, Any]):
     await held.open()
     calls = [asyncio.create_task(held.post_act(reward=2.0, **how)) for _ in range(8)]
-    await until(lambda: held.app.state.sessions._live["e"].flight and _waiters(held) == 8)
+    await until(lambda: held.app.state.sessions._live.peek("e").flight and _waiters(held) == 8)
     held.engine.release.set()
     answers = [(await call).json() for call in calls]
     assert held.engine.num_calls == 1
@@ -259,7 +259,7 @@ async def test_retries_in_flight_share_one_engine_call(held: Served, how: dict[s
 
 
 def _waiters(served: Served) -> int:
-    flight = served.app.state.sessions._live["e"].flight
+    flight = served.app.state.sessions._live.peek("e").flight
     return flight.num_waiters if flight else 0
 
 

@@ -154,7 +154,7 @@ async def test_a_client_that_leaves_between_deltas_aborts(api: Served, monkeypat
             break
     async with asyncio.timeout(5):
         await aborted.wait()
-    await until(lambda: api.app.state.sessions._live["e"].flight is None)
+    await until(lambda: api.app.state.sessions._live.peek("e").flight is None)
     assert (await api.get())["step"] == 0
 
 

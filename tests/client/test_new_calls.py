@@ -140,7 +140,7 @@ async def test_a_stream_that_is_left_aborts_its_act(api: Served, monkeypatch: py
         events = episode.stream("write")
         assert await anext(events) == Delta("text", "x")
         await events.aclose()
-        await until(lambda: api.app.state.sessions._live["e"].flight is None)
+        await until(lambda: api.app.state.sessions._live.peek("e").flight is None)
         assert (episode.step, (await episode.refresh()).step) == (0, 0)
 
 
