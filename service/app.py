@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -107,4 +108,7 @@ async def _load(settings: Settings) -> Engine:
     if settings.max_tokens:
         sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)
         engine.info = dataclasses.replace(engine.info, default_sampling=sampling)
+    gc.unfreeze()
+    gc.collect()  # an engine that died before goes here
+    gc.freeze()  # what is loaded stays: the collector need not walk it again
     return engine

@@ -5,7 +5,6 @@ Episodes outlive the engine: their token logs are here and in the store, and the
 
 import asyncio
 import dataclasses
-import gc
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -103,9 +102,6 @@ class Supervisor:
         await policies.restore()
         report = self._sessions.serve(engine, policies)
         self._has_served = True
-        gc.unfreeze()
-        gc.collect()  # an engine that died goes here
-        gc.freeze()  # what is loaded stays: the collector need not walk it again
         _log.info("ready", policy=engine.info.model, policy_version=engine.info.version, **dataclasses.asdict(report))
         if not report.append_only:
             _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")

@@ -103,6 +103,10 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield  # signals are the test runner's
 
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # noqa: ASYNC110 - uvicorn's own loop looks ten times a second
+            await asyncio.sleep(0.005)
+
 
 @asynccontextmanager
 async def serve(
