@@ -33,7 +33,7 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(), _drop_colors],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
         )
     )
@@ -49,6 +49,12 @@ def get(name: str) -> Any:
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _MAX_FRAMES = 40
+
+
+def _drop_colors(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Uvicorn's records hold their message twice, once with escapes for a terminal."""
+    event.pop("color_message", None)
+    return event
 
 
 def _tell_exception(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:

@@ -108,11 +108,12 @@ async def test_an_unexpected_failure_is_told_with_its_trace_and_request(
 @pytest.mark.parametrize("log_format", FORMATS)
 def test_a_librarys_record_looks_like_ours(log: Any, log_format: Format):
     lines = log(log_format)
-    logging.getLogger("some.library").warning("%s happened", "something", extra={"count": 3})
+    logging.getLogger("some.library").warning("%s happened", "something", extra={"count": 3, "color_message": "x"})
     logging.getLogger("httpx").info("noise")
     (line,) = lines()
     assert "something happened" in line
     assert "some.library" in line
+    assert "color_message" not in line
     if log_format == "json":
         assert json.loads(line)["count"] == 3
 
