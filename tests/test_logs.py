@@ -1,5 +1,6 @@
 """Logs: each event one line with its ids, valid JSON where asked, and no line of a caller's own making."""
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from service import logs
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
 from tests.api.test_problems import BrokenEngine
-from tests.serving import DISCRETE, serve
+from tests.serving import DISCRETE, HeldEngine, serve, until
 
 Format = Literal["console", "json"]
 FORMATS: list[Format] = ["console", "json"]
@@ -55,13 +56,22 @@ async def test_json_lines_carry_the_request_and_episode_ids(log: Any, tmp_path: 
     assert [event["append_only"] for event in events if event["event"] == "ready"] == [True]
 
 
-async def test_a_served_act_is_told_at_debug_level_only(log: Any, tmp_path: Path, tokenizer: HFTokenizer):
+async def test_an_act_that_is_served_or_one_too_many_is_told_at_debug_level_only(
+    log: Any, tmp_path: Path, tokenizer: HFTokenizer
+):
     lines = log("json", "info")
-    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+    engine = HeldEngine(tokenizer)
+    async with serve(tmp_path, engine, max_running_acts=1, max_queued_acts=0) as api:
         await api.open()
-        await api.act()
+        acting = asyncio.create_task(api.post_act())
+        await until(lambda: engine.num_held)
+        assert (await api.post_act()).status_code == 429
+        engine.release.set()
+        assert (await acting).status_code == 200
+        assert (await api.post_act("nobody")).status_code == 404
         await api.client.get("/healthz")
-    assert [json.loads(line).get("path") for line in lines() if '"request"' in line] == ["/episode"]
+    told = [json.loads(line) for line in lines() if '"request"' in line]
+    assert [(event["path"], event["status"]) for event in told] == [("/episode", 201), ("/act", 404)]
 
 
 HOSTILE = 'x\n2026-01-01 [critical] the engine died\r\n{"event": "forged", "level": "critical"}\u2028\x1b[2J'

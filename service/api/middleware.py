@@ -19,7 +19,8 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class RequestContext:
     """Echoes X-Request-ID or makes one, binds it and X-Episode-Id to the log's context, logs the request.
 
-    A served act is logged at debug level: at a thousand a second its line would cost more than its answer.
+    An act that is served, or refused for too much load, is logged at debug level: at a thousand a second its line would
+    cost more than its answer.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -55,7 +56,7 @@ class RequestContext:
             status = 500  # rendered further out
             raise
         finally:
-            quiet = scope["path"] in _PROBES or (scope["path"] == "/act" and status < 400)
+            quiet = scope["path"] in _PROBES or (scope["path"] == "/act" and (status < 400 or status == 429))
             (_log.debug if quiet else _log.info)(
                 "request",
                 method=scope["method"],
