@@ -1,6 +1,7 @@
 """The command line: serve, rollout, episodes, export, keys, migrate, settings."""
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +132,7 @@ def _serve(settings: Settings) -> int:
         failed = True
         running.should_exit = True
 
-    served = create_app(settings, on_fatal=fail)
+    served = create_app(settings, on_ready=_settle, on_fatal=fail)
     config = server.config(
         served,
         host=settings.host,
@@ -147,6 +148,13 @@ def _serve(settings: Settings) -> int:
     if served.state.supervisor.loading:
         end(int(failed))  # a thread loads on, and nothing else would interrupt it
     return int(failed)
+
+
+def _settle() -> None:
+    """What is loaded stays, and the collector need not walk it again; an engine that died goes."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import gc
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -21,7 +20,7 @@ from service.sessions import Sessions
 from service.settings import Settings
 from service.store.base import Store
 from service.store.sql import SQLStore
-from service.supervisor import Load, OnFatal, Supervisor, stop
+from service.supervisor import Heard, Load, Supervisor, stop
 
 _log = logs.get(__name__)
 
@@ -31,10 +30,12 @@ def create_app(
     *,
     engine: Engine | Load | None = None,
     store: Store | None = None,
-    on_fatal: OnFatal = lambda: None,
+    on_ready: Heard = lambda: None,
+    on_fatal: Heard = lambda: None,
 ) -> FastAPI:
     """The application. `engine`, or what loads one each time, and `store` take the place of those that the settings
-    name; `on_fatal` is called when there is no engine any more and will be none, for the process to end loudly."""
+    name; `on_ready` is called each time that an engine begins to serve, `on_fatal` when there is none any more and will
+    be none, for the process to end loudly."""
     kept = store or SQLStore(settings.store_url, metrics.record_commit)
     sessions = Sessions(
         kept,
@@ -45,7 +46,7 @@ def create_app(
         ),
     )
 
-    supervisor = Supervisor(_loader(settings, engine), sessions, settings, on_fatal)
+    supervisor = Supervisor(_loader(settings, engine), sessions, settings, on_ready, on_fatal)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -108,7 +109,4 @@ async def _load(settings: Settings) -> Engine:
     if settings.max_tokens:
         sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)
         engine.info = dataclasses.replace(engine.info, default_sampling=sampling)
-    gc.unfreeze()
-    gc.collect()  # an engine that died before goes here
-    gc.freeze()  # what is loaded stays: the collector need not walk it again
     return engine

@@ -20,7 +20,7 @@ from service.settings import Settings
 _log = logs.get(__name__)
 
 Load = Callable[[], Awaitable[Engine]]
-OnFatal = Callable[[], None]
+Heard = Callable[[], None]
 
 _LONGEST_BACKOFF_S = 60.0
 
@@ -32,11 +32,11 @@ class Supervisor:
     `engine_max_failures` failures within `engine_failure_window_s`: then whoever started the process has to act.
     """
 
-    def __init__(self, load: Load, sessions: Sessions, settings: Settings, on_fatal: OnFatal) -> None:
+    def __init__(self, load: Load, sessions: Sessions, settings: Settings, on_ready: Heard, on_fatal: Heard) -> None:
         self._load = load
         self._sessions = sessions
         self._settings = settings
-        self._on_fatal = on_fatal
+        self._on_ready, self._on_fatal = on_ready, on_fatal
         self._failures: deque[float] = deque()
         self._has_served = False
         self.loading = False
@@ -102,6 +102,7 @@ class Supervisor:
         await policies.restore()
         report = self._sessions.serve(engine, policies)
         self._has_served = True
+        self._on_ready()
         _log.info("ready", policy=engine.info.model, policy_version=engine.info.version, **dataclasses.asdict(report))
         if not report.append_only:
             _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")

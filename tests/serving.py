@@ -19,7 +19,7 @@ from service.engine.scripted import ScriptedEngine
 from service.settings import Settings
 from service.store.base import Store
 from service.store.memory import MemoryStore
-from service.supervisor import Load, OnFatal
+from service.supervisor import Heard, Load
 
 DISCRETE = {"type": "discrete", "actions": ["left", "right", "left turn", "go to the kitchen"]}
 
@@ -115,12 +115,14 @@ async def serve(
     *,
     store: Store | None = None,
     loading: bool = False,
-    on_fatal: OnFatal = lambda: None,
+    on_ready: Heard = lambda: None,
+    on_fatal: Heard = lambda: None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
     store = store or (MemoryStore() if loading else None)  # which needs no lifespan
-    app = create_app(Settings(data=folder, **settings), engine=engine, store=store, on_fatal=on_fatal)
+    heard: Any = {"on_ready": on_ready, "on_fatal": on_fatal}
+    app = create_app(Settings(data=folder, **settings), engine=engine, store=store, **heard)
     config = http_server.config(app, port=0, timeout_graceful_shutdown=10, lifespan="off" if loading else "on")
     server = _Server(config)
     running = asyncio.create_task(server.serve())

@@ -1,6 +1,7 @@
 """Engines that die, hang or do not load, behind the running service: what callers see, and what comes next."""
 
 import asyncio
+import gc
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -240,7 +241,7 @@ async def test_an_engine_that_was_handed_in_has_no_successor(tmp_path: Path, tok
 
 
 async def test_a_dead_engine_is_let_go(tmp_path: Path, loader: Loader):
-    async with served(tmp_path, loader) as (api, _):
+    async with served(tmp_path, loader, on_ready=gc.collect) as (api, _):
         await api.open()
         await api.act()
         loader.engine.itself = loader.engine  # so that only the collector can free it

@@ -56,14 +56,17 @@ class RequestContext:
             status = 500  # rendered further out
             raise
         finally:
-            quiet = scope["path"] in _PROBES or (scope["path"] == "/act" and (status < 400 or status == 429))
-            (_log.debug if quiet else _log.info)(
+            (_log.debug if _is_quiet(scope["path"], status) else _log.info)(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
                 status=status or 499,
                 seconds=round(time.perf_counter() - began, 6),
             )
+
+
+def _is_quiet(path: str, status: int) -> bool:
+    return path in _PROBES or (path == "/act" and (status < 400 or status == 429))
 
 
 def _ids(scope: Scope) -> tuple[bytes | None, bytes | None]:
