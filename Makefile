@@ -29,8 +29,8 @@ serve: install ## Serve the policy on 127.0.0.1:8000; reads EPISODIC_* and MODEL
 	$(if $(MODEL),EPISODIC_MODEL='$(MODEL)') exec $(BIN)/episodic serve
 
 # The tests set what they need: the caller's EPISODIC_* variables stay out.
-test: install ## Run all tests
-	@env $(patsubst %,-u %,$(filter-out EPISODIC_TEST_%,$(filter EPISODIC_%,$(.VARIABLES)))) $(BIN)/pytest
+test: install ## Run all tests, in two processes
+	@env $(patsubst %,-u %,$(filter-out EPISODIC_TEST_%,$(filter EPISODIC_%,$(.VARIABLES)))) $(BIN)/pytest -n 2 --dist loadfile
 
 check: install ## Check format, lint, types and layers
 	$(BIN)/ruff format --check

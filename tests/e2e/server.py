@@ -1,6 +1,8 @@
 """A real `episodic serve` process: the packaged policy on vLLM on the CPU, over one data folder."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,9 +20,7 @@ class Server:
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         kept = {name: value for name, value in os.environ.items() if not name.startswith("EPISODIC_")}
         named = {f"EPISODIC_{name.upper()}": value for name, value in settings.items()}
@@ -81,3 +81,12 @@ class Server:
     def stop(self) -> int:
         self.signal(signal.SIGTERM)
         return self.wait()
+
+
+def _free_port() -> int:
+    """A port that stays free while its server is down: below those that the system gives to connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
