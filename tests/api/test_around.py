@@ -349,11 +349,13 @@ async def test_an_idle_episode_ends_and_an_active_one_does_not(api: Served):
 
 
 async def test_each_act_gives_the_whole_time_again(api: Served):
-    await api.open(idle_ttl_s=0.5)
-    for _ in range(4):
-        await asyncio.sleep(0.25)
-        await api.act()
-    assert (await api.get())["status"] == "active"
+    store = api.app.state.sessions.store
+    await api.open(idle_ttl_s=60.0)
+    opened = await store.next_expiry()
+    await api.act()
+    acted = (await store.episode("e")).head
+    assert acted.expires_at == acted.updated_at + 60.0 > opened
+    assert await store.next_expiry() == acted.expires_at
 
 
 async def test_what_expired_while_the_service_was_down_ends_when_it_is_up(tmp_path: Path, tokenizer: HFTokenizer):
