@@ -65,26 +65,24 @@ def serve(
 
 
 @app.command()
-def migrate(store: Store = None) -> None:
+def migrate(
+    store: Store = None,
+    to: Annotated[str, typer.Option(help="A schema's number: go back to it before an older version serves.")] = "head",
+) -> None:
     """Brings the store's schema up to date; serve does so too."""
     settings = _settings({"store": store}, {})
     try:
-        asyncio.run(_migrate(SQLStore(settings.store_url)))
+        asyncio.run(SQLStore(settings.store_url).migrate(to))
     except (StoreRefused, StoreUnavailable) as error:
         typer.secho(f"store: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
-    typer.echo("The store's schema is up to date.")
+    typer.echo("The store's schema is up to date." if to == "head" else f"The store has schema {to}.")
 
 
 @app.command("settings")
 def show_settings() -> None:
     """Prints every setting as a Markdown table."""
     typer.echo(Settings.markdown())
-
-
-async def _migrate(store: SQLStore) -> None:
-    async with store:
-        pass  # opening brings it up to date
 
 
 def _settings(given: dict[str, Any], engine: dict[str, str]) -> Settings:

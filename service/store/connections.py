@@ -21,8 +21,9 @@ class Patience:
 class Connections(Protocol):
     """One database. A transaction is a function of a connection, and takes place as a whole or not at all."""
 
-    async def open(self) -> None:
-        """Brings the schema up to date. Raises StoreRefused."""
+    async def open(self, revision: str = "head") -> None:
+        """Brings the schema to a revision, by default the newest, without which nothing but `close` may follow. Raises
+        StoreRefused."""
         ...
 
     async def close(self) -> None: ...

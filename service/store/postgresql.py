@@ -14,7 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from service.store.base import StoreRefused, StoreUnavailable
 from service.store.connections import Patience, reason
-from service.store.migrations import upgrade
+from service.store.migrations import migrate
 
 _T = TypeVar("_T")
 
@@ -54,11 +54,11 @@ class PostgreSQLConnections:
         event.listen(self._engine.sync_engine, "checkout", _refuse_closed)
         self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
-    async def open(self) -> None:
+    async def open(self, revision: str = "head") -> None:
         give_up_at = time.monotonic() + self._patience.start_s
         while True:
             try:
-                return await self._migrate()
+                return await self._migrate(revision)
             except _FAILURES as error:
                 if _state(error).startswith(_REFUSALS):
                     raise StoreRefused(f"{self._place} does not serve us: {reason(error)}") from error
@@ -89,7 +89,7 @@ class PostgreSQLConnections:
         except _FAILURES as error:
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
-    async def _migrate(self) -> None:
+    async def _migrate(self, revision: str) -> None:
         """Takes the time that it takes, on a connection of its own without limits."""
         connect_args = {"timeout": _CONNECT_S}
         engine = create_async_engine(self._url, poolclass=NullPool, connect_args=connect_args, hide_parameters=True)
@@ -97,7 +97,7 @@ class PostgreSQLConnections:
             async with engine.begin() as connection:
                 # Of replicas that start together one migrates, the others find it done.
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-                await connection.run_sync(upgrade, self._place)
+                await connection.run_sync(migrate, self._place, revision)
         finally:
             await engine.dispose()
 

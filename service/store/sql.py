@@ -94,6 +94,13 @@ class SQLStore:
         await self._connections.open()
         self._group.start()
 
+    async def migrate(self, revision: str) -> None:
+        """Brings the schema of a store that is not open to a revision, forwards or back. Raises StoreRefused."""
+        try:
+            await self._connections.open(revision)
+        finally:
+            await self._connections.close()
+
     async def close(self) -> None:
         await self._group.stop()
         await self._connections.close()

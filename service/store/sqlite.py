@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from service.store.base import StoreRefused, StoreUnavailable
 from service.store.connections import Patience, reason
-from service.store.migrations import upgrade
+from service.store.migrations import migrate
 
 _T = TypeVar("_T")
 
@@ -49,9 +49,9 @@ class SQLiteConnections:
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-read")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="store-write")
 
-    async def open(self) -> None:
+    async def open(self, revision: str = "head") -> None:
         try:
-            await asyncio.to_thread(self._prepare)
+            await asyncio.to_thread(self._prepare, revision)
         except (SQLAlchemyError, OSError) as error:
             raise StoreRefused(f"the store {self._path}: {reason(error)}. {self._way_out(error)}") from error
 
@@ -93,12 +93,12 @@ class SQLiteConnections:
     def _connected(self, connection: Any, _record: Any) -> None:
         _set_pragmas(connection, self._lock_s)
 
-    def _prepare(self) -> None:
+    def _prepare(self, revision: str) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._begun("BEGIN IMMEDIATE") as connection:
                 self._check(connection)
-                upgrade(connection, f"the store {self._path}")
+                migrate(connection, f"the store {self._path}", revision)
         except BaseException:
             self._engine.dispose()
             raise

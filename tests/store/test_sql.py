@@ -13,7 +13,7 @@ from sqlalchemy import Connection, String, delete, func, insert, make_url, selec
 from service.store.base import EVERY, EpisodeExists, EpisodeGone, Filter, StepTaken, StoreRefused, StoreUnavailable
 from service.store.connections import Connections, Patience
 from service.store.group_commit import MAX_BATCH
-from service.store.migrations import upgrade
+from service.store.migrations import migrate
 from service.store.schema import ancestors, episodes, metadata, ratings, step_row, steps
 from service.store.sql import SQLStore
 from service.store.sqlite import SQLiteConnections
@@ -57,6 +57,9 @@ async def num_rows(url: str) -> int:
     return await in_database(url, lambda connection: connection.scalar(select(func.count()).select_from(steps)) or 0)
 
 
+VERSION = "SELECT version_num FROM alembic_version"
+
+
 async def test_migrations_make_exactly_the_tables_of_the_schema(store: SQLStore, url: str):
     def compare(connection: Connection) -> Any:
         options = {"compare_type": _differ, "compare_server_default": True}
@@ -75,7 +78,7 @@ def older(revision: str, request: str) -> Callable[[Connection], None]:
     """Makes a store of an earlier schema, with one episode in it."""
 
     def make(connection: Connection) -> None:
-        upgrade(connection, "the store", revision)
+        migrate(connection, "the store", revision)
         names = "episode_id, request, digest, policy_version, created_at, step, status, episode_return, num_tokens"
         values = "'old', :request, :digest, 'v', 1.0, 0, 'active', 0, 0, 1"
         statement = f"INSERT INTO episodes ({names}, updated_at) VALUES ({values})"  # noqa: S608
@@ -131,6 +134,36 @@ async def test_a_newer_versions_store_is_refused(store: SQLStore, url: str):
     await in_database(url, lambda connection: connection.execute(text("UPDATE alembic_version SET version_num='9999'")))
     with pytest.raises(StoreRefused, match=r"newer version of Episodic \(schema 9999.*install that version"):
         await SQLStore(url).open()
+
+
+@pytest.mark.parametrize("revision", ["0001", "0002"])
+async def test_an_older_schema_is_gone_back_to_and_left_again_with_nothing_lost(url: str, revision: str):
+    async with SQLStore(url) as store:
+        await store.create(record())
+        await store.commit(commit(0))
+    await SQLStore(url).migrate(revision)
+    assert await in_database(url, lambda connection: connection.execute(text(VERSION)).scalar()) == revision
+    async with SQLStore(url) as store:
+        assert await store.trajectory("e") == (replace(record(), head=commit(0).head), [step(0)])
+
+
+@pytest.mark.parametrize(
+    ("revision", "held"),
+    [("0002", "the tenant 'acme'"), ("0001", "the fork 'fork'"), ("0007", "this version knows 0001, 0002, 0003")],
+)
+async def test_a_schema_that_would_lose_something_is_not_gone_back_to(url: str, revision: str, held: str):
+    async with SQLStore(url) as store:
+        await store.create(record())
+        await store.commit(commit(0))
+        if revision == "0002":
+            await store.create(record("acme:e"))
+        fork = record("fork")
+        await store.fork([replace(fork, config=replace(fork.config, parent=("e", 1)), head=commit(0).head)])
+    with pytest.raises(StoreRefused, match=held):
+        await SQLStore(url).migrate(revision)
+    assert await in_database(url, lambda connection: connection.execute(text(VERSION)).scalar()) == "0003"
+    async with SQLStore(url) as store:
+        assert await store.steps("fork") == [step(0)]
 
 
 async def test_another_programs_tables_are_left_alone(url: str):

@@ -12,24 +12,26 @@ from service.store.base import StoreRefused
 from service.store.schema import metadata
 
 
-def upgrade(connection: Connection, place: str, revision: str = "head") -> None:
-    """Brings the schema up to date, in the caller's transaction. Raises StoreRefused, with the store's `place` in its
-    words, for a schema that this version does not know and for rows that it cannot read."""
+def migrate(connection: Connection, place: str, revision: str = "head") -> None:
+    """Brings the schema to a revision, forwards or back, in the caller's transaction. Raises StoreRefused, with the
+    store's `place` in its words, for a schema that this version does not know and for rows that stand in the way."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.set_main_option("path_separator", "os")
-    _require_ours(
-        connection, place, {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    )
+    known = sorted(script.revision for script in ScriptDirectory.from_config(config).walk_revisions())
+    if revision not in (*known, "head"):
+        raise StoreRefused(f"there is no schema {revision!r}: this version knows {', '.join(known)}")
+    found = MigrationContext.configure(connection).get_current_heads()
+    _require_ours(connection, place, set(found), set(known))
     config.attributes["connection"] = connection
+    goes_back = revision != "head" and max(found, default="") > revision
     try:
-        alembic.command.upgrade(config, revision)
-    except ValueError as error:  # a row that a migration cannot read
-        raise StoreRefused(f"{place} cannot be brought up to date: {error}") from error
+        (alembic.command.downgrade if goes_back else alembic.command.upgrade)(config, revision)
+    except ValueError as error:  # a row that a migration cannot read, or that would be lost
+        raise StoreRefused(f"{place} cannot be brought to schema {revision}: {error}") from error
 
 
-def _require_ours(connection: Connection, place: str, known: set[str]) -> None:
-    found = set(MigrationContext.configure(connection).get_current_heads())
+def _require_ours(connection: Connection, place: str, found: set[str], known: set[str]) -> None:
     if unknown := sorted(found - known):
         raise StoreRefused(
             f"{place} was written by a newer version of Episodic (schema {unknown[0]}, this one knows {max(known)}): "

@@ -1,4 +1,4 @@
-"""Runs the migrations on the connection, and in the transaction, that `upgrade` hands over."""
+"""Runs the migrations on the connection, and in the transaction, that `migrate` hands over."""
 
 from alembic import context
 

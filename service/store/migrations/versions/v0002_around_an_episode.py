@@ -63,6 +63,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    if fork := op.get_bind().execute(sa.text("SELECT episode_id FROM ancestors LIMIT 1")).scalar():
+        raise ValueError(f"the fork {fork!r} would lose the steps that it shares")
     for table in ("policies", "feedback", "ancestors", "episode_tags"):
         op.drop_table(table)
     op.drop_index("ix_episodes_expires", "episodes")

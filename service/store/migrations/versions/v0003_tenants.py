@@ -40,6 +40,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    others = sa.text("SELECT tenant FROM episodes WHERE tenant <> 'default' LIMIT 1")
+    if tenant := op.get_bind().execute(others).scalar():
+        raise ValueError(f"it has episodes of the tenant {tenant!r}, which would be everybody's there")
     op.drop_table("api_keys")
     op.drop_index("ix_episodes_active", "episodes")
     op.drop_index("ix_episodes_tenant", "episodes")
