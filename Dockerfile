@@ -74,7 +74,7 @@ LABEL org.opencontainers.image.title="Episodic" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 WORKDIR /data
-USER 10001
+USER 10001:10001
 VOLUME ["/data", "/models"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
@@ -112,7 +112,7 @@ LABEL org.opencontainers.image.title="Episodic" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 WORKDIR /data
-USER 10001
+USER 10001:10001
 VOLUME ["/data", "/models"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
