@@ -10,7 +10,7 @@ MINUTES = 30
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fuzz audit bench faults soak policy lock clean
+.PHONY: help install serve test check fuzz audit bench faults soak lab secrets policy lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ faults: install ## Hurt the service under load, ROUNDS times a kind of fault, an
 
 soak: install ## Load the service for MINUTES and watch what grows
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
+
+secrets: ## Make the secrets of the compose stack in ./secrets, once
+	@$(PYTHON) deploy/make_secrets.py
+
+lab: install ## Build the image, run the compose stack on Docker, play, hurt and restore it
+	$(BIN)/python -m tests.lab --seed $(SEED)
 
 policy: install ## Train the packaged policy anew
 	$(BIN)/python -m training.toy_text

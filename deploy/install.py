@@ -75,21 +75,22 @@ def install_lock(lock: Path, device: str) -> None:
     pip("--requirement", str(lock))
 
 
-def install_cpu_torch(requirement: str) -> None:
+def install_cpu_torch(requirement: str, python: Path = VENV_PYTHON) -> None:
     """From the indexes and find-links pip is configured with, or else from PyTorch's index of CPU wheels."""
-    if subprocess.run(pip_command(requirement), stderr=subprocess.PIPE, check=False).returncode != 0:  # noqa: S603
+    command = pip_command(requirement, python=python)
+    if subprocess.run(command, stderr=subprocess.PIPE, check=False).returncode != 0:  # noqa: S603
         say(f"{requirement} is not where pip is configured to look: trying {TORCH_CPU_INDEX}")
-        pip("--extra-index-url", TORCH_CPU_INDEX, requirement)
+        pip("--extra-index-url", TORCH_CPU_INDEX, requirement, python=python)
 
 
-def pip(*arguments: str) -> None:
-    run(*pip_command(*arguments))
+def pip(*arguments: str, python: Path = VENV_PYTHON) -> None:
+    run(*pip_command(*arguments, python=python))
 
 
-def pip_command(*arguments: str) -> list[str]:
+def pip_command(*arguments: str, python: Path) -> list[str]:
     # Wheels alone: no compiler is needed, and a missing wheel is an error at once instead of a failed build later.
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
-    return [str(VENV_PYTHON), "-m", "pip", "install", *options, *arguments]
+    return [str(python), "-m", "pip", "install", *options, *arguments]
 
 
 def run(*command: str) -> None:

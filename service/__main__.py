@@ -2,8 +2,9 @@
 
 import asyncio
 import gc
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -16,11 +17,12 @@ from service.app import create_app
 from service.commands import episodes_command, export_command
 from service.drain import LAST_ANSWERS_S, DrainingServer, end
 from service.key_commands import keys_app
-from service.keys import Keyring
+from service.keys import SCOPES, KeyRefused, Keyring, make_known, new_key, record_of
 from service.rollout import rollout_command
 from service.settings import Settings, holds_password
 from service.store.base import StoreRefused, StoreUnavailable
 from service.store.sql import SQLStore
+from service.trajectory import DEFAULT_TENANT
 
 
 def _without_password(url: str | None) -> str | None:
@@ -54,8 +56,11 @@ def serve(
     settings = _settings(given, dict(_pair(option) for option in engine or []))
     logs.configure(settings.log_format, settings.log_level)
     try:
-        _require_keys(settings)
+        asyncio.run(_settle_keys(settings))
         raise typer.Exit(_serve(settings))
+    except KeyRefused as error:
+        typer.secho(f"admin_key: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
     except ProfileError as error:
         typer.secho(f"profiles: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
@@ -103,22 +108,33 @@ def _pair(option: str) -> tuple[str, str]:
     return name, value
 
 
-def _require_keys(settings: Settings) -> None:
-    """Without API keys nobody but this machine may connect."""
-    if is_loopback(settings.host) or asyncio.run(_has_keys(SQLStore(settings.store_url))):
+async def _settle_keys(settings: Settings) -> None:
+    """Without API keys nobody but this machine may connect. Makes the admin key known, or one where it may."""
+    record, now = None, time.time()
+    if settings.admin_key is not None:
+        record = record_of(settings.admin_key.get_secret_value(), DEFAULT_TENANT, SCOPES, now)
+    elif is_loopback(settings.host):
         return
+    async with SQLStore(settings.store_url) as store:
+        if record is not None:
+            await make_known(store, record)
+        elif not await Keyring(store).exists():
+            if not settings.make_key:
+                _refuse_to_serve_others(settings.host)
+            key, made = new_key(DEFAULT_TENANT, SCOPES, now)
+            await store.add_key(made)
+            typer.echo(key)
+            typer.echo("^ the API key, shown this once: send Authorization: Bearer KEY, or set EPISODIC_API_KEY=KEY")
+
+
+def _refuse_to_serve_others(host: str) -> NoReturn:
     typer.secho(
-        f"host {settings.host}: without API keys the service serves loopback only (127.0.0.1, ::1, localhost). "
+        f"host {host}: without API keys the service serves loopback only (127.0.0.1, ::1, localhost). "
         "Make one: episodic keys create --tenant NAME",
         fg="red",
         err=True,
     )
     raise typer.Exit(2)
-
-
-async def _has_keys(store: SQLStore) -> bool:
-    async with store:
-        return await Keyring(store).exists()
 
 
 def _serve(settings: Settings) -> int:

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +37,13 @@ def create(
     typer.echo(key)
 
 
+@keys_app.command()
+def new() -> None:
+    """Print a key that no store knows, for a file of secrets: the service makes it known (EPISODIC_ADMIN_KEY)."""
+    key, _ = new_key(DEFAULT_TENANT, SCOPES, time.time())
+    typer.echo(key)
+
+
 @keys_app.command("list")
 def list_keys() -> None:
     """List the keys by their public ids."""
@@ -62,7 +68,7 @@ def _on_store(work: Callable[[Store], Awaitable[T]]) -> T:
 
     try:
         return asyncio.run(run())
-    except (StoreRefused, StoreUnavailable, ValidationError) as error:
+    except (StoreRefused, StoreUnavailable, OSError, ValueError) as error:
         _fail(str(error))
 
 

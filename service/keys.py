@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -20,14 +21,47 @@ TENANT = r"[a-z0-9][a-z0-9_-]{0,63}"
 """What a tenant may be called."""
 
 _PREFIX = "ek"
+_KEY = re.compile(rf"{_PREFIX}_([0-9a-f]{{16}})_[0-9a-f]{{64}}")
 _FRESH_S = 1.0
+
+
+class KeyRefused(Exception):
+    """A key that cannot be made known; the message does not hold it."""
 
 
 def new_key(tenant: str, scopes: Sequence[Scope], now: float) -> tuple[str, KeyRecord]:
     """A key to hand out, shown once, and what the store keeps of it."""
-    key_id = secrets.token_hex(8)
-    key = f"{_PREFIX}_{key_id}_{secrets.token_hex(32)}"
-    return key, KeyRecord(key_id, digest(key), tenant, tuple(scopes), now)
+    key = f"{_PREFIX}_{secrets.token_hex(8)}_{secrets.token_hex(32)}"
+    return key, record_of(key, tenant, scopes, now)
+
+
+def record_of(key: str, tenant: str, scopes: Sequence[Scope], now: float) -> KeyRecord:
+    """What the store keeps of a key. Raises KeyRefused for one that `new_key` cannot have made."""
+    found = _KEY.fullmatch(key)
+    if found is None:
+        raise KeyRefused("it is not of the form that `episodic keys new` prints")
+    return KeyRecord(found[1], digest(key), tenant, tuple(scopes), now)
+
+
+async def make_known(store: Store, record: KeyRecord) -> None:
+    """Adds a key that was made elsewhere, unless it is there; replicas that start together may all call it. One that
+    was revoked stays so. Raises KeyRefused if another key has its public id, StoreUnavailable."""
+    known = await _kept(store, record.key_id)
+    if known is None:
+        try:
+            return await store.add_key(record)
+        except StoreUnavailable:  # or another replica was first
+            known = await _kept(store, record.key_id)
+            if known is None:
+                raise
+    if not hmac.compare_digest(known.digest, record.digest):
+        raise KeyRefused(f"another key has the public id {record.key_id}")
+    if known.revoked_at is not None:
+        _log.warning("the admin key was revoked, and stays so", key_id=record.key_id)
+
+
+async def _kept(store: Store, key_id: str) -> KeyRecord | None:
+    return next((record for record in await store.keys() if record.key_id == key_id), None)
 
 
 def digest(key: str) -> bytes:

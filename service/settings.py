@@ -1,4 +1,5 @@
-"""Owns the settings, and alone reads them: a TOML file, EPISODIC_* variables, the command line; the later ones win."""
+"""Owns the settings, and alone reads them: a TOML file, files of secrets, EPISODIC_* variables, the command line; the
+later ones win."""
 
 import json
 import os
@@ -6,8 +7,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 _POLICIES = Path(__file__).parent / "policies"
 _STORE_URL = re.compile(r"sqlite:///(?!:memory:$|file:).+|postgresql(\+asyncpg)?://[^/?#]+/[^/?#]+(\?.*)?", re.DOTALL)
@@ -36,6 +43,9 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = Field(None, description="A TOML file with any of these settings.")
+    secrets: Path | None = Field(
+        None, description="A folder of files that give settings, such as `episodic_store` and `episodic_admin_key`."
+    )
     host: str = Field("127.0.0.1", description="Address to serve on; any but loopback needs API keys.")
     port: int = Field(8000, ge=0, le=65535, description="Port to serve on; 0 takes a free one.")
     model: str = Field("toy-text", description="A packaged policy, a folder, or a Hugging Face model id.")
@@ -53,6 +63,13 @@ class Settings(BaseSettings):
         None,
         description="`sqlite:///FILE`, or `postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE` for several replicas; "
         "unset, a SQLite file under `data`.",
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="A key from `episodic keys new` that every start makes known: tenant `default`, all scopes."
+    )
+    make_key: bool = Field(
+        False,
+        description="Make such a key, and print it once, where an address but loopback is served and there is none.",
     )
     adapters: Path | None = Field(
         None, description="Folder that LoRA adapters may be loaded from (PUT /policy/NAME); unset, adapters are off."
@@ -162,12 +179,20 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line (as keyword arguments), environment, then the file that either of them names."""
-        path = {**env_settings(), **init_settings()}.get("config")
-        if path and not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}")  # the source below would pass over it in silence
-        file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
-        return (init_settings, env_settings, file) if file else (init_settings, env_settings)
+        """Command line (as keyword arguments), environment, folder of secrets, file. The first two name the others; the
+        file may name the folder."""
+        sources = [init_settings, env_settings]
+        given = {**env_settings(), **init_settings()}
+        if path := given.get("config"):
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"there is no file {path}")  # the source below would pass over it in silence
+            file = TomlConfigSettingsSource(settings_cls, Path(path))
+            sources, given = [*sources, file], {**file(), **given}
+        if folder := given.get("secrets"):
+            if not Path(folder).is_dir():
+                raise FileNotFoundError(f"there is no folder {folder}")  # likewise
+            sources.insert(2, SecretsSettingsSource(settings_cls, folder))
+        return tuple(sources)
 
 
 def client_key() -> str | None:

