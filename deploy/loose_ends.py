@@ -76,7 +76,7 @@ def led_nowhere(by_kind: ByKind) -> Iterator[str]:
 
 def in_compose(root: Path, files: list[str]) -> Iterator[str]:
     """Yields what compose files, read together, name that is not there."""
-    documents = [yaml.safe_load((root / name).read_text(encoding="utf-8")) for name in files]
+    documents = [read_compose((root / name).read_text(encoding="utf-8")) for name in files]
     keys = ("services", "volumes", "secrets", "configs", "networks")
     declared = {key: {name for document in documents for name in document.get(key) or {}} for key in keys}
     for document in documents:
@@ -85,6 +85,27 @@ def in_compose(root: Path, files: list[str]) -> Iterator[str]:
                 yield from missing_file(root, f"{key}.{name}", thing.get("file", "."))
         for name, service in document["services"].items():
             yield from missing_for(root, name, service, declared)
+
+
+class ComposeLoader(yaml.SafeLoader):
+    """Takes !override and !reset, which say how files are merged, for what stands behind them."""
+
+
+def untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return loader.construct_scalar(node)
+
+
+ComposeLoader.add_multi_constructor("!", untagged)
+
+
+def read_compose(text: str) -> Object:
+    """With every ${NAME:-default} as its default."""
+    plain = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+    return yaml.load(plain, ComposeLoader)  # noqa: S506 - a safe loader
 
 
 def missing_for(root: Path, name: str, service: Object, declared: dict[str, set[str]]) -> Iterator[str]:

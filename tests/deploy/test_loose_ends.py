@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.modules import load
-
-loose_ends = load("loose_ends")
+from deploy import loose_ends
 
 LABELS = {f"app.kubernetes.io/{name}": "episodic" for name in ("name", "component", "part-of")}
 SELECTOR = {"app.kubernetes.io/name": "episodic"}
@@ -105,3 +103,8 @@ def test_what_a_compose_file_names_is_there(tmp_path: Path, before: str, after: 
     (tmp_path / "compose.yml").write_text(text.replace(before, after) if before else text)
     found = list(loose_ends.in_compose(tmp_path, ["compose.yml"]))
     assert [words in problem for problem in found] == [True] if words else found == []
+
+
+def test_compose_variables_have_their_defaults_and_tags_of_merging_are_read_over() -> None:
+    read = loose_ends.read_compose("a: ${SOME:-./there}/file\nb: !override [x]\nc: !reset null\nd: !override {e: 1}\n")
+    assert read == {"a": "./there/file", "b": ["x"], "c": "null", "d": {"e": 1}}
