@@ -97,11 +97,11 @@ def render(folder: Path, rendered: Rendered) -> str:
             parts = {"resources": ["../overlays/replicated"], "components": [f"../components/{component.name}"]}
             (site / "kustomization.yaml").write_text(yaml.safe_dump({**head, **parts}), encoding="utf-8")
     (folder / "rendered").mkdir()
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     for name, path in sorted(sites.items()):
         ran = subprocess.run([BIN / "kubectl", "kustomize", path], check=False, capture_output=True, text=True)  # noqa: S603
         if ran.returncode != 0 or ran.stderr:
-            problems.append(f"{name}: {ran.stderr.strip().replace(str(copy), 'deploy/kubernetes')}")
+            problems[ran.stderr.strip().replace(str(copy), "deploy/kubernetes")] = name
             continue
         (folder / "rendered" / f"{name}.yaml").write_text(ran.stdout, encoding="utf-8")
         rendered[name] = list(yaml.safe_load_all(ran.stdout))
@@ -113,9 +113,14 @@ def kubernetes_validate(rendered: Rendered) -> str:
     import kubernetes_validate as schemas  # the fast tests import this module without it
 
     versions = [version for version in schemas.utils.all_versions() if minor(version) >= OLDEST_KUBERNETES]
-    problems: list[str] = []
+    first: dict[
+        str, str
+    ] = {}  # where each problem is met first: overlays share most objects, versions most of a schema
     custom = set[str]()
-    distinct = {yaml.safe_dump(thing): (site, thing) for site, things in rendered.items() for thing in things}
+    distinct: dict[str, tuple[str, Object]] = {}
+    for site, things in rendered.items():
+        for thing in things:
+            distinct.setdefault(yaml.safe_dump(thing), (site, thing))
     for site, thing in distinct.values():
         if kind_of(thing) in CUSTOM:
             custom.add(kind_of(thing))
@@ -125,18 +130,21 @@ def kubernetes_validate(rendered: Rendered) -> str:
                 schemas.validate(thing, version, strict=True)
             except schemas.ValidationError as error:
                 place = ".".join(str(step) for step in error.path)
-                problems.append(f"{site}: {name_of(thing)}: {version}: {place}: {error.message}")
+                first.setdefault(f"{name_of(thing)}: {place}: {error.message}", f"{site}, {version}")
             except schemas.SchemaNotFoundError:
-                problems.append(f"{site}: {name_of(thing)}: {version}: there is no such kind: {kind_of(thing)}")
-    span = ".".join(map(str, minor(versions[0]))) + " to " + ".".join(map(str, minor(versions[-1])))
+                first.setdefault(f"{name_of(thing)}: there is no such kind: {kind_of(thing)}", f"{site}, {version}")
+    span = " to ".join(version.rpartition(".")[0] for version in (versions[0], versions[-1]))
     left_out = ", ".join(sorted(kind.split()[1] for kind in custom))
-    return told(problems, f"{len(distinct)} objects, {span}; without a schema: {left_out}")
+    return told(first, f"{len(distinct)} objects, {span}; without a schema: {left_out}")
 
 
 def objects(rendered: Rendered) -> str:
     """What a schema does not tell: that they are one namespace's, labelled, and refer to what is there."""
-    problems = [f"{site}: {problem}" for site, things in rendered.items() for problem in in_kubernetes(things)]
-    return told(problems, f"{sum(map(len, rendered.values()))} in {len(rendered)} installations")
+    first: dict[str, str] = {}
+    for site, things in rendered.items():
+        for problem in in_kubernetes(things):
+            first.setdefault(problem, site)
+    return told(first, f"{sum(map(len, rendered.values()))} in {len(rendered)} installations")
 
 
 def checkov(folder: Path) -> str:
@@ -155,7 +163,7 @@ def yamllint() -> str:
 
 
 def hadolint() -> str:
-    run(str(BIN / "hadolint"), str(there(ROOT / "Dockerfile")))
+    run(str(BIN / "hadolint"), "--no-color", str(there(ROOT / "Dockerfile")))
     return "Dockerfile"
 
 
@@ -184,8 +192,8 @@ def compose() -> str:
         for files in COMPOSE:
             run("docker", "compose", *(word for name in files for word in ("--file", name)), "config", "--quiet")
         return "read by docker compose config"
-    problems = [problem for files in COMPOSE for problem in in_compose(ROOT, files)]
-    return told(sorted(set(problems)), "names and files are there; Compose is not here to read them itself")
+    problems = {problem: files[-1] for files in COMPOSE for problem in in_compose(ROOT, files)}
+    return told(problems, "names and files are there; Compose is not here to read them itself")
 
 
 def has_compose() -> bool:
@@ -194,9 +202,10 @@ def has_compose() -> bool:
     return bool(shutil.which("docker")) and subprocess.run(version, check=False, capture_output=True).returncode == 0  # noqa: S603
 
 
-def told(problems: list[str], summary: str) -> str:
+def told(problems: dict[str, str], summary: str) -> str:
+    """The summary if there are no problems. Raises Failed with each, and where it was met."""
     if problems:
-        raise Failed("\n".join(problems))
+        raise Failed("\n".join(f"{problem} ({where})" for problem, where in problems.items()))
     return summary
 
 
@@ -204,7 +213,7 @@ def run(*command: str) -> str:
     """Runs a tool and returns what it printed. Raises Failed with that."""
     ran = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)  # noqa: S603
     if ran.returncode != 0:
-        raise Failed((ran.stdout + ran.stderr).strip())
+        raise Failed("\n".join(line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()))
     return ran.stdout + ran.stderr
 
 
