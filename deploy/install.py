@@ -60,6 +60,10 @@ def set_up(venv: Path, stages: dict[str, Callable[[], None]]) -> bool:
     return True
 
 
+def python_of(venv: Path) -> Path:
+    return venv / "bin" / "python"
+
+
 def checksum(path: Path) -> str:
     """The sha256 of the file's bytes, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -107,10 +111,6 @@ def pip_command(*arguments: str, python: Path) -> list[str]:
     # Wheels alone: no compiler is needed, and a missing wheel is an error at once instead of a failed build later.
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
     return [str(python), "-m", "pip", "install", *options, *arguments]
-
-
-def python_of(venv: Path) -> Path:
-    return venv / "bin" / "python"
 
 
 def run(*command: str) -> None:
