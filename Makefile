@@ -1,4 +1,4 @@
-# Every command of the project; `make help` lists them. All but help and clean set up .venv first, once.
+# Every command of the project; `make help` lists them. Those that need .venv set it up first, once.
 SHELL  := /bin/bash
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -10,10 +10,10 @@ MINUTES = 30
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fuzz audit bench faults soak lab secrets policy lock clean
+.PHONY: help install serve test check check-deploy rules fuzz audit bench faults soak lab secrets policy lock clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DEVICE=cpu|gpu       which engine to install (now: $(DEVICE))"
 	@echo "  MODEL=NAME|PATH      the policy that serve loads (default: the packaged one)"
@@ -37,6 +37,13 @@ check: install ## Check format, lint, types and layers
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+check-deploy: ## Check the Dockerfile, the compose files and deploy/, with tools of their own
+	@$(PYTHON) deploy/install.py deploy
+	@.venv-deploy/bin/python deploy/check.py
+
+rules: ## Write the rules of deploy/prometheus into their Kubernetes object
+	@$(PYTHON) deploy/prometheus_rule.py
 
 fuzz: install ## Feed a million hostile inputs to every parser; SEED=N for others
 	@$(BIN)/python -m tests.fuzz --seed $(SEED)
@@ -65,6 +72,6 @@ policy: install ## Train the packaged policy anew
 lock: ## Resolve the dependencies anew into requirements/
 	$(PYTHON) deploy/lock.py
 
-clean: ## Remove .venv and every cache
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+clean: ## Remove the environments and every cache
+	rm -rf .venv .venv-deploy .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

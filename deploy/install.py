@@ -1,4 +1,5 @@
 """Owns the set-up behind `make install`: .venv, built from the lock of one device, left alone when it is up to date.
+.venv-deploy is made likewise, for the tools of `make check-deploy`: their dependencies would not fit into .venv.
 
 Runs on the bare interpreter, before anything is installed, so it uses the standard library alone. Torch comes first and
 by itself: its CPU build is not on the default index, and an extra index slows pip down for every package asked of it.
@@ -12,36 +13,55 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
-STAMP = VENV / ".installed"  # a line a finished stage; a set-up goes on after the last stage that still holds
+TOOLS = ROOT / ".venv-deploy"
 DEVICES = ("cpu", "gpu")
 OLDEST_PYTHON = (3, 11)
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
-def main(device: str) -> None:
-    if device not in DEVICES:
-        sys.exit(f"DEVICE is {' or '.join(DEVICES)}, not {device!r}.")
-    lock = ROOT / "requirements" / f"{device}.lock"
-    # The two builds of the engine share one import name, and scripts hold the folder's path: neither survives a change.
-    wanted = [f"{device} {ROOT}", checksum(lock), checksum(ROOT / "pyproject.toml")]
-    installed = STAMP.read_text(encoding="utf-8").splitlines() if STAMP.exists() and VENV_PYTHON.exists() else []
-    if installed == wanted:
-        return
+def main(what: str) -> None:
+    if what not in (*DEVICES, "deploy"):
+        sys.exit(f"DEVICE is {' or '.join(DEVICES)}, not {what!r}.")
     started = time.monotonic()
-    if installed[:1] != wanted[:1]:
-        create_venv()
-    if installed[:2] != wanted[:2]:
-        STAMP.write_text("\n".join(wanted[:1]), encoding="utf-8")
-        install_lock(lock, device)
-    STAMP.write_text("\n".join(wanted[:2]), encoding="utf-8")
-    pip("--quiet", "--no-build-isolation", "--editable", str(ROOT))
-    STAMP.write_text("\n".join(wanted), encoding="utf-8")
-    say(f"Set up for the {device.upper()} in {time.monotonic() - started:.0f} s.")
+    lock = ROOT / "requirements" / f"{what}.lock"
+    venv = TOOLS if what == "deploy" else VENV
+    # The two builds of the engine share one import name, and scripts hold the folder's path: neither survives a change.
+    stages: dict[str, Callable[[], None]] = {
+        f"{what} {ROOT}": lambda: create_venv(venv),
+        checksum(lock): lambda: install_lock(venv, lock, what),
+    }
+    if venv == VENV:
+        itself = ("--quiet", "--no-build-isolation", "--editable", str(ROOT))
+        stages[checksum(ROOT / "pyproject.toml")] = lambda: pip(*itself)
+    if set_up(venv, stages):
+        for_what = "checks of deploy/" if what == "deploy" else what.upper()
+        say(f"Set up for the {for_what} in {time.monotonic() - started:.0f} s.")
+
+
+def set_up(venv: Path, stages: dict[str, Callable[[], None]]) -> bool:
+    """Runs the stages, by their marks, from the first one that is not done. Returns whether there was any to run."""
+    stamp = venv / ".installed"  # a line a finished stage
+    wanted = list(stages)
+    done = stamp.read_text(encoding="utf-8").splitlines() if stamp.exists() and python_of(venv).exists() else []
+    if done == wanted:
+        return False
+    first = next((i for i, mark in enumerate(wanted) if done[i : i + 1] != [mark]), 0)
+    for i in range(first, len(wanted)):
+        if i:
+            stamp.write_text("\n".join(wanted[:i]), encoding="utf-8")
+        stages[wanted[i]]()
+    stamp.write_text("\n".join(wanted), encoding="utf-8")
+    return True
+
+
+def python_of(venv: Path) -> Path:
+    return venv / "bin" / "python"
 
 
 def checksum(path: Path) -> str:
@@ -49,7 +69,7 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def create_venv() -> None:
+def create_venv(venv: Path) -> None:
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(
             f"Episodic needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}.\n"
@@ -60,19 +80,19 @@ def create_venv() -> None:
             f"{sys.executable} cannot make a virtual environment: its ensurepip module is missing.\n"
             "On Debian and Ubuntu it is a package of its own: apt install python3-venv"
         )
-    say(f"Creating {VENV} with Python {sys.version.split()[0]}")
+    say(f"Creating {venv} with Python {sys.version.split()[0]}")
     python = Path(sys.executable).resolve()  # an activated .venv names its own link, which is about to go
-    shutil.rmtree(VENV, ignore_errors=True)
-    run(str(python), "-m", "venv", str(VENV))
+    shutil.rmtree(venv, ignore_errors=True)
+    run(str(python), "-m", "venv", str(venv))
 
 
-def install_lock(lock: Path, device: str) -> None:
+def install_lock(venv: Path, lock: Path, device: str) -> None:
     """Installs what the lock names and nothing else."""
     requirements = lock.read_text(encoding="utf-8").splitlines()
     say(f"Installing {len(requirements)} locked packages")
     if device == "cpu":
         install_cpu_torch(next(line for line in requirements if line.startswith("torch==")))
-    pip("--requirement", str(lock))
+    pip("--requirement", str(lock), python=python_of(venv))
 
 
 def install_cpu_torch(requirement: str, python: Path = VENV_PYTHON) -> None:

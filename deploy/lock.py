@@ -28,9 +28,12 @@ def main() -> None:
         uv = f"{scratch}/bin/uv"
         environment = {**os.environ, **uv_environment(pip)}
         # As in install.py: PyTorch's index is asked only for what pip's own places do not have.
-        locked = compile_lock(uv, environment, "cpu", [*omitted, *repeat("--find-links", pip.get("find-links", []))])
-        locked = locked or compile_lock(uv, environment, "cpu", [*omitted, "--index", TORCH_CPU_INDEX])
-        locked = compile_lock(uv, environment, "gpu", []) and locked
+        cpu, gpu = (["pyproject.toml", "--extra", device, "--group", "dev"] for device in ("cpu", "gpu"))
+        find_links = repeat("--find-links", pip.get("find-links", []))
+        locked = compile_lock(uv, environment, "cpu", [*cpu, *omitted, *find_links])
+        locked = locked or compile_lock(uv, environment, "cpu", [*cpu, *omitted, "--index", TORCH_CPU_INDEX])
+        locked = compile_lock(uv, environment, "gpu", gpu) and locked
+        locked = compile_lock(uv, environment, "deploy", ["--group", "deploy"]) and locked
     sys.exit(not locked)
 
 
@@ -59,10 +62,10 @@ def uv_environment(pip: dict[str, list[str]]) -> dict[str, str]:
     return environment
 
 
-def compile_lock(uv: str, environment: dict[str, str], device: str, options: list[str]) -> bool:
-    """Writes requirements/<device>.lock anew, or leaves it as it is and returns False."""
-    lock = ROOT / "requirements" / f"{device}.lock"
-    command = [uv, "pip", "compile", "pyproject.toml", "--extra", device, "--group", "dev", "--output-file", str(lock)]
+def compile_lock(uv: str, environment: dict[str, str], name: str, options: list[str]) -> bool:
+    """Writes requirements/<name>.lock anew, or leaves it as it is and returns False."""
+    lock = ROOT / "requirements" / f"{name}.lock"
+    command = [uv, "pip", "compile", "--output-file", str(lock)]
     command += ["--upgrade", "--universal", "--python-version", "3.11", "--fork-strategy", "fewest"]
     command += ["--index-strategy", "unsafe-best-match", "--no-header", "--no-annotate", "--quiet", *options]
     if subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode != 0:  # noqa: S603

@@ -1,0 +1,210 @@
+"""The Dockerfile, the compose files and deploy/ agree with the service and with each other."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import REGISTRY
+from pydantic import ValidationError
+
+from deploy import loose_ends, prometheus_rule
+from service import metrics
+from service.app import create_app
+from service.client import calls
+from service.drain import LAST_ANSWERS_S
+from service.engine.loading import CPU_OPTIONS
+from service.keys import new_key
+from service.settings import Settings
+from service.store.memory import MemoryStore
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+DOCKERFILE = ROOT / "Dockerfile"
+COMPOSE = ROOT / "docker-compose.yml"
+PROMETHEUS = DEPLOY / "prometheus"
+NOT_SETTINGS = {
+    *("EPISODIC_API_KEY", "EPISODIC_URL"),  # of commands that call a service
+    *("EPISODIC_TAG", "EPISODIC_MEMORY"),  # of the compose files alone
+}
+NESTED = {"engine", "openai", "quota", "tenants"}
+LAST_S = 2 * LAST_ANSWERS_S  # the server's, then uvicorn's own
+CLOSE_S = 10  # vLLM gives its process 5 s to end before it kills it
+
+
+def documents(*folders: Path) -> list[dict[str, Any]]:
+    files = [path for folder in folders for path in sorted(folder.rglob("*.yaml"))]
+    return [document for path in files for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def one(kind: str, folder: Path = KUBERNETES / "base") -> dict[str, Any]:
+    (found,) = [document for document in documents(folder) if document["kind"] == kind]
+    return found
+
+
+def container_of(deployment: dict[str, Any]) -> dict[str, Any]:
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+def environment_of(container: dict[str, Any]) -> dict[str, Any]:
+    return {variable["name"]: variable.get("value") for variable in container["env"]}
+
+
+BASE = one("Deployment")
+POD = BASE["spec"]["template"]["spec"]
+CONTAINER = container_of(BASE)
+GPU = one("Deployment", KUBERNETES / "components" / "gpu")
+
+
+def compose_service() -> dict[str, Any]:
+    return loose_ends.read_compose(COMPOSE.read_text())["services"]["service"]
+
+
+def texts() -> list[Path]:
+    files = [path for path in DEPLOY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return sorted([DOCKERFILE, *ROOT.glob("docker-compose*.yml"), *files])
+
+
+@pytest.mark.parametrize("path", texts(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_variable_is_a_setting(path: Path) -> None:
+    for name in set(re.findall(r"\bEPISODIC_[A-Z0-9_]+", path.read_text())) - NOT_SETTINGS:
+        setting, nested, _ = name.removeprefix("EPISODIC_").lower().partition("__")
+        assert setting in Settings.model_fields, name
+        assert not nested or setting in NESTED, name
+
+
+def test_what_is_probed_is_in_the_openapi_document() -> None:
+    probed = {CONTAINER[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
+    monitor = one("ServiceMonitor", KUBERNETES / "components" / "monitoring")
+    probed |= {endpoint["path"] for endpoint in monitor["spec"]["endpoints"]}
+    probed |= set(re.findall(r"/(?:readyz|healthz)\b", DOCKERFILE.read_text()))
+    assert probed == {"/healthz", "/readyz", "/metrics"}
+    assert probed <= create_app(Settings(), store=MemoryStore()).openapi()["paths"].keys()
+
+
+def test_a_pod_has_time_to_end() -> None:
+    drain_s = float(environment_of(CONTAINER)["EPISODIC_DRAIN_S"])
+    pre_stop_s = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert POD["terminationGracePeriodSeconds"] > pre_stop_s + drain_s + LAST_S + CLOSE_S
+
+
+def test_a_container_of_compose_has_time_to_end() -> None:
+    service = compose_service()
+    drain_s = float(service.get("environment", {}).get("EPISODIC_DRAIN_S", Settings().drain_s))
+    grace = re.fullmatch(r"(\d+)s", service["stop_grace_period"])
+    assert grace is not None
+    assert int(grace[1]) > drain_s + LAST_S
+
+
+@pytest.mark.parametrize("patch", [BASE, GPU], ids=["cpu", "gpu"])
+def test_a_rollout_waits_as_long_as_a_model_may_load(patch: dict[str, Any]) -> None:
+    probe = {**CONTAINER["startupProbe"], **container_of(patch)["startupProbe"]}
+    assert patch["spec"]["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
+
+
+def test_ports_agree() -> None:
+    service = one("Service")
+    routes = documents(KUBERNETES / "components" / "gateway")
+    ports = {port["port"] for port in service["spec"]["ports"]}
+    ports |= {port["containerPort"] for port in CONTAINER["ports"]}
+    ports |= {
+        port["port"]
+        for policy in documents(KUBERNETES)
+        if policy["kind"] == "NetworkPolicy"
+        for rule in policy["spec"].get("ingress", [])
+        for port in rule["ports"]
+    }
+    ports |= {
+        backend["port"]
+        for route in routes
+        if route["kind"] == "HTTPRoute"
+        for rule in route["spec"]["rules"]
+        for backend in rule["backendRefs"]
+    }
+    assert ports == {Settings().port}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == {port["name"] for port in CONTAINER["ports"]}
+
+
+def test_the_images_port_user_and_volumes_are_those_of_the_pods() -> None:
+    dockerfile = DOCKERFILE.read_text()
+    assert set(re.findall(r"^EXPOSE (\d+)", dockerfile, re.MULTILINE)) == {str(Settings().port)}
+    served_as = [user for user in re.findall(r"^USER (\d+)", dockerfile, re.MULTILINE) if user != "0"]
+    assert set(served_as) == {str(POD["securityContext"]["runAsUser"])}
+    single = container_of(one("Deployment", KUBERNETES / "components" / "single"))
+    mounted = {mount["mountPath"] for mount in [*CONTAINER["volumeMounts"], *single["volumeMounts"]]}
+    for volumes in re.findall(r"^VOLUME (\[.*\])", dockerfile, re.MULTILINE):
+        assert set(yaml.safe_load(volumes)) <= mounted
+    assert re.search(r"HF_HOME=/models\b", dockerfile)
+    assert re.search(r"EPISODIC_DATA=/data\b", dockerfile)
+
+
+def test_the_secret_is_where_the_service_looks_for_it() -> None:
+    (mount,) = [mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "secrets"]
+    assert environment_of(CONTAINER)["EPISODIC_SECRETS"] == mount["mountPath"]
+    (generated,) = yaml.safe_load((KUBERNETES / "example" / "kustomization.yaml").read_text())["secretGenerator"]
+    settings = {Path(file).name.removeprefix("episodic_") for file in generated["files"]}
+    assert settings == {"admin_key", "store"}
+    assert settings <= Settings.model_fields.keys()
+
+
+def test_the_key_that_the_example_makes_is_one() -> None:
+    line = re.search(
+        r"printf 'ek_%s_%s' .*-hex (\d+).*-hex (\d+)", (KUBERNETES / "example/kustomization.yaml").read_text()
+    )
+    assert line is not None
+    digits = [2 * int(number) for number in line.groups()]
+    key, _ = new_key("default", ["act"], 0.0)
+    assert [len(part) for part in key.split("_")[1:]] == digits
+
+
+def test_the_variables_of_service_links_would_be_taken_for_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Service named episodic every pod would get EPISODIC_PORT=tcp://..., so they are off."""
+    assert one("Service")["metadata"]["name"] == "episodic"
+    assert POD["enableServiceLinks"] is False
+    monkeypatch.setenv("EPISODIC_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(ValidationError):
+        Settings()
+
+
+def test_what_scales_is_a_metric_and_within_what_the_engine_runs() -> None:
+    autoscaler = one("HorizontalPodAutoscaler", KUBERNETES / "components" / "queue-autoscaling")
+    targets = {metric["pods"]["metric"]["name"]: metric["pods"]["target"] for metric in autoscaler["spec"]["metrics"]}
+    assert metrics.ACTS is not None
+    assert targets.keys() <= {family.name for family in REGISTRY.collect()}
+    running = CPU_OPTIONS["max_num_seqs"]
+    assert int(targets["agent_active_acts"]["averageValue"]) < running
+    assert int(targets["agent_waiting_acts"]["averageValue"]) < running // 4
+
+
+def test_the_gateway_hashes_what_the_client_sends() -> None:
+    policy = one("BackendTrafficPolicy", KUBERNETES / "components" / "gateway")
+    header = policy["spec"]["loadBalancer"]["consistentHash"]["header"]["name"]
+    assert f'headers["{header}"] = self.episode_id' in Path(calls.__file__).read_text()
+
+
+def test_the_operators_rules_are_those_of_prometheus() -> None:
+    rules, written = (PROMETHEUS / "rules.yml").read_text(), prometheus_rule.OBJECT.read_text()
+    assert written == prometheus_rule.prometheus_rule(rules), "make rules"
+    assert yaml.safe_load(written)["spec"] == yaml.safe_load(rules)
+
+
+def test_the_operators_scrape_has_the_job_that_the_rules_ask_for() -> None:
+    """Without a jobLabel the operator takes the Service's name."""
+    assert "jobLabel" not in one("ServiceMonitor", KUBERNETES / "components" / "monitoring")["spec"]
+    name = one("Service")["metadata"]["name"]
+    assert set(re.findall(r'job="([^"]+)"', (PROMETHEUS / "rules.yml").read_text())) == {name}
+
+
+def test_every_file_is_part_of_a_kustomization() -> None:
+    for folder in {path.parent for path in KUBERNETES.rglob("*.yaml")}:
+        kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+        named = {*kustomization.get("resources", []), *(patch["path"] for patch in kustomization.get("patches", []))}
+        files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
+        assert files == {name for name in named if name.endswith(".yaml")}, folder
+
+
+def test_no_secret_is_in_the_repository() -> None:
+    assert not [document for document in documents(KUBERNETES) if document["kind"] == "Secret"]

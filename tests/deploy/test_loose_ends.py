@@ -1,0 +1,110 @@
+"""What deploy/loose_ends.py finds: each mistake alone, and none where there is none."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy import loose_ends
+
+LABELS = {f"app.kubernetes.io/{name}": "episodic" for name in ("name", "component", "part-of")}
+SELECTOR = {"app.kubernetes.io/name": "episodic"}
+
+
+def thing(kind: str, **spec: Any) -> dict[str, Any]:
+    metadata = {"name": "episodic", "namespace": "episodic", "labels": dict(LABELS)}
+    return {"apiVersion": "v1", "kind": kind, "metadata": metadata, "spec": spec}
+
+
+POD = {
+    "serviceAccountName": "episodic",
+    "containers": [{"name": "episodic", "volumeMounts": [{"name": "secrets", "mountPath": "/run/secrets"}]}],
+    "volumes": [{"name": "secrets", "secret": {"secretName": "episodic"}}],
+}
+TEMPLATE = {"metadata": {"labels": LABELS}, "spec": POD}
+THINGS = {
+    "namespace": thing("Namespace"),
+    "account": thing("ServiceAccount"),
+    "service": thing("Service", selector=SELECTOR, ports=[{"port": 8000}]),
+    "deployment": thing("Deployment", selector={"matchLabels": SELECTOR}, template=TEMPLATE),
+    "autoscaler": thing("HorizontalPodAutoscaler", scaleTargetRef={"name": "episodic"}),
+    "route": thing("HTTPRoute", rules=[{"backendRefs": [{"name": "episodic", "port": 8000}]}]),
+    "deny": thing("NetworkPolicy", podSelector={}),
+}
+
+
+def test_a_whole_installation_has_none() -> None:
+    assert list(loose_ends.in_kubernetes(list(THINGS.values()))) == []
+
+
+@pytest.mark.parametrize(
+    ("which", "path", "value", "words"),
+    [
+        ("service", "metadata.namespace", "default", "Service episodic is not in the namespace"),
+        ("service", "metadata.labels", {}, "Service episodic lacks the labels"),
+        ("service", "spec.selector", {"app": "other"}, "Service episodic selects"),
+        ("deny", "spec.podSelector", {"matchLabels": {"app": "other"}}, "NetworkPolicy episodic selects"),
+        ("deployment", "spec.template.spec.serviceAccountName", "other", "serviceAccountName other"),
+        ("deployment", "spec.template.spec.volumes", [], "the volume secrets"),
+        ("deployment", "spec.template.spec.volumes.0.secret.secretName", "other", "secretName other"),
+        ("autoscaler", "spec.scaleTargetRef.name", "other", "scales what is not there"),
+        ("route", "spec.rules.0.backendRefs.0.port", 80, "leads to episodic:80"),
+    ],
+)
+def test_a_mistake_is_found(which: str, path: str, value: Any, words: str) -> None:
+    things = copy.deepcopy(THINGS)
+    *steps, last = path.split(".")
+    place: Any = things[which]
+    for step in steps:
+        place = place[int(step) if step.isdigit() else step]
+    place[last] = value
+    (found,) = loose_ends.in_kubernetes(list(things.values()))
+    assert words in found
+
+
+def test_a_claim_that_no_pod_uses_is_found() -> None:
+    (found,) = loose_ends.in_kubernetes([*THINGS.values(), thing("PersistentVolumeClaim")])
+    assert found == "no pod uses the claim episodic"
+
+
+COMPOSE = {
+    "services": {
+        "db": {"image": "postgres", "volumes": ["db:/var/lib"], "secrets": ["password"]},
+        "service": {
+            "build": {"context": ".", "target": "cpu"},
+            "depends_on": {"db": {"condition": "service_healthy"}},
+            "volumes": ["./file:/file:ro", {"type": "volume", "source": "db", "target": "/db"}],
+        },
+    },
+    "volumes": {"db": None},
+    "secrets": {"password": {"file": "./file"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("", "", None),
+        ("target: cpu", "target: gpu", "has no stage gpu"),
+        ("- db:/var", "- other:/var", "there is no other under volumes"),
+        ("- password", "- other", "there is no other under secrets"),
+        ("      db:\n        condition", "      other:\n        condition", "there is no other under services"),
+        ("- ./file:", "- ./other:", "service: there is no ./other"),
+        ("file: ./file", "file: ./other", "secrets.password: there is no ./other"),
+    ],
+)
+def test_what_a_compose_file_names_is_there(tmp_path: Path, before: str, after: str, words: str | None) -> None:
+    text = yaml.safe_dump(COMPOSE)
+    assert before in text
+    (tmp_path / "file").touch()
+    (tmp_path / "Dockerfile").write_text("FROM scratch AS cpu\n")
+    (tmp_path / "compose.yml").write_text(text.replace(before, after) if before else text)
+    found = list(loose_ends.in_compose(tmp_path, ["compose.yml"]))
+    assert [words in problem for problem in found] == [True] if words else found == []
+
+
+def test_compose_variables_have_their_defaults_and_tags_of_merging_are_read_over() -> None:
+    read = loose_ends.read_compose("a: ${SOME:-./there}/file\nb: !override [x]\nc: !reset null\nd: !override {e: 1}\n")
+    assert read == {"a": "./there/file", "b": ["x"], "c": "null", "d": {"e": 1}}
