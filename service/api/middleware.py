@@ -1,4 +1,4 @@
-"""Owns what every request gets: a request id, on the answer and in the log, and a log line."""
+"""Owns what every request gets: a request id, on the answer and in the log, a log line, and a count."""
 
 import re
 import time
@@ -8,7 +8,7 @@ from secrets import token_hex
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs
+from service import logs, metrics
 
 _log = logs.get(__name__)
 
@@ -55,12 +55,14 @@ class RequestContext:
             status = 500  # rendered further out
             raise
         finally:
+            status = status or 499
+            metrics.record_request(getattr(scope.get("route"), "path", "-"), status)
             quiet = scope["path"] in _PROBES or (scope["path"] == "/act" and status < 400)
             (_log.debug if quiet else _log.info)(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
-                status=status or 499,
+                status=status,
                 seconds=round(time.perf_counter() - began, 6),
             )
 
