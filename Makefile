@@ -73,5 +73,5 @@ lock: ## Resolve the dependencies anew into requirements/
 	$(PYTHON) deploy/lock.py
 
 clean: ## Remove the environments and every cache
-	rm -rf .venv .venv-deploy .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .venv-deploy .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,7 +37,7 @@ class Commits:
             self._live.drop(episode.episode_id)  # the outcome is unknown: the next touch asks the store
             raise
         if stop_reason:
-            metrics.EPISODES_ENDED.labels(stop_reason).inc()
+            metrics.record_end(stop_reason, episode.config.request.get("profile"), head.episode_return, head.step)
         return step
 
     async def _is_kept(self, step: Step) -> bool:

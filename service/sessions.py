@@ -176,6 +176,9 @@ class Sessions:
             except StoreUnavailable:
                 metrics.ACTS.labels("store_unavailable").inc()
                 raise
+            except Exception:
+                metrics.ACTS.labels("internal_error").inc()
+                raise
 
     async def abort_acts(self) -> int:
         """Aborts the acts whose commit has not begun, and those that come; their callers hear that the service drains.

@@ -74,7 +74,7 @@ class Postgres:
         self._programs = found
         self._data = folder / "postgresql"
         self._log = folder / "postgresql.log"
-        self.port = _free_port()
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._num_databases = 0
 
@@ -190,7 +190,7 @@ def running() -> Iterator[Postgres]:
         shutil.rmtree(folder)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

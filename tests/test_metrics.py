@@ -1,6 +1,7 @@
 """Metrics: each documented name appears in GET /metrics and moves when what it counts happens."""
 
 import asyncio
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import metrics
+from service.api.problems import CODES
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
+from service.store.memory import MemoryStore
+from service.trajectory import StopReason
 from tests.serving import HeldEngine, Served, serve, until
 
 OURS: set[Any] = {value for value in vars(metrics).values() if isinstance(value, Counter | Gauge | Histogram)}
@@ -92,6 +96,121 @@ async def test_acts_in_flight_and_live_episodes_go_up_and_down(tmp_path: Path, t
         engine.release.set()
         await asyncio.gather(*acts)
         assert moved(before, await samples(api), "agent_active_acts") == 0
+
+
+def scraped(text: str) -> dict[str, dict[tuple[str, ...], float]]:
+    """Of our metrics, {sample name: {label values in the order of the labels' names: value}}."""
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = tuple(value for _, value in sorted(sample.labels.items()))
+            found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
+async def test_an_ended_episode_tells_its_return_and_length_once(tmp_path: Path, tokenizer: HFTokenizer):
+    async def now(api: Served) -> dict[str, dict[tuple[str, ...], float]]:
+        return scraped((await api.client.get("/metrics")).text)
+
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        before = await now(api)
+        for name, profile, reward in (("won", "frozen-lake", 1.0), ("lost", "frozen-lake", -2.5), ("free", None, 0.25)):
+            await api.open(name, **({"profile": profile} if profile else {}))
+            await api.act(name)
+            await api.act(name, reward=reward)
+            await api.act(name, observation=None, truncated=True)
+            await api.client.post(f"/episode/{name}/end", json={})
+        after = await now(api)
+
+    def grown(name: str, *labels: str) -> float:
+        return after[name][labels] - before.get(name, {}).get(labels, 0.0)
+
+    assert grown("agent_episode_return_count", "frozen-lake") == 2
+    assert grown("agent_episode_return_bucket", "0.0", "frozen-lake") == 1
+    assert grown("agent_returns_total", "frozen-lake", "positive") == 1.0
+    assert grown("agent_returns_total", "frozen-lake", "negative") == 2.5
+    assert grown("agent_returns_total", "none", "positive") == 0.25
+    assert grown("agent_episode_steps_sum", "frozen-lake") == 4
+    assert grown("agent_episodes_ended_total", "truncated") == 3
+
+
+async def test_requests_count_by_route_and_never_by_what_a_caller_wrote(tmp_path: Path, tokenizer: HFTokenizer):
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        before = scraped((await api.client.get("/metrics")).text).get("agent_http_requests_total", {})
+        await api.open()
+        await api.act()
+        await api.get()
+        await api.post_act("nobody")
+        await api.client.get("/nowhere/at-all")
+        await api.client.put("/act", json={})
+        after = scraped((await api.client.get("/metrics")).text)["agent_http_requests_total"]
+    grown = {labels: value - before.get(labels, 0.0) for labels, value in after.items() if value != before.get(labels)}
+    assert grown == {
+        ("/episode", "201"): 1,
+        ("/act", "200"): 1,
+        ("/episode/{episode_id}", "200"): 1,
+        ("/act", "404"): 1,
+        ("-", "404"): 1,
+        ("/act", "405"): 1,
+        ("/metrics", "200"): 1,
+    }
+
+
+async def test_the_state_is_that_of_readyz_and_the_info_that_of_version(tmp_path: Path, tokenizer: HFTokenizer):
+    async def states(api: Served) -> tuple[list[str], list[tuple[str, ...]]]:
+        found = scraped((await api.client.get("/metrics")).text)
+        assert set(found["agent_readiness"]) == {(state,) for state in metrics.STATES}
+        return [state for (state,), value in found["agent_readiness"].items() if value], list(found["agent_info"])
+
+    async with serve(tmp_path, None, store=MemoryStore(), loading=True) as api:
+        version = (await api.client.get("/version")).json()["version"]
+        assert await states(api) == (["loading"], [("", "", version)])
+        api.app.state.sessions.draining = True
+        assert await states(api) == (["draining"], [("", "", version)])
+        assert (await api.client.get("/version")).json()["policy"] is None
+    engine = ScriptedEngine(tokenizer)
+    async with serve(tmp_path, engine) as api:
+        assert await states(api) == (["ready"], [("scripted", "scripted-1", version)])
+        with sqlite3.connect(tmp_path / "episodic.db", isolation_level=None) as connection:
+            connection.execute("ALTER TABLE episodes RENAME TO hidden")
+            assert (await states(api))[0] == ["store_unavailable"]
+            connection.execute("ALTER TABLE hidden RENAME TO episodes")
+        connection.close()
+        engine.die()
+        assert (await states(api))[0] == ["engine_unavailable"]
+
+
+async def test_a_scrape_does_not_wait_for_a_store_that_hangs(tmp_path: Path, tokenizer: HFTokenizer):
+    class Hanging(MemoryStore):
+        async def num_active(self, tenant: str | None = None) -> int:
+            return await asyncio.get_running_loop().create_future()
+
+    async with serve(tmp_path, ScriptedEngine(tokenizer), store=Hanging()) as api:
+        found = scraped((await api.client.get("/metrics")).text)
+        assert found["agent_readiness"][("store_unavailable",)] == 1
+
+
+def test_what_has_not_happened_yet_is_zero_and_not_missing():
+    known = {code for codes in CODES.values() for code in codes} | {"acted", "done", "replayed"}
+    assert set(metrics.OUTCOMES) <= known
+    for counter, label, values in (
+        (metrics.ACTS, "outcome", metrics.OUTCOMES),
+        (metrics.EPISODES_ENDED, "stop_reason", tuple(StopReason)),
+        (metrics.PARSE_FAILURES, "kind", ("json", "length", "schema")),
+    ):
+        (family,) = counter.collect()
+        assert set(values) <= {sample.labels[label] for sample in family.samples}
+
+
+async def test_an_act_that_fails_for_no_reason_of_ours_counts_as_internal(tmp_path: Path, tokenizer: HFTokenizer):
+    def broken(_: Any) -> str:
+        raise ZeroDivisionError
+
+    async with serve(tmp_path, ScriptedEngine(tokenizer, reply=broken)) as api:
+        before = await samples(api)
+        await api.open()
+        assert (await api.post_act()).status_code == 500
+        assert moved(before, await samples(api), "agent_acts_total", "internal_error") == 1
 
 
 async def test_errors_of_engine_and_store_count_by_their_code(tmp_path: Path, tokenizer: HFTokenizer):

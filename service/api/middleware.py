@@ -1,4 +1,4 @@
-"""Owns what every request gets: a request id, on the answer and in the log, and a log line."""
+"""Owns what every request gets: a request id, on the answer and in the log, a log line, and a count."""
 
 import re
 import time
@@ -8,7 +8,7 @@ from secrets import token_hex
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs
+from service import logs, metrics
 
 _log = logs.get(__name__)
 
@@ -56,11 +56,13 @@ class RequestContext:
             status = 500  # rendered further out
             raise
         finally:
+            status = status or 499
+            metrics.record_request(getattr(scope.get("route"), "path", "-"), status)
             (_log.debug if _is_quiet(scope["path"], status) else _log.info)(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
-                status=status or 499,
+                status=status,
                 seconds=round(time.perf_counter() - began, 6),
             )
 

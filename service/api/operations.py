@@ -1,7 +1,6 @@
 """Owns what operators call: health, readiness, version, metrics."""
 
 import asyncio
-import contextlib
 import dataclasses
 import importlib.metadata
 
@@ -11,11 +10,17 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from service.agent import Agent
 from service.api.schemas import Ready, Version
-from service.metrics import ACTIVE_EPISODES, TASKS
+from service.engine.base import EngineUnavailable
+from service.metrics import ACTIVE_EPISODES, TASKS, record_state
 from service.store.base import StoreUnavailable
 
 router = APIRouter(tags=["operations"])
+
+_VERSION = importlib.metadata.version("episodic")
+_STORE_LIMIT_S = 2.0
+"""Of the store for /metrics: a scrape that waits for a store that hangs says nothing of it."""
 
 
 @router.get("/healthz", response_model=Ready)
@@ -42,27 +47,43 @@ async def readyz(request: Request) -> Response:
 @router.get("/version", response_model=Version)
 async def version(request: Request) -> Response:
     """The service's version, the policy's, and how its chat template behaves; null while it loads."""
-    sessions = request.app.state.sessions
-    if sessions.unready_reason == "loading":
+    agent = _agent(request)
+    if agent is None:
         policy: dict[str, object] = {name: None for name in ("policy", "policy_version", "max_model_len", "template")}
     else:
-        info = sessions.agent.engine.info
+        info = agent.engine.info
         policy = {
             "policy": info.model,
             "policy_version": info.version,
             "max_model_len": info.max_model_len,
-            "template": dataclasses.asdict(sessions.agent.prompt.report),
+            "template": dataclasses.asdict(agent.prompt.report),
         }
-    return _json({"version": importlib.metadata.version("episodic"), **policy})
+    return _json({"version": _VERSION, **policy})
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text: ours `agent_*`, the engine's `vllm:*`."""
-    with contextlib.suppress(StoreUnavailable):  # other replicas open and end episodes too: the store alone knows
-        ACTIVE_EPISODES.set(await request.app.state.sessions.store.num_active())
+    sessions = request.app.state.sessions
+    reason = sessions.unready_reason
+    try:  # other replicas open and end episodes too: the store alone knows
+        async with asyncio.timeout(_STORE_LIMIT_S):
+            ACTIVE_EPISODES.set(await sessions.store.num_active())
+    except (StoreUnavailable, TimeoutError):
+        reason = reason or "store_unavailable"
+    agent = _agent(request)
+    info = agent and agent.engine.info
+    record_state(reason, _VERSION, info and info.model, info and info.version)
     TASKS.set(len(asyncio.all_tasks()))
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _agent(request: Request) -> Agent | None:
+    """None while the policy loads, whether the service drains meanwhile or not."""
+    try:
+        return request.app.state.sessions.agent
+    except EngineUnavailable:
+        return None
 
 
 def _json(document: object, status: int = 200) -> Response:

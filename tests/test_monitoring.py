@@ -1,0 +1,154 @@
+"""What deploy/ has for Prometheus and Grafana: the files are whole, the alerts are tested, the key is sent.
+
+That the queries find what they ask for, a loaded service shows: tests/e2e/test_monitoring.py.
+"""
+
+import asyncio
+import json
+import re
+import subprocess
+import time
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy import promtools
+from deploy.grafana import dashboard
+from service.engine.scripted import ScriptedEngine
+from service.engine.tokenizer import HFTokenizer
+from service.keys import Scope, new_key
+from tests import prometheus
+from tests.serving import serve
+
+GRAFANA = prometheus.ROOT / "deploy" / "grafana"
+DASHBOARD: dict[str, Any] = json.loads(dashboard.OUT.read_text())
+PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+RULES = prometheus.rules()
+ALERTS = [rule for rule in RULES if "alert" in rule]
+TESTED = [
+    (query["expr"], bool(query["exp_samples"]))
+    for test in yaml.safe_load((prometheus.FOLDER / "rules_test.yml").read_text())["tests"]
+    for query in test["promql_expr_test"]
+]
+
+
+@pytest.fixture(scope="module")
+def needs_prometheus() -> None:
+    if reason := prometheus.missing():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("needs_prometheus")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check", "rules", "--lint-fatal", "rules.yml"),
+        ("check", "config", "--syntax-only", "--lint-fatal", "prometheus.yml"),  # the key's file is not here
+        ("test", "rules", "rules_test.yml"),
+    ],
+)
+def test_promtool_agrees(words: tuple[str, ...]) -> None:
+    command = [promtools.program("promtool"), *words]
+    ran = subprocess.run(command, cwd=prometheus.FOLDER, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
+def test_an_alert_says_what_to_do_and_is_tested_both_ways(rule: dict[str, Any]) -> None:
+    assert rule["labels"]["severity"] in ("critical", "warning")
+    assert set(rule["annotations"]) == {"summary", "description"}
+    results = {fires for expr, fires in TESTED if f'ALERTS{{alertname="{rule["alert"]}"' in expr}
+    assert results == {True, False}
+
+
+def test_each_recorded_series_is_used_and_tested() -> None:
+    used = " ".join([*(rule["expr"] for rule in RULES), *(t["expr"] for p in PANELS for t in p["targets"])])
+    for rule in RULES:
+        if name := rule.get("record"):
+            assert name in used
+            assert any(name in expr and fires for expr, fires in TESTED), name
+
+
+def test_prometheus_finds_replicas_by_dns_and_shows_a_key() -> None:
+    (scraped,) = yaml.safe_load((prometheus.FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert scraped["job_name"] == "episodic"
+    assert scraped["dns_sd_configs"] == [{"names": ["service"], "type": "A", "port": 8000, "refresh_interval": "5s"}]
+
+
+@pytest.mark.usefixtures("needs_prometheus")
+async def test_a_scrape_asks_for_a_key_of_scope_admin(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    scopes: dict[str, tuple[Scope, ...]] = {"admin": ("admin",), "others": ("act", "read")}
+
+    def targets(server: prometheus.Prometheus) -> dict[str, tuple[str, str]]:
+        found = server.get("targets")["activeTargets"]
+        return {target["labels"]["job"]: (target["health"], target["lastError"]) for target in found}
+
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        jobs: list[Any] = []
+        for name, allowed in scopes.items():
+            key, record = new_key("monitoring", allowed, time.time())
+            await api.app.state.sessions.store.add_key(record)
+            (tmp_path / name).write_text(f"{key}\n")
+            configured = prometheus.configuration(api.url.removeprefix("http://"), tmp_path / name)
+            jobs.append({**configured["scrape_configs"][0], "job_name": name})
+        expected = {"admin": ("up", ""), "others": ("down", "server returned HTTP status 403 Forbidden")}
+        with prometheus.running(tmp_path, {**configured, "scrape_configs": jobs}) as server:
+            async with asyncio.timeout(60):
+                while await asyncio.to_thread(targets, server) != expected:  # noqa: ASYNC110 - Prometheus's state
+                    await asyncio.sleep(0.1)
+
+
+def test_the_dashboard_is_what_its_module_makes() -> None:
+    assert dashboard.OUT.read_text() == dashboard.text(), "run python deploy/grafana/dashboard.py"
+
+
+def test_the_dashboard_has_a_place_for_each_panel() -> None:
+    everything = DASHBOARD["panels"]
+    ids = [panel["id"] for panel in everything]
+    assert len(set(ids)) == len(ids)
+    places = [panel["gridPos"] for panel in everything]
+    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
+    for one, other in combinations(places, 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below, (one, other)
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_a_panel_says_what_it_tells_and_asks_the_chosen_source(panel: dict[str, Any]) -> None:
+    assert panel["type"] in ("timeseries", "stat", "table", "heatmap")
+    assert len(panel["description"]) > 40
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    assert panel["datasource"] == source
+    references = [target["refId"] for target in panel["targets"]]
+    assert references
+    assert len(set(references)) == len(references)
+    for target in panel["targets"]:
+        assert target["datasource"] == source
+        assert 'job=~"$job", instance=~"$instance"' in target["expr"]
+        assert target["legendFormat"] or panel["type"] == "table"
+
+
+def test_the_dashboard_has_the_rows_and_choices_that_operators_ask_for() -> None:
+    assert DASHBOARD["uid"] == "episodic"
+    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
+    assert rows == [
+        *("Traffic", "Latency by part", "Tokens and cache hits", "Episodes and returns", "Errors and refusals"),
+        *("Store", "Engine", "Process"),
+    ]
+    assert [choice["name"] for choice in DASHBOARD["templating"]["list"]] == ["datasource", "job", "instance"]
+    used = set(re.findall(r"\$\{?(\w+)", dashboard.OUT.read_text()))
+    assert used == {"datasource", "job", "instance", "__rate_interval", "__all"}
+
+
+def test_grafana_is_provisioned_with_prometheus_and_the_dashboards() -> None:
+    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
+    scraped = yaml.safe_load((prometheus.FOLDER / "prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == scraped
+    (provider,) = yaml.safe_load((GRAFANA / "provisioning/dashboards/episodic.yml").read_text())["providers"]
+    assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
