@@ -393,7 +393,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Tasks of the event loop",
             "none",
-            "About a dozen, and 3 to 7 for each act in flight. If the calm moments grow from hour to hour, it is a leak.",
+            "About a dozen, and 3 to 7 for each act in flight. If calm moments grow from hour to hour, it is a leak.",
             ((f"agent_tasks{{{S}}}", "{{instance}}"),),
             width=6,
         ),
