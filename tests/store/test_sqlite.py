@@ -5,6 +5,7 @@ import os
 import re
 import sqlite3
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from service.store.connections import Patience
 from service.store.sql import SQLStore
 from tests.store.test_stores import commit, record
 
+ROOT = Path(__file__).parents[2]
 IMPATIENT = Patience(lock_s=0.05)
 
 
@@ -199,3 +201,24 @@ async def test_a_disk_that_is_full_at_the_start_is_said_so(small_disk: Path):
     (small_disk / "ballast").write_bytes(b"0" * (1 << 20))
     with pytest.raises(StoreRefused, match=r"episodic\.db.*Make room"):
         await stored(small_disk).open()
+
+
+async def test_a_backup_made_while_it_is_written_to_is_whole(store: SQLStore, tmp_path: Path):
+    """By the line that docs/deploy.md has for it."""
+    (line,) = re.findall(r"^\.venv/bin/python -c .*backup.*$", (ROOT / "docs" / "deploy.md").read_text(), re.MULTILINE)
+    line = line.replace(".venv/bin/python", sys.executable).replace("data/episodic.db", str(file(tmp_path)))
+    await store.create(record())
+    for index in range(200):
+        await store.commit(commit(index))
+    (tmp_path / "copy").mkdir()
+    copying = await asyncio.create_subprocess_shell(line, cwd=tmp_path / "copy")
+    ended, num_steps = asyncio.create_task(copying.wait()), 200
+    while not ended.done():
+        await store.commit(commit(num_steps))
+        num_steps += 1
+    assert await ended == 0
+    async with SQLStore(f"sqlite:///{tmp_path / 'copy' / 'backup.db'}") as copy:
+        found = await copy.trajectory("e")
+        assert found is not None
+        assert 200 <= found[0].head.step == len(found[1]) <= num_steps
+        await copy.commit(commit(len(found[1])))
