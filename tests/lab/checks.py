@@ -200,7 +200,7 @@ def check_rollout(lab: Lab) -> None:
     lab.report.expect(ran.returncode == 0, f"episodic rollout plays through the proxy {ran.stderr[-500:]}".rstrip())
     if ran.returncode == 0:
         figures = json.loads(ran.stdout)
-        lab.report.say(f"completion rate {figures['policy']['completion_rate']}, {figures['steps_per_s']:.0f} steps/s")
+        lab.report.say(f"completion rate {figures['completion_rate']}, {figures['steps_per_s']:.0f} steps/s")
 
 
 def check_quiet(lab: Lab) -> None:
