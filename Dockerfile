@@ -44,7 +44,7 @@ USER 0
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends tini \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin \
  && install -d -o 10001 -g 0 -m 0775 /data /models
 WORKDIR /src
 COPY pyproject.toml ./
@@ -89,7 +89,7 @@ FROM ${PYTHON_IMAGE} AS cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends libnuma1 tini \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin \
  && install -d -o 10001 -g 0 -m 0775 /data /models
 COPY --from=environment /opt/episodic /opt/episodic
 # Home and caches are below /tmp: nothing else need be writable but the two volumes.

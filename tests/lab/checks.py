@@ -72,7 +72,7 @@ def check_image(lab: Lab) -> None:
     image, expect = lab.docker.inspect(IMAGE), lab.report.expect
     config = image["Config"]
     lab.report.say(f"size: {image['Size'] / 1e9:.2f} GB in {len(image['RootFS']['Layers'])} layers")
-    expect(config["User"].isdigit() and config["User"] != "0", f"its user is {config['User']}")
+    expect(int(config["User"].partition(":")[0]) > 0, f"its user is {config['User']}")
     expect(config["Entrypoint"][0] == "tini", f"it starts {' '.join(config['Entrypoint'])} {' '.join(config['Cmd'])}")
     expect(set(config["Volumes"]) == {"/data", "/models"}, f"its volumes are {', '.join(sorted(config['Volumes']))}")
     labels = [name for name in config["Labels"] if name.startswith("org.opencontainers.image.")]
