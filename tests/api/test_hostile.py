@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -423,19 +424,31 @@ async def test_the_documentation_can_be_turned_off(tmp_path: Path, tokenizer: HF
 # ---- what is counted
 
 
+def label_values() -> set[tuple[str, str]]:
+    """Those of our metrics now, which are the process's: other tests count here, too."""
+    ours = [family for family in REGISTRY.collect() if family.name.startswith("agent_")]
+    return {label for family in ours for sample in family.samples for label in sample.labels.items()}
+
+
 async def test_no_caller_makes_a_series_of_its_own(patient: Served):
     """Labels have values of ours alone, whatever is called and sent."""
+    before = label_values()
     await patient.open(action_space={"type": "json", "schema": {"type": "object"}})
     for number in range(3):
         await patient.post_act(f"nobody{number}", info={f"key{number}": 1})
         await patient.post_act(step=number + 5)
+        await patient.client.get(f"/episode/nobody{number}")
+        await patient.client.get(f"/v1/nowhere{number}")
         await patient.client.get(f"/nowhere{number}", headers={"X-Episode-Id": f"forged{number}"})
         await patient.client.request(f"BREW{number}", "/act")
-    ours = [family for family in REGISTRY.collect() if family.name.startswith("agent_")]
-    values = {
-        value for family in ours for sample in family.samples for name, value in sample.labels.items() if name != "le"
-    }
-    codes = {code for codes in CODES.values() for code in codes}
-    parts = {"queue_s", "engine_s", "store_s", "total_s", "prompt", "cached", "completion"}
     kinds = {"json", "schema", "length", *StopReason}
-    assert values <= codes | parts | kinds | {"acted", "done", "replayed"}
+    known = {
+        "outcome": {code for codes in CODES.values() for code in codes} | {"acted", "done", "replayed"},
+        "part": {"queue_s", "engine_s", "store_s", "total_s"},
+        "kind": kinds | {"prompt", "cached", "completion"},
+        "stop_reason": kinds,
+        "route": {"/episode", "/act", "/episode/{episode_id}", "/v1/{path:path}", "-"},
+        "status": {str(status.value) for status in HTTPStatus},
+    }
+    for label, value in label_values() - before:
+        assert value in known.get(label, ()), (label, value)
