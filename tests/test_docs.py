@@ -57,3 +57,20 @@ def test_what_holds_a_promise_exists(page: str) -> None:
     headings = re.findall(r"^\|.*\| test \|\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
     for row in "".join(headings).splitlines():
         assert "::" in row.split("|")[-2], f"{page}: no test: {row}"
+
+
+def test_the_page_on_deploying_names_what_there_is() -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    kubernetes, targets = ROOT / "deploy" / "kubernetes", (ROOT / "Makefile").read_text()
+    rows = set(re.findall(r"^\| `([\w/-]+)` \|", text, re.MULTILINE))
+    overlays = {f"overlays/{path.name}" for path in kubernetes.glob("overlays/*")}
+    components = {path.name for path in kubernetes.glob("components/*")}
+    assert rows == overlays | components - {"single"}  # a part of two overlays
+    for path in re.findall(r"`((?:deploy|tests)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", targets, re.MULTILINE), target
+    for name in re.findall(r"EPISODIC_([A-Z]+(?:_[A-Z]+)*)", text):
+        assert name.lower() in Settings.model_fields, name
+    for file in re.findall(r"secrets/(\w+)", text):
+        assert file in (ROOT / "docker-compose.yml").read_text(), file
