@@ -154,7 +154,7 @@ def _serve(settings: Settings) -> int:
         lifespan="off",  # the server below runs it
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
-    running = DrainingServer(config, drain_s=settings.drain_s)
+    running = DrainingServer(config, drain_delay_s=settings.drain_delay_s, drain_s=settings.drain_s)
     try:
         running.run()
     except SystemExit:  # uvicorn's, which has said why it cannot listen

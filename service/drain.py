@@ -22,15 +22,16 @@ LAST_ANSWERS_S = 5
 
 
 class DrainingServer(uvicorn.Server):
-    """At the first signal readiness drops and new acts are refused, by answers: the socket stays open while requests
-    are in flight. They get `drain_s` seconds, then acts whose commit has not begun are aborted and their callers told.
-    The second signal ends the process at once.
+    """At the first signal it is unready. After `drain_delay_s` seconds, in which what routes to it sees that, new acts
+    are refused, by answers: the socket stays open while requests are in flight. They get `drain_s` seconds, then acts
+    whose commit has not begun are aborted and their callers told. The second signal ends the process at once.
 
     The app's lifespan runs around it (`lifespan="off"`), so that what it raises reaches the caller of `run`.
     """
 
-    def __init__(self, config: uvicorn.Config, *, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, *, drain_delay_s: float, drain_s: float) -> None:
         super().__init__(config)
+        self._drain_delay_s = drain_delay_s
         self._drain_s = drain_s
         self._draining: asyncio.Task[None] | None = None
 
@@ -58,6 +59,9 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         sessions: Sessions = self._app.state.sessions
+        sessions.leaving = True
+        if sessions.unready_reason is None:
+            await asyncio.sleep(self._drain_delay_s)
         sessions.draining = True
         in_flight = set(self.server_state.tasks)
         _log.info("draining", num_requests=len(in_flight), at_most_s=self._drain_s)

@@ -59,6 +59,8 @@ class Sessions:
         self.store = store
         self.admission = admission or Admission()
         self.sweeper = Sweeper(store, self.expire)
+        self.leaving = False
+        """A signal came: what routes to it is to look for another replica; acts are served until it drains."""
         self.draining = False
         self._aborts = False
         self._agent: Agent | None = None

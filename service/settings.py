@@ -114,7 +114,12 @@ class Settings(BaseSettings):
         3, ge=1, description="Engine failures within the window below that end the process."
     )
     engine_failure_window_s: float = Field(600.0, gt=0, description="Seconds that an engine failure counts for.")
-    drain_s: float = Field(30.0, ge=0, description="Seconds that acts in flight get at SIGTERM.")
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds after SIGTERM in which it is unready and still takes acts, for a proxy to see that.",
+    )
+    drain_s: float = Field(30.0, ge=0, description="Seconds that acts in flight get after that.")
     log_format: Literal["console", "json"] = Field("console", description="How log lines are written.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
 

@@ -14,6 +14,7 @@ from service.agent import Agent
 from service.api.schemas import Ready, Version
 from service.engine.base import EngineUnavailable
 from service.metrics import ACTIVE_EPISODES, TASKS, record_state
+from service.sessions import Sessions
 from service.store.base import StoreUnavailable
 
 router = APIRouter(tags=["operations"])
@@ -31,9 +32,9 @@ async def healthz() -> Response:
 
 @router.get("/readyz", response_model=Ready, responses={503: {"description": "Not ready; `reason` says why."}})
 async def readyz(request: Request) -> Response:
-    """200 when an act would be served."""
+    """200 when an act would be served, now and in a moment."""
     sessions = request.app.state.sessions
-    reason = sessions.unready_reason
+    reason = _unready_reason(sessions)
     if reason is None:
         try:
             await sessions.store.episode("-")
@@ -65,7 +66,7 @@ async def version(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus text: ours `agent_*`, the engine's `vllm:*`."""
     sessions = request.app.state.sessions
-    reason = sessions.unready_reason
+    reason = _unready_reason(sessions)
     try:  # other replicas open and end episodes too: the store alone knows
         async with asyncio.timeout(_STORE_LIMIT_S):
             ACTIVE_EPISODES.set(await sessions.store.num_active())
@@ -76,6 +77,11 @@ async def metrics(request: Request) -> Response:
     record_state(reason, _VERSION, info and info.model, info and info.version)
     TASKS.set(len(asyncio.all_tasks()))
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _unready_reason(sessions: Sessions) -> str | None:
+    """Why what routes to it should look for another replica, as far as this process knows."""
+    return "draining" if sessions.leaving else sessions.unready_reason
 
 
 def _agent(request: Request) -> Agent | None:

@@ -38,7 +38,7 @@ async def test_ready_then_each_reason_not_to_be(tmp_path: Path, tokenizer: HFTok
         assert await ready(api) == (200, None)
         engine.die()
         assert await ready(api) == (503, "engine_unavailable")
-        api.app.state.sessions.draining = True
+        api.app.state.sessions.leaving = True
         assert await ready(api) == (503, "draining")
         assert (await api.client.get("/healthz")).status_code == 200
 

@@ -102,6 +102,24 @@ def test_an_act_in_flight_ends_and_later_ones_are_told(
     assert num_steps(server) == {"long": 1, "late": 0}
 
 
+def test_it_is_unready_and_serves_until_the_delay_is_over(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(tmp_path, drain_delay_s="600")
+    body = {"episode_id": "late", "profile": "frozen-lake"}
+    assert httpx.post(f"{server.url}/episode", json=body).status_code == 201
+    server.signal(signal.SIGTERM)
+    until(lambda: code(httpx.get(f"{server.url}/readyz")) == (503, None))
+    assert act(server, "late").json()["step"] == 0
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 128 + signal.SIGTERM
+    assert num_steps(server) == {"late": 1}
+
+
+def test_it_ends_after_the_delay(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(tmp_path, drain_delay_s="0.5")
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
 def test_what_does_not_end_in_time_is_aborted(
     start: Callable[..., Server], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
