@@ -52,14 +52,18 @@ COPY requirements requirements
 COPY deploy deploy
 # Into the engine's own environment, and only what is not there: what is there, stays as it is.
 RUN --mount=type=cache,target=/root/.cache/pip PIP_BREAK_SYSTEM_PACKAGES=1 python3 deploy/image.py gpu
+COPY deploy/health.py /opt/health.py
 COPY --from=wheel /dist /dist
 RUN PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --no-cache-dir --no-deps /dist/*.whl \
  && rm -rf /src /dist
-# Home and caches are below /tmp: nothing else need be writable but the two volumes.
+# Home is /tmp: nothing else need be writable but the two volumes. What is compiled for a GPU is kept with the models.
 ENV HOME=/tmp \
     USER=episodic \
     LOGNAME=episodic \
     HF_HOME=/models \
+    VLLM_CACHE_ROOT=/models/.cache/vllm \
+    TRITON_CACHE_DIR=/models/.cache/triton \
+    FLASHINFER_WORKSPACE_BASE=/models \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     EPISODIC_HOST=0.0.0.0 \
@@ -78,9 +82,8 @@ USER 10001:10001
 VOLUME ["/data", "/models"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=5s --timeout=5s --start-period=15m --retries=3 \
-    CMD ["python3", "-ISc", "import os, urllib.request as http; \
-http.urlopen(f\"http://127.0.0.1:{os.environ.get('EPISODIC_PORT', 8000)}/readyz\", timeout=4)"]
+HEALTHCHECK --interval=5s --timeout=5s --start-period=60m --retries=3 \
+    CMD ["python3", "-IS", "/opt/health.py"]
 ENTRYPOINT ["tini", "--", "episodic"]
 CMD ["serve"]
 
@@ -92,6 +95,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin \
  && install -d -o 10001 -g 0 -m 0775 /data /models
 COPY --from=environment /opt/episodic /opt/episodic
+COPY deploy/health.py /opt/health.py
 # Home and caches are below /tmp: nothing else need be writable but the two volumes.
 ENV PATH=/opt/episodic/bin:$PATH \
     HOME=/tmp \
@@ -117,7 +121,6 @@ VOLUME ["/data", "/models"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=5s --start-period=5m --retries=3 \
-    CMD ["python3", "-ISc", "import os, urllib.request as http; \
-http.urlopen(f\"http://127.0.0.1:{os.environ.get('EPISODIC_PORT', 8000)}/readyz\", timeout=4)"]
+    CMD ["python3", "-IS", "/opt/health.py"]
 ENTRYPOINT ["tini", "--", "episodic"]
 CMD ["serve"]

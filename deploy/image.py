@@ -30,6 +30,8 @@ def main(what: str) -> None:
     roots = read_roots(what)
     if importlib.util.find_spec("packaging") is None:  # which reads requirements, and is one itself
         install(["packaging"], lock)
+    if others := unlike(roots):  # an image's own, of another version than the service is written for
+        install(others, lock)
     while missing := lacking(roots, lock):
         install(missing, lock)
     if found := conflicts(roots):
@@ -66,6 +68,15 @@ def lacking(roots: list[str], lock: dict[str, list[str]]) -> list[str]:
     return sorted({name for name, _, version in required(roots) if version is None and name in lock})
 
 
+def unlike(roots: list[str]) -> list[str]:
+    """Those of the roots that are installed in a version that they do not ask for; the engine is the image's."""
+    return [
+        name
+        for name, requirement, version in required(roots, follow=False)
+        if version is not None and name != ENGINE and not requirement.specifier.contains(version, prereleases=True)
+    ]
+
+
 def conflicts(roots: list[str]) -> list[str]:
     """Versions that are installed and are not what somebody asks for."""
     return [
@@ -75,7 +86,7 @@ def conflicts(roots: list[str]) -> list[str]:
     ]
 
 
-def required(roots: list[str]) -> Iterator[tuple[str, Requirement, str | None]]:
+def required(roots: list[str], *, follow: bool = True) -> Iterator[tuple[str, Requirement, str | None]]:
     """Every requirement, with its name as locks have it and the version that is installed."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -91,7 +102,7 @@ def required(roots: list[str]) -> Iterator[tuple[str, Requirement, str | None]]:
             yield name, requirement, None
             continue
         yield name, requirement, installed.version
-        for extra in {"", *requirement.extras} if name != ENGINE else ():
+        for extra in {"", *requirement.extras} if follow and name != ENGINE else ():
             if (name, extra) not in followed:
                 followed.add((name, extra))
                 asked = map(Requirement, installed.requires or [])

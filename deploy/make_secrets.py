@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(folder: Path) -> None:
     """Adds what is missing; what is there stays."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
     password = keep(folder / "postgres_password", secrets.token_hex(32))
     keep(folder / "episodic_store", f"postgresql+asyncpg://episodic:{password}@db/episodic")
     keep(folder / "episodic_admin_key", f"ek_{secrets.token_hex(8)}_{secrets.token_hex(32)}")

@@ -48,6 +48,7 @@ def test_what_is_missing_or_of_another_version_is_found(image: Any, lock: dict[s
     roots = ["sqlalchemy[asyncio]", "no-such-package", "episodic-missing>=1 ; python_version > '3'", "pytest<1"]
     assert image.lacking(roots, {**lock, "no-such-package": ["no-such-package==1"]}) == ["no-such-package"]
     assert [line.partition(" ")[0] for line in image.conflicts(roots)] == ["pytest<1"]
+    assert image.unlike([*roots, "pluggy>=1"]) == ["pytest"]
 
 
 def test_a_package_of_several_lines_is_asked_for_with_all_of_them(lock: dict[str, list[str]]):
@@ -62,6 +63,7 @@ def test_an_image_for_gpus_must_have_the_engine(image: Any):
 
 def test_the_secrets_are_made_once(tmp_path: Path):
     folder = tmp_path / "secrets"
+    folder.mkdir(mode=0o755)
     make_secrets.main(folder)
     made = {path.name: path.read_text() for path in folder.iterdir()}
     assert set(made) == set(COMPOSE["secrets"])
@@ -90,9 +92,11 @@ def test_the_stack_is_on_loopback_and_confined():
 
 
 def test_the_stack_and_the_service_agree_on_their_limits():
-    nginx = (ROOT / "deploy" / "proxy" / "nginx.conf").read_text()
-    settings = Settings()
-    assert f"client_max_body_size {settings.max_body_bytes >> 20}m;" in nginx
-    service = COMPOSE["services"]["service"]
+    proxy = (ROOT / "deploy" / "proxy" / "haproxy.cfg").read_text()
+    service, settings = COMPOSE["services"]["service"], Settings()
     assert service["environment"]["EPISODIC_DRAIN_S"] == settings.drain_s
-    assert int(service["stop_grace_period"].removesuffix("s")) > settings.drain_s + 10
+    delay_s = service["environment"]["EPISODIC_DRAIN_DELAY_S"]
+    assert int(service["stop_grace_period"].removesuffix("s")) > delay_s + settings.drain_s + 10
+    interval_ms, num_failed = re.findall(r"inter (\d+)ms fall (\d+)", proxy)[0]
+    assert int(interval_ms) * int(num_failed) < delay_s * 1000
+    assert f"service:{service['environment']['EPISODIC_PORT']}\n" in proxy

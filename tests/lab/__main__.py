@@ -8,10 +8,17 @@ from typing import Annotated
 
 import typer
 
+from deploy.loose_ends import read_compose
 from deploy.make_secrets import main as make_secrets
-from tests.lab.engine import Docker, DockerFailed
+from tests.lab.engine import ROOT, Docker, DockerFailed
 
 TAG = "lab"
+STAND_IN = """
+FROM python:3.11-slim-bookworm
+RUN apt-get update && apt-get install --yes --no-install-recommends haproxy
+CMD ["haproxy", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]
+"""
+"""The proxy from Debian's package, for an engine that reaches no registry."""
 
 
 def main(
@@ -43,6 +50,8 @@ def _run(docker: Docker, checks: list[str], *, keep: bool, build: bool) -> int:
             began = time.monotonic()
             docker.build("--target", "cpu", "--tag", f"episodic:{TAG}", ".")
             typer.echo(f"built episodic:{TAG} in {time.monotonic() - began:.0f} s")
+        if docker.is_apart:
+            _build_proxy(docker)
         docker.up("db")  # the network comes with it
         return docker.inside(*checks)
     except DockerFailed as error:
@@ -51,6 +60,14 @@ def _run(docker: Docker, checks: list[str], *, keep: bool, build: bool) -> int:
     finally:
         if not keep:
             docker.compose("down", "--volumes", "--remove-orphans")
+
+
+def _build_proxy(docker: Docker) -> None:
+    image = read_compose((ROOT / "docker-compose.yml").read_text())["services"]["proxy"]["image"]
+    if image not in docker.images():
+        with tempfile.TemporaryDirectory(prefix="episodic-lab-") as folder:
+            Path(folder, "Dockerfile").write_text(STAND_IN)
+            docker.build("--tag", image, folder)
 
 
 if __name__ == "__main__":

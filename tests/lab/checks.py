@@ -7,7 +7,9 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +26,10 @@ from tests.lab.engine import READY_LIMIT_S, ROOT, Docker, DockerFailed
 IMAGE = "episodic:lab"
 PROXY = "http://127.0.0.1:18000"
 PROMETHEUS = "http://127.0.0.1:19090"
-ALONE_PORT, RESTORED_PORT = "18001", "18002"
+ALONE_PORT = "18001"
+DEPLOYING = (ROOT / "docs" / "deploy.md").read_text()
 NUM_EPISODES = 192
-GRACE_S = 45
+GRACE_S = 50
 SERVICES = ("db", "service", "proxy", "prometheus")
 CONFINED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")  # noqa: S108
 
@@ -231,17 +234,53 @@ def check_kill(lab: Lab) -> None:
 
 def check_drain(lab: Lab) -> None:
     codes: list[int] = []
+    plain: Counter[str] = Counter()
 
     def strike(stack: Lab, generator: random.Random) -> str:
         name = stack.docker.replicas()[1]
-        stack.docker.docker("stop", "--time", str(GRACE_S), name)
-        codes.append(stack.docker.inspect(name)["State"]["ExitCode"])
-        stack.docker.docker("start", name)
-        stack.docker.wait_healthy(name)
+        with _plain_calls(stack, plain):
+            stack.docker.docker("stop", "--time", str(GRACE_S), name)
+            codes.append(stack.docker.inspect(name)["State"]["ExitCode"])
+            stack.docker.docker("start", name)
+            stack.docker.wait_healthy(name)
         return "SIGTERM to a replica, started again"
 
+    num_retried = lab.ledger.num_retried
     _campaign(lab, "drain", strike)
     lab.report.expect(codes == [0], f"the drained replica ended with {codes}")
+    lab.report.expect(lab.ledger.num_retried == num_retried, "no call was refused or broken off")
+    lab.report.expect(
+        set(plain) == {"201", "200"}, f"calls of somebody who sends none again, answered by {dict(plain)}"
+    )
+
+
+@contextmanager
+def _plain_calls(lab: Lab, answers: Counter[str]) -> Iterator[None]:
+    """Meanwhile somebody plays as with curl: without headers for the proxy, each call once."""
+    over = threading.Event()
+
+    def call() -> None:
+        headers = {"Authorization": f"Bearer {lab.api_key}"}
+        while not over.is_set():
+            name = f"plain-{answers.total()}"
+            for path, body in (
+                ("episode", {"profile": "frozen-lake"}),
+                ("act", {"observation": "Hello", "timeout_s": 30}),
+            ):
+                try:
+                    given = {"episode_id": name, **body}
+                    answer = httpx.post(f"{PROXY}/{path}", json=given, headers=headers, timeout=60)
+                    answers[str(answer.status_code)] += 1
+                except httpx.HTTPError as error:
+                    answers[type(error).__name__] += 1
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        caller.join()
 
 
 def _campaign(lab: Lab, kind: str, strike: Callable[[Lab, random.Random], str]) -> None:
@@ -275,32 +314,33 @@ def check_metrics(lab: Lab) -> None:
 
 
 def check_restore(lab: Lab) -> None:
-    """pg_dump, a fresh database, a service on it that answers all that was acknowledged as before."""
-    compose = lab.docker.compose
-    dump = compose("exec", "-T", "db", "pg_dump", "--username=episodic", "--format=custom", "episodic")
-    compose("exec", "-T", "db", "createdb", "--username=episodic", "restored")
-    restore = ["pg_restore", "--username=episodic", "--exit-on-error", "--dbname=restored"]
-    compose("exec", "-T", "db", *restore, stdin=dump)
-    folder = lab.secrets / "restored"
-    folder.mkdir(mode=0o755)
-    folder.chmod(0o755)
-    url = (lab.secrets / "episodic_store").read_text().strip()
-    (folder / "episodic_store").write_text(url.removesuffix("/episodic") + "/restored")
-    network = ["--network", "episodic-lab_default", "--volume", f"{folder}:/run/secrets:ro"]
-    with _container(lab, "restored", RESTORED_PORT, *network, "--env", "EPISODIC_SECRETS=/run/secrets", *CONFINED):
-        at = f"http://127.0.0.1:{RESTORED_PORT}"
-        with Client(PROXY, lab.api_key) as before, Client(at, lab.api_key) as after:
-            ids = [{episode.episode_id for episode in client.episodes()} for client in (before, after)]
-        size_mb = len(dump) / 1e6
-        lab.report.expect(ids[0] == ids[1], f"restored from {size_mb:.1f} MB: {len(ids[1])} of {len(ids[0])} episodes")
-        num_findings = len(lab.ledger.findings)
-        asyncio.run(_audit(lab, at))
-        _expect_none(lab, num_findings, "is other on the restored database, and each goes on there")
+    """docs/deploy.md's commands: what was acknowledged before the backup is there again, what came after it is not."""
+    with Client(PROXY, lab.api_key) as client:
+        before = {episode.episode_id for episode in client.episodes()}
+    docker, folder = lab.docker, lab.secrets.parent
+    docker.shell(_lines_with("pg_dump"), folder)
+    with Client(PROXY, lab.api_key) as client:
+        late = client.episode(profile="frozen-lake").id
+    docker.shell(_lines_with("pg_restore"), folder)
+    docker.up("--scale", "service=2", *SERVICES)
+    with Client(PROXY, lab.api_key) as client:
+        after = {episode.episode_id for episode in client.episodes()}
+    size_mb = (folder / "backup.dump").stat().st_size / 1e6
+    lab.report.expect(after == before, f"restored from {size_mb:.1f} MB: {len(after)} of {len(before)} episodes")
+    lab.report.expect(late not in after, "an episode from after the backup is not there")
+    num_findings = len(lab.ledger.findings)
+    asyncio.run(_audit(lab))
+    _expect_none(lab, num_findings, "is other than before the backup, and each goes on")
 
 
-async def _audit(lab: Lab, url: str) -> None:
+def _lines_with(word: str) -> str:
+    (block,) = [block for block in re.findall(r"```sh\n(.*?)```", DEPLOYING, re.DOTALL) if word in block]
+    return block
+
+
+async def _audit(lab: Lab) -> None:
     generator = random.Random(lab.seed)
-    async with calling([url], generator, lab.ledger, lab.api_key) as client:
+    async with calling(lab.urls, generator, lab.ledger, lab.api_key) as client:
         await Auditor(client, generator, lab.ledger).audit(list(lab.ledger.histories.values()), go_on=True)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,15 @@ class Docker:
         self._program = program
         self._variables = dict(variables)
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether the engine is one that a program keeps."""
+        return self._program is not None
+
+    def images(self) -> set[str]:
+        """By name and tag."""
+        return set(self.docker("images", "--format", "{{.Repository}}:{{.Tag}}").split())
+
     def build(self, *words: str) -> None:
         self._run([self._program, "build", *words] if self._program else ["docker", "build", *words])
 
@@ -41,6 +51,21 @@ class Docker:
     def docker(self, *words: str) -> str:
         """What the command printed, on both of its streams."""
         return self._run([self._program, "docker", *words] if self._program else ["docker", *words]).decode()
+
+    def shell(self, script: str, folder: Path) -> None:
+        """Runs lines as a user would type them beside the compose file; what they write goes into `folder`."""
+        if self._program:
+            shim = folder / "bin" / "docker"
+            shim.parent.mkdir(exist_ok=True)
+            words = f'[ "$1" = compose ] && exec {quote(self._program)} "$@"\nexec {quote(self._program)} docker "$@"\n'
+            shim.write_text(f"#!/bin/sh\n{words}")
+            shim.chmod(0o755)
+        path = f"{folder / 'bin'}:{os.environ['PATH']}"
+        environment = {**self._environment, "PATH": path, "COMPOSE_FILE": str(ROOT / "docker-compose.yml")}
+        words = ["bash", "-euo", "pipefail", "-c", script]
+        ran = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        if ran.returncode != 0:
+            raise DockerFailed(f"{script}: {ran.stderr[-3000:]}")
 
     def inside(self, *command: str) -> int:
         """Runs a command where published ports are reached."""
