@@ -114,7 +114,8 @@ class Admission:
         else:
             await self._wait(account)
         try:
-            yield
+            with metrics.RUNNING_ACTS.track_inprogress():
+                yield
         finally:
             self._ends.append(time.monotonic())
             self._leave(account)

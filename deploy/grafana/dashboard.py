@@ -103,9 +103,13 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Acts in flight",
             "none",
-            "Acts inside now, and how many of them wait for a place in the engine. A queue that never empties means "
-            "that the engine is full: add replicas.",
-            ((f"sum (agent_active_acts{{{S}}})", "in flight"), (f"sum (agent_waiting_acts{{{S}}})", "waiting")),
+            "Acts inside now; of them and of calls of /v1, those in the engine and those that wait for a place there. A "
+            "queue that never empties means that the engine is full: add replicas.",
+            (
+                (f"sum (agent_active_acts{{{S}}})", "acts in flight"),
+                (f"sum (agent_running_acts{{{S}}})", "in the engine"),
+                (f"sum (agent_waiting_acts{{{S}}})", "waiting"),
+            ),
         ),
         Panel(
             "HTTP requests by route",

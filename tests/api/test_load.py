@@ -58,10 +58,13 @@ async def test_what_needs_no_engine_is_served_amid_the_flood(api: Served):
     await api.open("late")
     assert (await api.client.post("/episode/late/end", json={})).status_code == 200
     metrics = (await api.client.get("/metrics")).text
+    assert f"agent_running_acts {RUNNING:.1f}" in metrics
     assert f"agent_waiting_acts {QUEUED:.1f}" in metrics
     api.engine.release.set()
     await asyncio.gather(*acting)
-    assert "agent_waiting_acts 0.0" in (await api.client.get("/metrics")).text
+    metrics = (await api.client.get("/metrics")).text
+    assert "agent_running_acts 0.0" in metrics
+    assert "agent_waiting_acts 0.0" in metrics
 
 
 async def test_a_deadline_in_the_queue_is_504_and_frees_its_place(api: Served):

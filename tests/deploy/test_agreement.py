@@ -175,7 +175,7 @@ def test_what_scales_is_a_metric_and_within_what_the_engine_runs() -> None:
     assert metrics.ACTS is not None
     assert targets.keys() <= {family.name for family in REGISTRY.collect()}
     running = CPU_OPTIONS["max_num_seqs"]
-    assert int(targets["agent_active_acts"]["averageValue"]) < running
+    assert int(targets["agent_running_acts"]["averageValue"]) < running
     assert int(targets["agent_waiting_acts"]["averageValue"]) < running // 4
 
 
