@@ -181,8 +181,16 @@ def test_what_scales_is_a_metric_and_within_what_the_engine_runs() -> None:
 
 def test_the_gateway_hashes_what_the_client_sends() -> None:
     policy = one("BackendTrafficPolicy", KUBERNETES / "components" / "gateway")
-    header = policy["spec"]["loadBalancer"]["consistentHash"]["header"]["name"]
-    assert f'headers["{header}"] = self.episode_id' in Path(calls.__file__).read_text()
+    (header,) = policy["spec"]["loadBalancer"]["consistentHash"]["headers"]
+    assert f'headers["{header["name"]}"] = self.episode_id' in Path(calls.__file__).read_text()
+
+
+def test_the_gateway_sends_nothing_twice_and_ejects_nobody_for_an_answer() -> None:
+    spec = one("BackendTrafficPolicy", KUBERNETES / "components" / "gateway")["spec"]
+    assert set(spec["retry"]["retryOn"]["triggers"]) == {"connect-failure", "refused-stream"}  # before it arrived
+    passive = spec["healthCheck"]["passive"]
+    assert passive["splitExternalLocalOriginErrors"]  # else a connection that fails counts as a 503
+    assert (passive["consecutive5XxErrors"], passive["consecutiveGatewayErrors"]) == (0, 0)
 
 
 def test_the_operators_rules_are_those_of_prometheus() -> None:
