@@ -1,6 +1,11 @@
 """The Dockerfile, the compose files and deploy/ agree with the service and with each other."""
 
+import json
 import re
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +238,39 @@ def test_a_one_off_pod_gets_the_ways_out_and_no_calls() -> None:
     container = container_of(made)
     assert container["command"] == ["episodic", "migrate"]
     assert container.keys() == CONTAINER.keys() - set(one_off.OF_SERVING) | {"command"}
+
+
+def in_the_pod(words: str, data: Path, stdin: bytes = b"") -> bytes:
+    """Runs what the line of docs/deploy.md with these words runs in a pod, with `data` as /data."""
+    (line,) = [line for line in (ROOT / "docs" / "deploy.md").read_text().splitlines() if words in line]
+    inner = re.sub(r" [<>] backup\.db$", "", line.partition(" -- ")[2]).replace("/data/", f"{data}/")
+    return subprocess.run(["sh", "-c", inner], input=stdin, capture_output=True, check=True).stdout
+
+
+def test_the_lines_that_back_up_a_claim_and_restore_it_do(tmp_path: Path) -> None:
+    live = tmp_path / "episodic.db"
+    with closing(sqlite3.connect(live)) as store:
+        store.execute("PRAGMA journal_mode = WAL")
+        store.execute("CREATE TABLE kept AS SELECT 1 AS step")
+        store.commit()
+        in_the_pod("-- python3 -c", tmp_path)  # while it is open
+        backup = in_the_pod("-- cat /data/backup.db", tmp_path)
+        in_the_pod("-- rm /data/backup.db", tmp_path)
+        store.execute("INSERT INTO kept VALUES (2)")
+        store.commit()
+        in_the_pod("exec -i job/episodic-one-off", tmp_path, backup)
+    assert [path.name for path in tmp_path.iterdir()] == ["episodic.db"]
+    with closing(sqlite3.connect(live)) as restored:
+        assert restored.execute("SELECT step FROM kept").fetchall() == [(1,)]
+
+
+def test_the_line_that_rolls_back_makes_a_job_of_what_kubectl_prints() -> None:
+    (words,) = re.findall(r"\| python3 (deploy/one_off\.py .*) \|", (ROOT / "docs" / "deploy.md").read_text())
+    deployment = {**BASE, "metadata": {"namespace": "episodic", "labels": {}}}
+    command = [sys.executable, *words.split()]
+    ran = subprocess.run(command, input=json.dumps(deployment).encode(), capture_output=True, check=True, cwd=ROOT)
+    assert container_of(json.loads(ran.stdout))["command"] == ["episodic", "migrate", "--to", "0002"]
+    assert f"job/{one_off.NAME}" in (ROOT / "docs" / "deploy.md").read_text()
 
 
 def test_no_secret_is_in_the_repository() -> None:
