@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 from loose_ends import Object, in_compose, in_kubernetes, name_of
+from one_off import job
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.prefix) / "bin"
@@ -26,6 +27,14 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 COMPOSE = (["docker-compose.yml"], ["docker-compose.yml", "docker-compose.gpu.yml"])
 OLDEST_KUBERNETES = (1, 30)
+# What users put together, in an order they may name it in; each component alone is put on the replicated overlay too.
+COMBINATIONS = [
+    ("replicated", "gpu", "monitoring", "queue-autoscaling"),
+    ("replicated", "shared-models", "model-hub", "shared-data", "gpu"),
+    ("gpu", "model-hub"),
+    ("gpu", "gateway", "monitoring"),
+    ("cpu", "gateway", "monitoring", "model-hub"),
+]
 # Kinds of other programs: there is no schema of them here. Any other kind without a schema is an error.
 CUSTOM = {
     "gateway.networking.k8s.io/v1 Gateway",
@@ -79,23 +88,27 @@ def result(name: str, check: Callable[[], str]) -> str:
 
 
 def render(folder: Path, rendered: Rendered) -> str:
-    """Fills `rendered`, and `folder`/rendered for tools that read files. Each overlay, the example, and for a component
-    that none of them has the replicated overlay with it. The example's secrets are made up, in a copy."""
+    """Fills `rendered`, and `folder`/rendered for tools that read files: each overlay, example and combination, and the
+    Job that one_off.py makes of each. The examples' secrets are made up, in a copy."""
     copy = folder / "kubernetes"
     shutil.copytree(KUBERNETES, copy, ignore=shutil.ignore_patterns("secrets"))
-    (copy / "example" / "secrets").mkdir()
-    for name in ("episodic_admin_key", "episodic_store"):
-        (copy / "example" / "secrets" / name).write_text("made up", encoding="utf-8")
-    sites = {path.name: path for path in (*copy.glob("overlays/*"), copy / "example")}
-    named = "".join((path / "kustomization.yaml").read_text(encoding="utf-8") for path in sites.values())
+    examples = sorted(copy.glob("example*"))
+    for example in examples:
+        (example / "secrets").mkdir()
+        for name in ("episodic_admin_key", "episodic_store"):
+            (example / "secrets" / name).write_text("made up", encoding="utf-8")
+    sites = {path.name: path for path in (*copy.glob("overlays/*"), *examples)}
     example = yaml.safe_load((copy / "example" / "kustomization.yaml").read_text(encoding="utf-8"))
     head = {field: example[field] for field in ("apiVersion", "kind", "namespace", "labels")}
-    for component in sorted(copy.glob("components/*")):
-        if f"components/{component.name}\n" not in named:
-            site = sites[f"replicated+{component.name}"] = copy / f"replicated+{component.name}"
-            site.mkdir()
-            parts = {"resources": ["../overlays/replicated"], "components": [f"../components/{component.name}"]}
-            (site / "kustomization.yaml").write_text(yaml.safe_dump({**head, **parts}), encoding="utf-8")
+    alone = {path.name for path in copy.glob("components/*")} - {"single"}  # the other overlays have that one
+    for overlay, *components in [*COMBINATIONS, *(("replicated", name) for name in alone)]:
+        site = sites["+".join((overlay, *components))] = copy / "+".join((overlay, *components))
+        site.mkdir()
+        parts = {
+            "resources": [f"../overlays/{overlay}"],
+            "components": [f"../components/{name}" for name in components],
+        }
+        (site / "kustomization.yaml").write_text(yaml.safe_dump({**head, **parts}), encoding="utf-8")
     (folder / "rendered").mkdir()
     problems: dict[str, str] = {}
     for name, path in sorted(sites.items()):
@@ -103,9 +116,12 @@ def render(folder: Path, rendered: Rendered) -> str:
         if ran.returncode != 0 or ran.stderr:
             problems[ran.stderr.strip().replace(str(copy), "deploy/kubernetes")] = name
             continue
-        (folder / "rendered" / f"{name}.yaml").write_text(ran.stdout, encoding="utf-8")
         rendered[name] = list(yaml.safe_load_all(ran.stdout))
-    return told(problems, ", ".join(sorted(sites)))
+        (deployment,) = (thing for thing in rendered[name] if thing["kind"] == "Deployment")
+        rendered[name].append(job(deployment, ["episodic", "migrate"]))
+        text = yaml.safe_dump_all(rendered[name])
+        (folder / "rendered" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return told(problems, f"{len(sites)} installations: overlays, examples, combinations with components")
 
 
 def kubernetes_validate(rendered: Rendered) -> str:

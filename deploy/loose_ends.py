@@ -26,6 +26,7 @@ def in_kubernetes(things: list[Object]) -> Iterator[str]:
         yield from astray(thing, by_kind)
     for deployment in by_kind["Deployment"].values():
         yield from unmet(deployment["spec"]["template"]["spec"], by_kind)
+        yield from ill_matched(deployment["spec"])
     yield from led_nowhere(by_kind)
 
 
@@ -60,6 +61,17 @@ def unmet(pod: Object, by_kind: ByKind) -> Iterator[str]:
     mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
     for odd in sorted(mounted ^ {volume["name"] for volume in pod["volumes"]}):
         yield f"the volume {odd} is not mounted, or mounted and not there"
+
+
+def ill_matched(spec: Object) -> Iterator[str]:
+    """Pods that ask for a GPU run the image for one, and no others do; a Deployment that recreates rolls nothing."""
+    for container in spec["template"]["spec"]["containers"]:
+        asks = "nvidia.com/gpu" in container.get("resources", {}).get("limits", {})
+        if asks != ("gpu" in container["image"].rpartition(":")[2]):
+            yield f"the image {container['image']} runs with{'' if asks else 'out'} a GPU"
+    strategy = spec.get("strategy", {})
+    if strategy.get("type") == "Recreate" and "rollingUpdate" in strategy:
+        yield "the strategy is Recreate and has rollingUpdate, which the API server refuses"
 
 
 def led_nowhere(by_kind: ByKind) -> Iterator[str]:

@@ -1,6 +1,11 @@
 """The Dockerfile, the compose files and deploy/ agree with the service and with each other."""
 
+import json
 import re
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,7 @@ import yaml
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
-from deploy import loose_ends, prometheus_rule
+from deploy import loose_ends, one_off, prometheus_rule
 from service import metrics
 from service.app import create_app
 from service.client import calls
@@ -102,7 +107,8 @@ def test_a_container_of_compose_has_time_to_end() -> None:
 @pytest.mark.parametrize("patch", [BASE, GPU], ids=["cpu", "gpu"])
 def test_a_rollout_waits_as_long_as_a_model_may_load(patch: dict[str, Any]) -> None:
     probe = {**CONTAINER["startupProbe"], **container_of(patch)["startupProbe"]}
-    assert patch["spec"]["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
+    load_s = probe["periodSeconds"] * probe["failureThreshold"]
+    assert patch["spec"]["progressDeadlineSeconds"] >= 1.5 * load_s  # the image is pulled before
 
 
 def test_ports_agree() -> None:
@@ -144,16 +150,18 @@ def test_the_images_port_user_and_volumes_are_those_of_the_pods() -> None:
 def test_the_secret_is_where_the_service_looks_for_it() -> None:
     (mount,) = [mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "secrets"]
     assert environment_of(CONTAINER)["EPISODIC_SECRETS"] == mount["mountPath"]
-    (generated,) = yaml.safe_load((KUBERNETES / "example" / "kustomization.yaml").read_text())["secretGenerator"]
-    settings = {Path(file).name.removeprefix("episodic_") for file in generated["files"]}
-    assert settings == {"admin_key", "store"}
-    assert settings <= Settings.model_fields.keys()
+    hub = container_of(one("Deployment", KUBERNETES / "components" / "model-hub"))
+    assert environment_of(hub)["HF_TOKEN_PATH"] == f"{mount['mountPath']}/hf_token"
 
 
-def test_the_key_that_the_example_makes_is_one() -> None:
-    line = re.search(
-        r"printf 'ek_%s_%s' .*-hex (\d+).*-hex (\d+)", (KUBERNETES / "example/kustomization.yaml").read_text()
-    )
+@pytest.mark.parametrize(("example", "files"), [("example", {"admin_key", "store"}), ("example-gpu", {"admin_key"})])
+def test_an_examples_secret_has_settings_and_a_key_that_is_one(example: str, files: set[str]) -> None:
+    text = (KUBERNETES / example / "kustomization.yaml").read_text()
+    (generated,) = yaml.safe_load(text)["secretGenerator"]
+    assert {Path(file).name.removeprefix("episodic_") for file in generated["files"]} == files
+    assert files <= Settings.model_fields.keys()
+    assert set(re.findall(r"> (secrets/\S+)", text)) == set(generated["files"])
+    line = re.search(r"printf 'ek_%s_%s' .*-hex (\d+).*-hex (\d+)", text)
     assert line is not None
     digits = [2 * int(number) for number in line.groups()]
     key, _ = new_key("default", ["act"], 0.0)
@@ -181,8 +189,16 @@ def test_what_scales_is_a_metric_and_within_what_the_engine_runs() -> None:
 
 def test_the_gateway_hashes_what_the_client_sends() -> None:
     policy = one("BackendTrafficPolicy", KUBERNETES / "components" / "gateway")
-    header = policy["spec"]["loadBalancer"]["consistentHash"]["header"]["name"]
-    assert f'headers["{header}"] = self.episode_id' in Path(calls.__file__).read_text()
+    (header,) = policy["spec"]["loadBalancer"]["consistentHash"]["headers"]
+    assert f'headers["{header["name"]}"] = self.episode_id' in Path(calls.__file__).read_text()
+
+
+def test_the_gateway_sends_nothing_twice_and_ejects_nobody_for_an_answer() -> None:
+    spec = one("BackendTrafficPolicy", KUBERNETES / "components" / "gateway")["spec"]
+    assert set(spec["retry"]["retryOn"]["triggers"]) == {"connect-failure", "refused-stream"}  # before it arrived
+    passive = spec["healthCheck"]["passive"]
+    assert passive["splitExternalLocalOriginErrors"]  # else a connection that fails counts as a 503
+    assert (passive["consecutive5XxErrors"], passive["consecutiveGatewayErrors"]) == (0, 0)
 
 
 def test_the_operators_rules_are_those_of_prometheus() -> None:
@@ -201,9 +217,60 @@ def test_the_operators_scrape_has_the_job_that_the_rules_ask_for() -> None:
 def test_every_file_is_part_of_a_kustomization() -> None:
     for folder in {path.parent for path in KUBERNETES.rglob("*.yaml")}:
         kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-        named = {*kustomization.get("resources", []), *(patch["path"] for patch in kustomization.get("patches", []))}
+        patches = [patch["path"] for patch in kustomization.get("patches", []) if "path" in patch]
+        named = {*kustomization.get("resources", []), *patches}
         files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
         assert files == {name for name in named if name.endswith(".yaml")}, folder
+
+
+def test_a_one_off_pod_gets_the_ways_out_and_no_calls() -> None:
+    labels = {f"app.kubernetes.io/{name}": value for name, value in {"name": "episodic", "component": "server"}.items()}
+    deployment = {**BASE, "metadata": {"namespace": "episodic", "labels": labels}}
+    made = one_off.job(deployment, ["episodic", "migrate"])
+    found = made["spec"]["template"]["metadata"]["labels"].items()
+    assert (
+        one("Service")["spec"]["selector"].items() == BASE["spec"]["selector"]["matchLabels"].items() == labels.items()
+    )
+    assert not labels.items() <= found
+    policies = [document for document in documents(KUBERNETES) if document["kind"] == "NetworkPolicy"]
+    for policy in [policy for policy in policies if policy["spec"]["policyTypes"] == ["Egress"]]:
+        assert policy["spec"]["podSelector"]["matchLabels"].items() <= found, policy["metadata"]["name"]
+    container = container_of(made)
+    assert container["command"] == ["episodic", "migrate"]
+    assert container.keys() == CONTAINER.keys() - set(one_off.OF_SERVING) | {"command"}
+
+
+def in_the_pod(words: str, data: Path, stdin: bytes = b"") -> bytes:
+    """Runs what the line of docs/deploy.md with these words runs in a pod, with `data` as /data."""
+    (line,) = [line for line in (ROOT / "docs" / "deploy.md").read_text().splitlines() if words in line]
+    inner = re.sub(r" [<>] backup\.db$", "", line.partition(" -- ")[2]).replace("/data/", f"{data}/")
+    return subprocess.run(["sh", "-c", inner], input=stdin, capture_output=True, check=True).stdout
+
+
+def test_the_lines_that_back_up_a_claim_and_restore_it_do(tmp_path: Path) -> None:
+    live = tmp_path / "episodic.db"
+    with closing(sqlite3.connect(live)) as store:
+        store.execute("PRAGMA journal_mode = WAL")
+        store.execute("CREATE TABLE kept AS SELECT 1 AS step")
+        store.commit()
+        in_the_pod("-- python3 -c", tmp_path)  # while it is open
+        backup = in_the_pod("-- cat /data/backup.db", tmp_path)
+        in_the_pod("-- rm /data/backup.db", tmp_path)
+        store.execute("INSERT INTO kept VALUES (2)")
+        store.commit()
+        in_the_pod("exec -i job/episodic-one-off", tmp_path, backup)
+    assert [path.name for path in tmp_path.iterdir()] == ["episodic.db"]
+    with closing(sqlite3.connect(live)) as restored:
+        assert restored.execute("SELECT step FROM kept").fetchall() == [(1,)]
+
+
+def test_the_line_that_rolls_back_makes_a_job_of_what_kubectl_prints() -> None:
+    (words,) = re.findall(r"\| python3 (deploy/one_off\.py .*) \|", (ROOT / "docs" / "deploy.md").read_text())
+    deployment = {**BASE, "metadata": {"namespace": "episodic", "labels": {}}}
+    command = [sys.executable, *words.split()]
+    ran = subprocess.run(command, input=json.dumps(deployment).encode(), capture_output=True, check=True, cwd=ROOT)
+    assert container_of(json.loads(ran.stdout))["command"] == ["episodic", "migrate", "--to", "0002"]
+    assert f"job/{one_off.NAME}" in (ROOT / "docs" / "deploy.md").read_text()
 
 
 def test_no_secret_is_in_the_repository() -> None:

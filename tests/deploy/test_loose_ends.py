@@ -20,7 +20,14 @@ def thing(kind: str, **spec: Any) -> dict[str, Any]:
 
 POD = {
     "serviceAccountName": "episodic",
-    "containers": [{"name": "episodic", "volumeMounts": [{"name": "secrets", "mountPath": "/run/secrets"}]}],
+    "containers": [
+        {
+            "name": "episodic",
+            "image": "registry:5000/episodic:1-cpu",
+            "resources": {"limits": {"cpu": 2}},
+            "volumeMounts": [{"name": "secrets", "mountPath": "/secrets"}],
+        }
+    ],
     "volumes": [{"name": "secrets", "secret": {"secretName": "episodic"}}],
 }
 TEMPLATE = {"metadata": {"labels": LABELS}, "spec": POD}
@@ -49,6 +56,9 @@ def test_a_whole_installation_has_none() -> None:
         ("deployment", "spec.template.spec.serviceAccountName", "other", "serviceAccountName other"),
         ("deployment", "spec.template.spec.volumes", [], "the volume secrets"),
         ("deployment", "spec.template.spec.volumes.0.secret.secretName", "other", "secretName other"),
+        ("deployment", "spec.template.spec.containers.0.image", "episodic:1-gpu", "runs without a GPU"),
+        ("deployment", "spec.template.spec.containers.0.resources.limits", {"nvidia.com/gpu": 1}, "runs with a GPU"),
+        ("deployment", "spec.strategy", {"type": "Recreate", "rollingUpdate": {"maxSurge": 0}}, "strategy is Recreate"),
         ("autoscaler", "spec.scaleTargetRef.name", "other", "scales what is not there"),
         ("route", "spec.rules.0.backendRefs.0.port", 80, "leads to episodic:80"),
     ],
