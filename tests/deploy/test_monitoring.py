@@ -6,6 +6,7 @@ That the queries find what they ask for, a loaded service shows: tests/e2e/test_
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import time
 from itertools import combinations
@@ -28,11 +29,8 @@ DASHBOARD: dict[str, Any] = json.loads(dashboard.OUT.read_text())
 PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 RULES = prometheus.rules()
 ALERTS = [rule for rule in RULES if "alert" in rule]
-TESTED = [
-    (query["expr"], bool(query["exp_samples"]))
-    for test in yaml.safe_load((prometheus.FOLDER / "rules_test.yml").read_text())["tests"]
-    for query in test["promql_expr_test"]
-]
+TESTS: list[dict[str, Any]] = yaml.safe_load((prometheus.FOLDER / "rules_test.yml").read_text())["tests"]
+TESTED = [(query["expr"], bool(query["exp_samples"])) for test in TESTS for query in test["promql_expr_test"]]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +52,48 @@ def test_promtool_agrees(words: tuple[str, ...]) -> None:
     command = [promtools.program("promtool"), *words]
     ran = subprocess.run(command, cwd=prometheus.FOLDER, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.usefixtures("needs_prometheus")
+def test_the_rules_hold_where_windows_exclude_their_left_end(tmp_path: Path) -> None:
+    """As in Prometheus 3. Samples lie at whole seconds, so in Prometheus 2 a millisecond less does the same."""
+    unit_ms = {"m": 60_000, "h": 3_600_000}
+
+    def shorter(window: re.Match[str]) -> str:
+        return f"[{int(window[1]) * unit_ms[window[2]] - 1}ms"
+
+    read = (prometheus.FOLDER / "rules.yml").read_text()
+    written, num_windows = re.subn(r"\[(\d+)([mh])", shorter, read)
+    assert num_windows > 20
+    (tmp_path / "rules.yml").write_text(written)
+    shutil.copy(prometheus.FOLDER / "rules_test.yml", tmp_path)
+    command = [promtools.program("promtool"), "test", "rules", "rules_test.yml"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_what_is_healthy_has_all_that_the_rules_ask_for_and_outlasts_them() -> None:
+    healthy = TESTS[-1]
+    given = {series["series"].split("{")[0] for series in healthy["input_series"]}
+    asked = {name for rule in RULES for name in re.findall(r"\b(?:agent_|vllm:|process_|up\b)\w*", rule["expr"])}
+    recorded = {rule["record"].split(":")[1] for rule in RULES if "record" in rule}
+    assert asked - recorded <= given
+    assert {query["expr"] for query in healthy["promql_expr_test"]} == {
+        'ALERTS{alertname=~"Episodic.*", alertstate="firing"}'
+    }
+    assert not any(query["exp_samples"] for query in healthy["promql_expr_test"])
+    last = max(int(query["eval_time"].removesuffix("m")) for query in healthy["promql_expr_test"])
+    assert last > 60 + max(
+        int(rule["for"].removesuffix("m")) for rule in ALERTS if "for" in rule
+    )  # a window and a wait
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
+def test_a_rule_keeps_the_installations_of_a_cluster_apart(rule: dict[str, Any]) -> None:
+    expr = rule["expr"]
+    groups = re.findall(r"\b(?:by|on) \(([^)]*)\)", expr)
+    assert all(labels.startswith("namespace, job") for labels in groups)
+    assert len(re.findall(r"\b(?:sum|count|max|group)\b", expr)) == expr.count("by (")
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
