@@ -13,8 +13,10 @@ from typing import Any
 
 OUT = Path(__file__).parent / "dashboards" / "episodic.json"
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-S = 'job=~"$job", instance=~"$instance"'
-"""Selects the replicas that are chosen above the panels."""
+S = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"'
+"""Selects the replicas that are chosen above the panels; all of them match where there is no such label."""
+UP = f'up{{job="episodic", {S}}}'
+"""Prometheus's own word on each replica: it is there when the replica's metrics are not."""
 HEIGHT, FULL_WIDTH = 8, 24
 
 
@@ -69,11 +71,12 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Ready replicas",
             "none",
-            "Replicas that serve acts, of those that were found. Fewer: agent_readiness says why. None: "
-            "callers get 503.",
+            "Replicas that serve acts, that answer Prometheus, and that it finds. ready below up: agent_readiness says "
+            "why. up below found: their logs do. None ready: callers get 503, or no answer.",
             (
-                (f'sum (agent_readiness{{state="ready", {S}}})', "ready"),
-                (f"count (agent_readiness{{{S}}} == 1)", "found"),
+                (f'sum (agent_readiness{{state="ready", {S}}}) or vector(0)', "ready"),
+                (f"sum ({UP}) or vector(0)", "up"),
+                (f"count ({UP}) or vector(0)", "found"),
             ),
             kind="stat",
             width=4,
@@ -188,7 +191,8 @@ ROWS: dict[str, list[Panel]] = {
             "active: not ended, in the whole store. in memory: of all replicas. Active ones that only grow are never "
             "ended: set idle_ttl_s. More than memory holds: raise EPISODIC_MAX_LIVE_EPISODES if latency suffers.",
             (
-                (f"max (agent_active_episodes{{{S}}})", "active"),  # every replica tells of the store that they share
+                # Every replica tells of the store that it shares with the others of its installation.
+                (f"sum (max by (namespace, job) (agent_active_episodes{{{S}}}))", "active"),
                 (f"sum (agent_live_episodes{{{S}}})", "in memory"),
             ),
         ),
@@ -263,9 +267,14 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Answers by status",
             "reqps",
-            "Of all routes. More 401 and 403: a key was revoked, or somebody tries some. 499: callers leave before "
-            "their answer. 500: a fault of the service; the log has it.",
-            ((per_second("agent_http_requests_total", "status"), "{{status}}"),),
+            "Of all routes but the probes and /metrics. More 401 and 403: a key was revoked, or somebody tries some. 499: "
+            "callers leave before their answer. 500: a fault of the service; the log has it.",
+            (
+                (
+                    per_second("agent_http_requests_total", "status", where='route!~"/readyz|/healthz|/metrics"'),
+                    "{{status}}",
+                ),
+            ),
         ),
         Panel(
             "Completions without an action",
@@ -423,21 +432,23 @@ def dashboard() -> dict[str, Any]:
         "templating": {
             "list": [
                 {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
-                choice("job", "Service", "label_values(agent_readiness, job)"),
-                choice("instance", "Replica", 'label_values(agent_readiness{job=~"$job"}, instance)'),
+                choice("namespace", "Namespace", 'up{job="episodic"}'),
+                choice("job", "Service", 'up{job="episodic", namespace=~"$namespace"}'),
+                choice("instance", "Replica", 'up{job="episodic", namespace=~"$namespace", job=~"$job"}'),
             ]
         },
         "panels": panels(),
     }
 
 
-def choice(name: str, label: str, query: str) -> dict[str, Any]:
+def choice(name: str, label: str, series: str) -> dict[str, Any]:
+    """Of the values that `series` have; all, where they have none."""
     return {
         "name": name,
         "label": label,
         "type": "query",
         "datasource": DATASOURCE,
-        "query": {"query": query, "refId": name},
+        "query": {"query": f"label_values({series}, {name})", "refId": name},
         "refresh": 2,  # whenever the time range changes: replicas come and go
         "sort": 1,
         "multi": True,
@@ -534,7 +545,7 @@ TABLE_COLUMNS = {
     "id": "organize",
     "options": {
         "excludeByName": {"Time": True, "Value": True, "__name__": True},
-        "indexByName": {"job": 0, "instance": 1, "version": 2, "policy": 3, "policy_version": 4},
+        "indexByName": {"namespace": 0, "job": 1, "instance": 2, "version": 3, "policy": 4, "policy_version": 5},
         "renameByName": {"policy_version": "policy version"},
     },
 }

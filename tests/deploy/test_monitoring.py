@@ -169,7 +169,8 @@ def test_a_panel_says_what_it_tells_and_asks_the_chosen_source(panel: dict[str, 
     assert len(set(references)) == len(references)
     for target in panel["targets"]:
         assert target["datasource"] == source
-        assert 'job=~"$job", instance=~"$instance"' in target["expr"]
+        chosen = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"}'
+        assert target["expr"].count("{") == target["expr"].count(chosen) > 0
         assert target["legendFormat"] or panel["type"] == "table"
 
 
@@ -180,9 +181,12 @@ def test_the_dashboard_has_the_rows_and_choices_that_operators_ask_for() -> None
         *("Traffic", "Latency by part", "Tokens and cache hits", "Episodes and returns", "Errors and refusals"),
         *("Store", "Engine", "Process"),
     ]
-    assert [choice["name"] for choice in DASHBOARD["templating"]["list"]] == ["datasource", "job", "instance"]
+    source, *choices = DASHBOARD["templating"]["list"]
+    assert source["name"] == "datasource"
+    assert [choice["name"] for choice in choices] == ["namespace", "job", "instance"]
+    assert all(choice["allValue"] == ".*" and choice["current"]["value"] == ["$__all"] for choice in choices)
     used = set(re.findall(r"\$\{?(\w+)", dashboard.OUT.read_text()))
-    assert used == {"datasource", "job", "instance", "__rate_interval", "__all"}
+    assert used == {"datasource", "namespace", "job", "instance", "__rate_interval", "__all"}
 
 
 def test_grafana_is_provisioned_with_prometheus_and_the_dashboards() -> None:
