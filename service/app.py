@@ -68,6 +68,8 @@ def create_app(
     app.state.sessions = sessions
     app.state.supervisor = supervisor
     app.state.profiles = profiles.Profiles(settings.profiles)
+    for profile in app.state.profiles:
+        metrics.expect_profile(profile.name)
     for module in (acts, episodes, profiles, policies, export, inference, operations):
         app.include_router(module.router)
     problems.install(app)

@@ -1,8 +1,10 @@
 """Owns the service's metrics, all named `agent_*`, in Prometheus's global registry beside the engine's `vllm:*`."""
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
 from service.trajectory import StopReason
+
+disable_created_metrics()  # a second series for each counter and histogram, which nobody asks for
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -22,6 +24,9 @@ TASKS = Gauge("agent_tasks", "Tasks of the event loop; a number that only grows 
 ACTIVE_EPISODES = Gauge("agent_active_episodes", "Episodes that have not ended, in memory or not.")
 TOKENS = Counter("agent_tokens", "Tokens by kind: prompt, cached (of the prompt), completion.", ["kind"])
 PARSE_FAILURES = Counter("agent_parse_failures", "Completions that gave no action, by kind.", ["kind"])
+UNEXPECTED_FAILURES = Counter(
+    "agent_unexpected_failures", "Faults of the service: what callers meet as internal_error."
+)
 STORE_COMMITS = Counter("agent_store_commits", "Commits to the store; concurrent acts share one.")
 STORE_COMMIT_SECONDS = Histogram("agent_store_commit_seconds", "Seconds of a commit.", buckets=_LATENCY_S)
 STORE_BATCH_SIZE = Histogram("agent_store_batch_size", "Acts and new episodes in one commit.", buckets=_BATCH)
@@ -78,6 +83,14 @@ def record_end(stop_reason: StopReason, profile: str | None, episode_return: flo
     (positive if episode_return > 0 else negative).inc(abs(episode_return))
 
 
+def expect_profile(profile: str) -> None:
+    """Its episodes are counted from 0 on, before the first one has ended."""
+    EPISODE_RETURN.labels(profile)
+    EPISODE_STEPS.labels(profile)
+    for sign in ("positive", "negative"):
+        RETURNS.labels(profile, sign)
+
+
 def record_request(route: str, status: int) -> None:
     """Counts an HTTP request; `route` is a template such as /episode/{episode_id}, never the path as it was sent."""
     counter = _REQUESTS.get((route, status))
@@ -92,3 +105,6 @@ def record_state(unready_reason: str | None, version: str, policy: str | None, p
         READINESS.labels(state).set(state == (unready_reason or "ready"))
     INFO.clear()
     INFO.labels(version, policy or "", policy_version or "").set(1)
+
+
+expect_profile("none")

@@ -1,6 +1,7 @@
 """Metrics: each documented name appears in GET /metrics and moves when what it counts happens."""
 
 import asyncio
+import math
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from service.api.problems import CODES
 from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
 from service.store.memory import MemoryStore
-from service.trajectory import StopReason
+from service.trajectory import EpisodeRecord, StopReason
 from tests.serving import HeldEngine, Served, serve, until
 
 OURS: set[Any] = {value for value in vars(metrics).values() if isinstance(value, Counter | Gauge | Histogram)}
@@ -182,12 +183,38 @@ async def test_the_state_is_that_of_readyz_and_the_info_that_of_version(tmp_path
 
 async def test_a_scrape_does_not_wait_for_a_store_that_hangs(tmp_path: Path, tokenizer: HFTokenizer):
     class Hanging(MemoryStore):
+        hangs = False
+
+        async def episode(self, episode_id: str) -> EpisodeRecord | None:
+            return await (asyncio.get_running_loop().create_future() if self.hangs else super().episode(episode_id))
+
+    store = Hanging()
+    async with serve(tmp_path, ScriptedEngine(tokenizer), store=store) as api:
+        await api.open()
+        assert (await samples(api))["agent_active_episodes", ""] == 1
+        store.hangs = True
+        found = await samples(api)
+        assert found["agent_readiness", "store_unavailable"] == 1
+        assert math.isnan(found["agent_active_episodes", ""])
+        answer = await api.client.get("/readyz")
+        assert (answer.status_code, answer.json()["reason"]) == (503, "store_unavailable")
+
+
+async def test_a_count_that_takes_long_is_unknown_and_no_reason_to_be_unready(tmp_path: Path, tokenizer: HFTokenizer):
+    class Slow(MemoryStore):
         async def num_active(self, tenant: str | None = None) -> int:
             return await asyncio.get_running_loop().create_future()
 
-    async with serve(tmp_path, ScriptedEngine(tokenizer), store=Hanging()) as api:
-        found = scraped((await api.client.get("/metrics")).text)
-        assert found["agent_readiness"][("store_unavailable",)] == 1
+    async with serve(tmp_path, ScriptedEngine(tokenizer), store=Slow()) as api:
+        found = await samples(api)
+        assert found["agent_readiness", "ready"] == 1
+        assert math.isnan(found["agent_active_episodes", ""])
+
+
+async def test_a_profiles_first_episode_is_counted_from_zero_on(tmp_path: Path, tokenizer: HFTokenizer):
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        named = {value for name, value in await samples(api) if name == "agent_episode_return_count"}
+        assert named >= {profile.name for profile in api.app.state.profiles} | {"none"}
 
 
 def test_what_has_not_happened_yet_is_zero_and_not_missing():
@@ -210,7 +237,9 @@ async def test_an_act_that_fails_for_no_reason_of_ours_counts_as_internal(tmp_pa
         before = await samples(api)
         await api.open()
         assert (await api.post_act()).status_code == 500
-        assert moved(before, await samples(api), "agent_acts_total", "internal_error") == 1
+        after = await samples(api)
+        assert moved(before, after, "agent_acts_total", "internal_error") == 1
+        assert moved(before, after, "agent_unexpected_failures_total") == 1
 
 
 async def test_errors_of_engine_and_store_count_by_their_code(tmp_path: Path, tokenizer: HFTokenizer):

@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import importlib.metadata
+import math
+from contextlib import suppress
 
 import orjson
 from fastapi import APIRouter
@@ -21,7 +23,7 @@ router = APIRouter(tags=["operations"])
 
 _VERSION = importlib.metadata.version("episodic")
 _STORE_LIMIT_S = 2.0
-"""Of the store for /metrics: a scrape that waits for a store that hangs says nothing of it."""
+"""Of the store for /readyz and /metrics: what waits for a store that hangs says nothing of it."""
 
 
 @router.get("/healthz", response_model=Ready)
@@ -34,12 +36,7 @@ async def healthz() -> Response:
 async def readyz(request: Request) -> Response:
     """200 when an act would be served, now and in a moment."""
     sessions = request.app.state.sessions
-    reason = _unready_reason(sessions)
-    if reason is None:
-        try:
-            await sessions.store.episode("-")
-        except StoreUnavailable:
-            reason = "store_unavailable"
+    reason = await _unready_reason(sessions)
     if reason:
         return _json({"status": "unready", "reason": reason}, 503)
     return _json({"status": "ready"})
@@ -66,12 +63,13 @@ async def version(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus text: ours `agent_*`, the engine's `vllm:*`."""
     sessions = request.app.state.sessions
-    reason = _unready_reason(sessions)
-    try:  # other replicas open and end episodes too: the store alone knows
-        async with asyncio.timeout(_STORE_LIMIT_S):
-            ACTIVE_EPISODES.set(await sessions.store.num_active())
-    except (StoreUnavailable, TimeoutError):
-        reason = reason or "store_unavailable"
+    reason = await _unready_reason(sessions)
+    num_active = math.nan
+    if reason != "store_unavailable":
+        with suppress(StoreUnavailable, TimeoutError):  # replicas open and end episodes, too: the store alone knows
+            async with asyncio.timeout(_STORE_LIMIT_S):
+                num_active = await sessions.store.num_active()
+    ACTIVE_EPISODES.set(num_active)
     agent = _agent(request)
     info = agent and agent.engine.info
     record_state(reason, _VERSION, info and info.model, info and info.version)
@@ -79,9 +77,16 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _unready_reason(sessions: Sessions) -> str | None:
-    """Why what routes to it should look for another replica, as far as this process knows."""
-    return "draining" if sessions.leaving else sessions.unready_reason
+async def _unready_reason(sessions: Sessions) -> str | None:
+    """Why what routes to it should look for another replica."""
+    if reason := "draining" if sessions.leaving else sessions.unready_reason:
+        return reason
+    try:
+        async with asyncio.timeout(_STORE_LIMIT_S):
+            await sessions.store.episode("-")
+    except (StoreUnavailable, TimeoutError):
+        return "store_unavailable"
+    return None
 
 
 def _agent(request: Request) -> Agent | None:

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service import logs
+from service import logs, metrics
 from service.api.schemas import Problem
 from service.engine.base import EngineUnavailable
 from service.errors import EpisodicError, Unavailable, Unprocessable
@@ -76,6 +76,7 @@ def expected(error: Exception) -> EpisodicError:
             return Unavailable("store_unavailable", detail, retry_after_s=_RETRY_AFTER_S)
         case _:
             _log.error("unexpected failure", exc_info=error)
+            metrics.UNEXPECTED_FAILURES.inc()
             return EpisodicError("internal_error", "An unexpected failure; the log has it by request_id.")
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar, cast
 
+from prometheus_client import REGISTRY
+
 from service.engine.adapters import base_shapes
 from service.engine.base import EngineInfo, EngineRefused
 from service.trajectory import Sampling
@@ -102,7 +104,7 @@ def build(model: str, options: dict[str, Any], pulse: Pulse) -> tuple[Any, str]:
 
     llm = AsyncLLM.from_vllm_config(
         config,
-        stat_loggers=[listener],
+        stat_loggers=[listener, _engine_metrics()],
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
@@ -110,6 +112,21 @@ def build(model: str, options: dict[str, Any], pulse: Pulse) -> tuple[Any, str]:
     tokenizer: Any = llm.get_tokenizer()
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
     return llm, info.serialize_json()
+
+
+def _engine_metrics() -> Any:
+    """vLLM's metrics without vllm:lora_requests_info, in which every choice of adapters that callers have run together
+    is a series of its own, for good."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class EngineMetrics(PrometheusStatLogger):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            if self.gauge_lora_info is not None:
+                REGISTRY.unregister(self.gauge_lora_info)
+                self.gauge_lora_info = None
+
+    return EngineMetrics
 
 
 def prepare_environment(options: dict[str, Any]) -> bool:

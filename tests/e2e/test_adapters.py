@@ -69,5 +69,8 @@ def test_adapters_act_and_a_replaced_one_meets_no_stale_prefix(lora: Server) -> 
     with httpx.Client(base_url=lora.url, timeout=120) as http:
         assert acted(http, episode, "row 1", step=1)["policy_version"] == versions[0]
         assert near(first, probs(http, "walker"))
+        exported = http.get("/metrics").text
+        assert "vllm:generation_tokens_total" in exported
+        assert "lora_requests_info" not in exported, "a series for each set of adapters that run together"
         assert http.delete("/policy/walker").status_code == 204
         assert near(base, probs(http, "toy-text"))
