@@ -106,8 +106,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Acts in flight",
             "none",
-            "Acts inside now; of them and of calls of /v1, those in the engine and those that wait for a place there. A "
-            "queue that never empties means that the engine is full: add replicas.",
+            "Acts inside now; of them and of calls of /v1, those in the engine and those that wait for a place there. "
+            "A queue that never empties means that the engine is full: add replicas.",
             (
                 (f"sum (agent_active_acts{{{S}}})", "acts in flight"),
                 (f"sum (agent_running_acts{{{S}}})", "in the engine"),
@@ -267,8 +267,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Answers by status",
             "reqps",
-            "Of all routes but the probes and /metrics. More 401 and 403: a key was revoked, or somebody tries some. 499: "
-            "callers leave before their answer. 500: a fault of the service; the log has it.",
+            "Of all routes but the probes and /metrics. More 401 and 403: a key was revoked, or somebody tries some. "
+            "499: callers leave before their answer. 500: a fault of the service; the log has it.",
             (
                 (
                     per_second("agent_http_requests_total", "status", where='route!~"/readyz|/healthz|/metrics"'),
@@ -442,7 +442,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def choice(name: str, label: str, series: str) -> dict[str, Any]:
-    """Of the values that `series` have; all, where they have none."""
+    """Of the label `name`, as `series` have it; where none has it, all is the only choice, and matches."""
     return {
         "name": name,
         "label": label,
