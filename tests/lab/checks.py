@@ -333,7 +333,7 @@ def check_restore(lab: Lab) -> None:
 
 def check_rollback(lab: Lab) -> None:
     """docs/deploy.md's commands as far as the older image, which is not here: the newer one migrates once more."""
-    lines = _lines_with(" migrate --to ").splitlines()
+    lines = _lines_with("docker compose run ").splitlines()
     lab.docker.shell("\n".join(lines[:2]), lab.secrets.parent)
     query = ["psql", "--username=episodic", "--tuples-only", "--command=SELECT version_num FROM alembic_version"]
     schema = lab.docker.compose("exec", "-T", "db", *query).decode().strip()
