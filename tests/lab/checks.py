@@ -221,23 +221,27 @@ def check_quiet(lab: Lab) -> None:
 
 
 def check_kill(lab: Lab) -> None:
+    name = lab.docker.replicas()[0]  # now: to look it up takes a while, and the play goes on
+
     def strike(stack: Lab, generator: random.Random) -> str:
-        name = stack.docker.replicas()[0]
         stack.docker.docker("kill", "--signal", "KILL", name)
         time.sleep(3)
         stack.docker.docker("start", name)
         stack.docker.wait_healthy(name)
         return "kill -9 of a replica, started again"
 
+    num_retried = lab.ledger.num_retried
     _campaign(lab, "kill", strike)
+    lab.report.expect(lab.ledger.num_retried > num_retried, "calls were in flight there")
 
 
 def check_drain(lab: Lab) -> None:
     codes: list[int] = []
     plain: Counter[str] = Counter()
 
+    name = lab.docker.replicas()[1]
+
     def strike(stack: Lab, generator: random.Random) -> str:
-        name = stack.docker.replicas()[1]
         with _plain_calls(stack, plain):
             stack.docker.docker("stop", "--time", str(GRACE_S), name)
             codes.append(stack.docker.inspect(name)["State"]["ExitCode"])
@@ -270,7 +274,7 @@ def _plain_calls(lab: Lab, answers: Counter[str]) -> Iterator[None]:
                 try:
                     given = {"episode_id": name, **body}
                     answer = httpx.post(f"{PROXY}/{path}", json=given, headers=headers, timeout=60)
-                    answers[str(answer.status_code)] += 1
+                    answers[f"{answer.status_code} {answer.json().get('code', '')}".strip()] += 1
                 except httpx.HTTPError as error:
                     answers[type(error).__name__] += 1
 
