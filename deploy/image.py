@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,9 @@ from install import install_cpu_torch, pip
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+
+    Found = tuple[str, Requirement, str | None]
+    """A requirement, with its name as locks have it and the version that is installed."""
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = Path(sys.executable)
@@ -70,24 +73,26 @@ def lacking(roots: list[str], lock: dict[str, list[str]]) -> list[str]:
 
 def unlike(roots: list[str]) -> list[str]:
     """Those of the roots that are installed in a version that they do not ask for; the engine is the image's."""
-    return [
-        name
-        for name, requirement, version in required(roots, follow=False)
-        if version is not None and name != ENGINE and not requirement.specifier.contains(version, prereleases=True)
-    ]
+    return [name for name, _, _ in unsatisfied(required(roots, follow=False)) if name != ENGINE]
 
 
 def conflicts(roots: list[str]) -> list[str]:
     """Versions that are installed and are not what somebody asks for."""
     return [
         f"{requirement} is required, and {version} is installed"
-        for _, requirement, version in required(roots)
-        if version is not None and not requirement.specifier.contains(version, prereleases=True)
+        for _, requirement, version in unsatisfied(required(roots))
     ]
 
 
-def required(roots: list[str], *, follow: bool = True) -> Iterator[tuple[str, Requirement, str | None]]:
-    """Every requirement, with its name as locks have it and the version that is installed."""
+def unsatisfied(requirements: Iterable[Found]) -> Iterator[Found]:
+    """Those that are installed in another version."""
+    for name, requirement, version in requirements:
+        if version is not None and not requirement.specifier.contains(version, prereleases=True):
+            yield name, requirement, version
+
+
+def required(roots: list[str], *, follow: bool = True) -> Iterator[Found]:
+    """The roots, and unless told otherwise what they require in turn."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

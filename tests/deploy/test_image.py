@@ -1,5 +1,6 @@
 """What the image and the compose stack are made from: the packages, the secrets, and figures that must agree."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -9,12 +10,15 @@ import pytest
 import yaml
 
 from deploy import make_secrets
+from service.api.problems import CODES
+from service.client import calls
 from service.keys import SCOPES, record_of
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+PROXY = (ROOT / "deploy" / "proxy" / "haproxy.cfg").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -91,12 +95,31 @@ def test_the_stack_is_on_loopback_and_confined():
     assert "ports" not in COMPOSE["services"]["service"]
 
 
+def test_the_proxy_hashes_what_the_client_sends_and_sends_nothing_twice():
+    (header,) = re.findall(r"var\(txn\.episode_id\) req\.hdr\(([\w-]+)\)", PROXY)
+    assert f'headers["{header}"] = self.episode_id' in Path(calls.__file__).read_text()
+    assert "balance hash var(txn.episode_id)" in PROXY
+    assert "retry-on" not in PROXY  # by itself it tries again where the connection failed, and nowhere else
+
+
+def test_the_proxys_own_answers_are_problem_documents():
+    written = re.findall(r"http-error status (\d+) content-type (\S+) lf-string '(.*)'", PROXY)
+    assert [int(status) for status, _, _ in written] == [503, 502, 504]
+    for status, content_type, text in written:
+        document = json.loads(text.replace("%[var(txn.request_id)]", "id"))
+        assert content_type == "application/problem+json"
+        assert document["status"] == int(status)
+        assert document.keys() >= {"type", "title", "detail", "request_id"}
+        if "code" in document:
+            assert document["code"] in CODES[int(status)]
+            assert document["type"] == f"/problems/{document['code']}"
+
+
 def test_the_stack_and_the_service_agree_on_their_limits():
-    proxy = (ROOT / "deploy" / "proxy" / "haproxy.cfg").read_text()
     service, settings = COMPOSE["services"]["service"], Settings()
     assert service["environment"]["EPISODIC_DRAIN_S"] == settings.drain_s
     delay_s = service["environment"]["EPISODIC_DRAIN_DELAY_S"]
     assert int(service["stop_grace_period"].removesuffix("s")) > delay_s + settings.drain_s + 10
-    interval_ms, num_failed = re.findall(r"inter (\d+)ms .*fall (\d+)", proxy)[0]
+    interval_ms, num_failed = re.findall(r"inter (\d+)ms .*fall (\d+)", PROXY)[0]
     assert int(interval_ms) * int(num_failed) < delay_s * 1000
-    assert f"service:{service['environment']['EPISODIC_PORT']}\n" in proxy
+    assert f"service:{service['environment']['EPISODIC_PORT']}\n" in PROXY
