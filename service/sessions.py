@@ -218,11 +218,23 @@ class Sessions:
         try:
             return await attempt(episode)
         except Conflict as conflict:
-            if conflict.code != "step_conflict" or (listener and listener.heard):
+            behind = conflict.code == "step_conflict" or (
+                conflict.code == "episode_busy" and await self._was_overtaken(episode)
+            )
+            if not behind or (listener and listener.heard):
                 raise
         if self._live.peek(episode_id) is episode and not episode.flight:
             self._live.drop(episode_id)
         return await attempt(await self._live.find(episode_id))
+
+    async def _was_overtaken(self, episode: Episode) -> bool:
+        """Whether the step in flight here was taken at another replica. If so, returns once the flight has ended."""
+        record = await self.store.episode(episode.episode_id)
+        if record is None or record.head.step <= episode.head.step:
+            return False
+        if flight := episode.flight:
+            await asyncio.wait({flight.task})
+        return True
 
     async def _answer(self, episode: Episode, call: Call) -> Answer:
         if replayed := await self._replay(episode, call):

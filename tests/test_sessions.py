@@ -115,6 +115,28 @@ async def test_a_retry_at_another_replica_gets_the_same_answer(tmp_path: Path, t
         assert len((await one.trajectory())["steps"]) == 6
 
 
+async def test_the_next_step_waits_for_one_in_flight_that_another_replica_has_taken(
+    tmp_path: Path, tokenizer: HFTokenizer
+):
+    """A caller's first attempt hangs on at one replica, the second was answered by another: that is no other act."""
+    async with (
+        serve(tmp_path, HeldEngine(tokenizer)) as one,
+        serve(tmp_path, ScriptedEngine(tokenizer)) as two,
+    ):
+        assert isinstance(one.engine, HeldEngine)
+        await one.open(action_space=DISCRETE, sampling={"temperature": 0.0})
+        left = asyncio.create_task(one.act(step=0))
+        await until(lambda: one.engine.num_held >= 1)
+        first = await two.act(step=0)
+        following = asyncio.create_task(one.post_act(step=1, observation="next"))
+        await asyncio.sleep(0.05)
+        assert not following.done()
+        one.engine.release.set()
+        assert (await following).json()["step"] == 1
+        assert (await left)["action"] == first["action"]
+        assert len((await one.trajectory())["steps"]) == 2
+
+
 # --- below HTTP, where a test can say what happens between two turns of the loop
 
 
