@@ -16,8 +16,8 @@ import uvloop
 
 from bench.measure import Actor, Reply, measure
 from bench.workloads import INSTRUCTIONS, WORKLOADS, Cell, Workload
-from service.engine.async_llm import VLLMEngine
-from service.prompt import Prompt
+from service.engine.prompt import Prompt
+from service.engine.vllm.engine import VLLMEngine
 from service.trajectory import Sampling
 
 

@@ -10,12 +10,12 @@ import psutil
 import typer
 from transformers import AutoTokenizer
 
-from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
-from service.episode import Call
-from service.sessions import Sessions
+from service.sessions.episode import Call
+from service.sessions.sessions import Sessions
 from service.settings import Settings
 from service.store.sql import SQLStore
+from service.testing.scripted_engine import ScriptedEngine
 from service.trajectory import Message
 
 _SPACE = {"type": "discrete", "actions": ["left", "down", "right", "up"]}

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from service.engine import loading
+from service.engine.vllm import loading
 
 
 def arguments(options: dict[str, Any]) -> list[str]:

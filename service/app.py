@@ -9,18 +9,20 @@ from functools import partial
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from service import logs, metrics
-from service.admission import Admission
-from service.api import acts, episodes, export, inference, openapi, operations, policies, problems, profiles
-from service.api.middleware import RequestContext
-from service.api.security import Security, is_loopback
+from service.access.admission import Admission
+from service.access.keys import Keyring
+from service.api.http import openapi, problems
+from service.api.http.middleware import RequestContext
+from service.api.http.security import Security, is_loopback
+from service.api.profiles import Profiles
+from service.api.routes import acts, episodes, export, openai, operations, policies, profiles
 from service.engine.base import Engine, EngineRefused
-from service.keys import Keyring
-from service.sessions import Sessions
+from service.engine.supervisor import Heard, Load, Supervisor, stop
+from service.observability import logs, metrics
+from service.sessions.sessions import Sessions
 from service.settings import Settings
 from service.store.base import Store
 from service.store.sql import SQLStore
-from service.supervisor import Heard, Load, Supervisor, stop
 
 _log = logs.get(__name__)
 
@@ -67,10 +69,10 @@ def create_app(
     app.state.settings = settings
     app.state.sessions = sessions
     app.state.supervisor = supervisor
-    app.state.profiles = profiles.Profiles(settings.profiles)
+    app.state.profiles = Profiles(settings.profiles)
     for profile in app.state.profiles:
         metrics.expect_profile(profile.name)
-    for module in (acts, episodes, profiles, policies, export, inference, operations):
+    for module in (acts, episodes, profiles, policies, export, openai, operations):
         app.include_router(module.router)
     problems.install(app)
     openapi.install(app)
@@ -98,7 +100,7 @@ def _loader(settings: Settings, engine: Engine | Load | None) -> Load:
 
 
 async def _load(settings: Settings) -> Engine:
-    from service.engine.async_llm import FrontEnd, VLLMEngine  # seconds of import, only where vLLM is served
+    from service.engine.vllm.engine import FrontEnd, VLLMEngine  # seconds of import, only where vLLM is served
 
     _log.info("loading", model=settings.model)
     engine = await VLLMEngine.load(

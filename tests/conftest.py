@@ -9,7 +9,7 @@ import pytest
 import service
 from service.engine.tokenizer import HFTokenizer
 
-POLICY = Path(service.__file__).parent / "policies" / "toy-text"
+POLICY = Path(service.__file__).parent / "packaged" / "policies" / "toy-text"
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from service import metrics
-from service.api.problems import CODES
+from service.api.http.problems import CODES
+from service.observability import metrics
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]

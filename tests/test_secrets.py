@@ -9,13 +9,13 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from service.__main__ import app
-from service.api.server import config
+from service.access.keys import SCOPES, new_key
+from service.api.http.server import config
 from service.app import create_app
-from service.keys import SCOPES, new_key
+from service.cli.main import app
 from service.settings import Settings, holds_password
-from service.store.memory import MemoryStore
-from tests.serving import serve
+from service.testing.memory_store import MemoryStore
+from tests.support.serving import serve
 
 PASSWORD = "0pen-sesame"  # noqa: S105 - a made-up one
 URL = f"postgresql+asyncpg://user:{PASSWORD}@db.invalid:1/episodic"
@@ -86,7 +86,7 @@ def test_the_key_is_taken_from_the_environment(command: list[str], monkeypatch: 
 async def test_the_admin_key_is_told_nowhere(
     place: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    from service.engine.scripted import ScriptedEngine
+    from service.testing.scripted_engine import ScriptedEngine
 
     caplog.set_level(logging.DEBUG)
     key, record = new_key("default", SCOPES, 1.0)
@@ -102,7 +102,7 @@ async def test_the_admin_key_is_told_nowhere(
     assert settings.admin_key.get_secret_value() == key
     texts = [repr(settings), str(settings.model_dump()), settings.model_dump_json(), settings.markdown()]
     texts.append(CliRunner().invoke(app, ["settings"]).output)
-    monkeypatch.setattr("service.__main__._serve", lambda settings: 0)
+    monkeypatch.setattr("service.cli.main._serve", lambda settings: 0)
     started = await asyncio.to_thread(CliRunner().invoke, app, ["serve", "--host", "0.0.0.0"])  # noqa: S104
     assert started.exit_code == 0
     texts.append(started.output)
@@ -131,7 +131,7 @@ def test_secrets_that_cannot_be_read_are_refused_in_a_line(mode: int, tmp_path: 
 async def test_neither_answers_nor_log_lines_hold_them(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ):
-    from service.engine.scripted import ScriptedEngine
+    from service.testing.scripted_engine import ScriptedEngine
 
     caplog.set_level(logging.DEBUG)
     kept = MemoryStore()

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from service.__main__ import app
+from service.cli.main import app
 from service.settings import Settings
 
 

@@ -126,7 +126,7 @@ def basic_strategy_return(seeds: Iterable[int]) -> float:
 
 
 def report(
-    policy: Annotated[Path, typer.Argument(help="Folder of the policy.")] = Path("service/policies/toy-text"),
+    policy: Annotated[Path, typer.Argument(help="Folder of the policy.")] = Path("service/packaged/policies/toy-text"),
     num_episodes: Annotated[int, typer.Option("--episodes", min=1)] = 500,
     instructed: Annotated[bool, typer.Option(help="Put the environment's instructions in front.")] = True,
 ) -> None:

@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import orjson
-from fastapi import APIRouter
 from pydantic import ValidationError
-from starlette.requests import Request
-from starlette.responses import Response
 
-from service import strict_json
-from service.api.schemas import EpisodeFields, ProfileList
+from service.api.http.schemas import EpisodeFields
 from service.errors import Unprocessable
+from service.validation import strict_json
 
-router = APIRouter(tags=["profiles"])
-
-PACKAGED = Path(__file__).parents[1] / "profiles"
+PACKAGED = Path(__file__).parents[1] / "packaged" / "profiles"
 _MERGED = ("sampling", "context", "reasoning", "metadata")
 """Objects of which a caller may override one key and keep the others; all else is replaced whole."""
 
@@ -84,14 +79,6 @@ class Profiles:
         except ValueError as error:
             raise ProfileError(f"profile {name!r}: {error}") from error
         return Profile(name, self._read[name].get("description", ""), kept)
-
-
-@router.get("/profile", response_model=ProfileList)
-async def listing(request: Request) -> Response:
-    """The presets that POST /episode can be asked for by name."""
-    profiles: Profiles = request.app.state.profiles
-    shown = [{"name": p.name, "description": p.description, "fields": p.fields} for p in profiles]
-    return Response(orjson.dumps({"profiles": shown}), media_type="application/json")
 
 
 def _read(path: Path) -> dict[str, Any]:

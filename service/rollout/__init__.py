@@ -1,6 +1,5 @@
 """Plays any Gymnasium environment with the service's policy, beside a random one, and reports how both did."""
 
-from service.rollout.command import rollout_command
 from service.rollout.environment import EnvironmentFactory, RewardNotFinite, UnusableEnvironment
 from service.rollout.play import rollout
 from service.rollout.report import Failure, Report, Summary
@@ -13,5 +12,4 @@ __all__ = [
     "Summary",
     "UnusableEnvironment",
     "rollout",
-    "rollout_command",
 ]

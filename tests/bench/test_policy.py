@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from bench.policy import endless
+from service.engine.prompt import Prompt
 from service.engine.tokenizer import HFTokenizer
-from service.prompt import Prompt
 from tests.conftest import POLICY
 
 

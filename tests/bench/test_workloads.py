@@ -1,8 +1,8 @@
 """Every contender is asked for what the workload's title says."""
 
 from bench.workloads import CHOICE1, CHOICE12, TEXT16, Cell, Workload, grid, observations
+from service.engine.prompt import Prompt
 from service.engine.tokenizer import HFTokenizer
-from service.prompt import Prompt
 
 
 def _num_tokens(workload: Workload, tokenizer: HFTokenizer) -> list[int]:

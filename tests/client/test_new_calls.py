@@ -31,10 +31,10 @@ from service.client import (
 )
 from service.client.calls import ActFields
 from service.client.streams import EventReader
-from service.engine.scripted import ScriptedEngine
 from service.engine.tokenizer import HFTokenizer
-from tests.adapters import make_adapter
-from tests.serving import DISCRETE, Served, serve, until
+from service.testing.scripted_engine import ScriptedEngine
+from tests.support.adapters import make_adapter
+from tests.support.serving import DISCRETE, Served, serve, until
 
 QUICK = Retry(max_retries=2, total_s=2.0, first_s=0.001, max_s=0.01)
 

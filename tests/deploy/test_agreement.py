@@ -15,14 +15,14 @@ from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from deploy import loose_ends, one_off, prometheus_rule
-from service import metrics
+from service.access.keys import new_key
+from service.api.http.shutdown import LAST_ANSWERS_S
 from service.app import create_app
 from service.client import calls
-from service.drain import LAST_ANSWERS_S
-from service.engine.loading import CPU_OPTIONS
-from service.keys import new_key
+from service.engine.vllm.loading import CPU_OPTIONS
+from service.observability import metrics
 from service.settings import Settings
-from service.store.memory import MemoryStore
+from service.testing.memory_store import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

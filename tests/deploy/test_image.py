@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from deploy import make_secrets
-from service.api.problems import CODES
+from service.access.keys import SCOPES, record_of
+from service.api.http.problems import CODES
 from service.client import calls
-from service.keys import SCOPES, record_of
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -18,11 +18,11 @@ import yaml
 
 from deploy import promtools
 from deploy.grafana import dashboard
-from service.engine.scripted import ScriptedEngine
+from service.access.keys import Scope, new_key
 from service.engine.tokenizer import HFTokenizer
-from service.keys import Scope, new_key
-from tests import prometheus
-from tests.serving import serve
+from service.testing.scripted_engine import ScriptedEngine
+from tests.support import prometheus
+from tests.support.serving import serve
 
 GRAFANA = prometheus.ROOT / "deploy" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads(dashboard.OUT.read_text())

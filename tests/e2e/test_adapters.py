@@ -6,9 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.adapters import make_adapter
 from tests.e2e.server import Server
 from tests.e2e.test_episodes import acted, opened
+from tests.support.adapters import make_adapter
 
 DISCRETE = {"type": "discrete", "actions": ["left", "down", "right", "up"]}
 

@@ -10,7 +10,7 @@ from tests.e2e.server import Server
 from tests.faults.campaign import Plan, run
 from tests.faults.player import NUM_MOVES
 from tests.faults.stand import SETTINGS, FaultKind, Stand
-from tests.postgres import missing, running
+from tests.support.postgres import missing, running
 
 NUM_EPISODES = 32
 

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests import prometheus
 from tests.deploy.test_monitoring import ALERTS, DASHBOARD, PANELS, RULES
 from tests.e2e.server import Server
 from tests.e2e.test_episodes import acted, opened
+from tests.support import prometheus
 
 QUERIES = {
     f"{panel['title']}, {target['refId']}": target["expr"] for panel in PANELS for target in panel["targets"]

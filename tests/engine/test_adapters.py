@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from service.engine.adapters import AdapterRefused, adopt, base_shapes
-from tests.adapters import make_adapter
 from tests.conftest import POLICY
+from tests.support.adapters import make_adapter
 
 
 def take(folder: Path, tmp_path: Path):

@@ -10,11 +10,11 @@ import pytest
 import pytest_asyncio
 from pydantic import BaseModel, Field
 
-from service.actions import tools_space
+from service.agent.action_spaces import tools_space
 from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
 from service.engine.grammar import GrammarChecker
-from service.strict_schema import strict
-from tests.serving import until
+from service.engine.strict_schema import strict
+from tests.support.serving import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -265,7 +265,7 @@ async def _asked(checker: GrammarChecker, wanted: dict[str, Any] | None) -> Clie
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    from service.engine.inference import CheckedClient
+    from service.engine.vllm.openai_app import CheckedClient
 
     client = Client()
     params = SamplingParams(structured_outputs=wanted and StructuredOutputsParams(**wanted))

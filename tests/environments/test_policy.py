@@ -14,7 +14,7 @@ from training import worlds
 from training.data import Behaviour, Transcripts
 from training.tokenizer import train_tokenizer
 
-POLICY = Path(service.__file__).parent / "policies" / "toy-text"
+POLICY = Path(service.__file__).parent / "packaged" / "policies" / "toy-text"
 WORLDS = [worlds.frozen_lake(), worlds.cliff_walking(), worlds.taxi(), worlds.blackjack()]
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from tests.e2e.server import Server
 from tests.faults.campaign import Plan, Verdict, run
 from tests.faults.stand import SETTINGS, FaultKind, Stand
-from tests.postgres import missing, running
+from tests.support.postgres import missing, running
 
 _KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 _STORES = ("sqlite", "postgresql")

@@ -12,7 +12,7 @@ import httpx
 import psutil
 
 from tests.e2e.server import START_LIMIT_S, Server
-from tests.postgres import Postgres
+from tests.support.postgres import Postgres
 
 FaultKind = Literal["server", "engine", "postgres", "replicas"]
 

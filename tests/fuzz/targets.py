@@ -9,16 +9,24 @@ from typing import Any
 
 from starlette.requests import Request
 
-from service import strict_json
-from service.actions import ActionSpaceError, DecisionTrie, discrete_space, json_space, regex_space, tools_space
-from service.api import body, episodes, schemas, security
-from service.api.middleware import _ids
+from service.access.keys import Keyring, new_key
+from service.agent.action_spaces import (
+    ActionSpaceError,
+    DecisionTrie,
+    discrete_space,
+    json_space,
+    regex_space,
+    tools_space,
+)
+from service.api.http import body, schemas, security
+from service.api.http.middleware import _ids
+from service.api.routes import episodes
 from service.client.errors import EpisodicError as ClientError
 from service.client.errors import reading
 from service.client.streams import EventReader, LineReader
 from service.errors import EpisodicError
-from service.keys import Keyring, new_key
 from service.trajectory import Sampling
+from service.validation import strict_json
 
 _MODELS = (
     *(schemas.EpisodeRequest, schemas.ActRequest, schemas.BatchRequest, schemas.RecordRequest),

@@ -13,9 +13,10 @@ import typer
 from starlette.responses import JSONResponse
 from typer.testing import CliRunner
 
+from service.cli.rollout import rollout_command
 from service.client import AsyncClient, Retry
 from service.environments import describe
-from service.rollout import EnvironmentFactory, Report, UnusableEnvironment, rollout, rollout_command
+from service.rollout import EnvironmentFactory, Report, UnusableEnvironment, rollout
 from service.rollout.report import Outcome, percentile, summarize
 from tests.client.fake_service import FakeEpisode, FakeService, answer, drop_after, overloaded, problem, serve
 

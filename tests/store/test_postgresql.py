@@ -14,8 +14,8 @@ from service.store.base import EpisodeExists, StepTaken, StoreRefused, StoreUnav
 from service.store.connections import Patience
 from service.store.sql import SQLStore
 from service.trajectory import Feedback
-from tests.postgres import Postgres
 from tests.store.test_stores import commit, record
+from tests.support.postgres import Postgres
 
 IMPATIENT = Patience(lock_s=0.2, transaction_s=1.0, start_s=0.5)
 _CUT = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'episodic'"

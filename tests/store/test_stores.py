@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, Filter, StepTaken, Store
-from service.store.memory import MemoryStore
 from service.store.schema import episode_record, episode_row, step_row, step_value
 from service.store.sql import SQLStore
+from service.testing.memory_store import MemoryStore
 from service.trajectory import (
     EpisodeConfig,
     EpisodeHead,

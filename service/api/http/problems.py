@@ -1,0 +1,128 @@
+"""Owns the one place where a failure becomes an HTTP answer: an RFC 9457 problem document with a stable code."""
+
+from typing import Any
+
+import orjson
+from fastapi.exceptions import RequestValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api.http.schemas import Problem
+from service.engine.base import EngineUnavailable
+from service.errors import EpisodicError, Unavailable, Unprocessable
+from service.observability import logs, metrics
+from service.store.base import StoreUnavailable
+
+_log = logs.get(__name__)
+
+_RETRY_AFTER_S = 1
+_LOAD_S = 5
+"""What an engine that has to be loaded first takes at least."""
+
+CODES: dict[int, tuple[str, ...]] = {
+    400: ("malformed_json",),
+    401: ("unauthenticated",),
+    403: ("forbidden",),
+    404: ("episode_not_found", "policy_not_found", "not_found"),
+    405: ("method_not_allowed",),
+    409: (
+        "step_conflict",
+        "idempotency_mismatch",
+        "episode_busy",
+        "episode_ended",
+        "context_overflow",
+    ),
+    410: ("episode_deleted",),
+    413: ("payload_too_large",),
+    422: ("invalid_request",),
+    429: ("rate_limited", "quota_exceeded", "overloaded"),
+    500: ("internal_error",),
+    503: ("engine_unavailable", "store_unavailable", "draining"),
+    504: ("deadline_exceeded",),
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for these statuses, and for those that any call may meet."""
+    statuses = (*statuses, 401, 403, 429)
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"model": Problem, "description": ", ".join(CODES[status]), "content": content} for status in statuses
+    }
+
+
+def install(app: Starlette) -> None:
+    """Every failure of the app is rendered here."""
+    for kind in (EpisodicError, EngineUnavailable, StoreUnavailable):
+        app.add_exception_handler(kind, _expected)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def expected(error: Exception) -> EpisodicError:
+    """The failure as callers meet it."""
+    match error:
+        case EpisodicError():
+            return error
+        case EngineUnavailable():
+            _log.warning("engine unavailable", reason=str(error))
+            return Unavailable("engine_unavailable", str(error), retry_after_s=_LOAD_S)
+        case StoreUnavailable():
+            _log.error("store unavailable", reason=str(error))
+            detail = "The store cannot be used now."  # its own words may name files and hosts
+            return Unavailable("store_unavailable", detail, retry_after_s=_RETRY_AFTER_S)
+        case _:
+            _log.error("unexpected failure", exc_info=error)
+            metrics.UNEXPECTED_FAILURES.inc()
+            return EpisodicError("internal_error", "An unexpected failure; the log has it by request_id.")
+
+
+def document(request: Request, error: EpisodicError) -> dict[str, Any]:
+    return {
+        "type": f"/problems/{error.code}",
+        "title": error.title,
+        "status": error.status,
+        "code": error.code,
+        "detail": error.detail,
+        "request_id": request.scope.get("request_id", ""),
+        **error.context,
+    }
+
+
+def response(request: Request, error: EpisodicError) -> Response:
+    body = orjson.dumps(document(request, error), default=str)
+    return Response(body, error.status, error.headers, media_type="application/problem+json")
+
+
+async def _expected(request: Request, error: Exception) -> Response:
+    return response(request, expected(error))
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """A path or query parameter; bodies are read by `body.read`."""
+    assert isinstance(error, RequestValidationError)
+    errors: list[dict[str, Any]] = [{"loc": list(item["loc"]), "msg": item["msg"]} for item in error.errors()]
+    return response(request, Unprocessable(f"{errors[0]['loc'][-1]}: {errors[0]['msg']}", errors=errors))
+
+
+class _Http(EpisodicError):
+    """What routing refuses: an unknown path or method."""
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    problem = _Http(code, str(error.detail))
+    problem.status, problem.title = error.status_code, str(error.detail)  # type: ignore[misc]
+    answer = response(request, problem)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    answer = response(request, expected(error))
+    answer.headers["X-Request-ID"] = request.scope.get("request_id", "")  # this answer passes by the middleware
+    return answer

@@ -1,0 +1,66 @@
+"""Owns /policy: the policies that are served, and LoRA adapters that come and go."""
+
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Path
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.agent.policies import Policies
+from service.agent.policies import Policy as Served
+from service.api.http import body, problems
+from service.api.http.openapi import request_body
+from service.api.http.schemas import AdapterRequest, Policy, PolicyList
+
+router = APIRouter(prefix="/policy", tags=["policies"])
+
+NamePath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+@router.get("", response_model=PolicyList, responses=problems.documented(503))
+async def listing(request: Request) -> Response:
+    """The base model, then its adapters."""
+    policies = _policies(request)
+    return _json({"policies": [_resource(policies, policy) for policy in policies]})
+
+
+@router.put(
+    "/{name}",
+    response_model=Policy,
+    responses={201: {"model": Policy, "description": "The adapter is loaded."}}
+    | problems.documented(400, 413, 422, 503),
+    openapi_extra={"requestBody": request_body(AdapterRequest)},
+)
+async def load(request: Request, name: NamePath) -> Response:
+    """Loads an adapter, or puts another in its place: `policy_version` tells them apart."""
+    asked, _ = await body.read(request, AdapterRequest)
+    policies = _policies(request)
+    policy, is_new = await policies.load(name, asked.path)
+    return _json(_resource(policies, policy), 201 if is_new else 200)
+
+
+@router.delete("/{name}", status_code=204, responses=problems.documented(404, 422, 503))
+async def remove(request: Request, name: NamePath) -> Response:
+    """Removes an adapter. Its episodes answer 503 until it is there again."""
+    await _policies(request).remove(name)
+    return Response(status_code=204)
+
+
+def _policies(request: Request) -> Policies:
+    return request.app.state.sessions.agent.policies
+
+
+def _resource(policies: Policies, policy: Served) -> dict[str, object]:
+    return {
+        "name": policy.name,
+        "kind": "adapter" if policy.adapter else "base",
+        "policy_version": policy.version,
+        "base": policies.base.name,
+        "rank": policy.adapter.rank if policy.adapter else None,
+        "loaded_at": policy.loaded_at,
+    }
+
+
+def _json(document: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(document), status, media_type="application/json")

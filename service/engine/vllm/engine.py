@@ -1,0 +1,338 @@
+"""Owns the engine protocol over vLLM: calls AsyncLLM with token ids, hears that it lives, kills and closes it."""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, TypeVar
+
+from starlette.types import ASGIApp
+
+from service.engine import orphan_guard
+from service.engine.adapters import AdapterRefused
+from service.engine.base import (
+    Adapter,
+    Completion,
+    Constraint,
+    ConstraintRefused,
+    EngineInfo,
+    EngineUnavailable,
+    OnText,
+    Scores,
+)
+from service.engine.grammar import GrammarChecker
+from service.engine.tokenizer import HFTokenizer
+from service.engine.vllm import openai_app
+from service.engine.vllm.loading import Pulse, build, in_daemon_thread, model_info
+from service.trajectory import Sampling
+
+T = TypeVar("T")
+
+MAX_CANDIDATES_A_CALL = 128
+"""vLLM's bound on `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
+
+_STATS_INTERVAL_S = 10.0
+_POLL_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEnd:
+    """How /v1 serves: options of vLLM's front end, and the hosts that media may be fetched from."""
+
+    options: dict[str, Any]
+    media_hosts: tuple[str, ...]
+
+
+_PLAIN = FrontEnd({}, ())
+
+
+class VLLMEngine:
+    """AsyncLLM behind the Engine protocol. Build it with `VLLMEngine.load` on the running event loop."""
+
+    def __init__(
+        self,
+        llm: Any,
+        pulse: Pulse,
+        tasks: tuple[str, ...],
+        info: EngineInfo,
+        tokenizer: HFTokenizer,
+        grammar: GrammarChecker,
+        front_end: FrontEnd,
+        model: str,
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self.info = info
+        self.tokenizer = tokenizer
+        self._llm = llm
+        self._pulse = pulse
+        self._tasks = tasks
+        self._was_killed = False
+        self._grammar = grammar
+        self._inference: asyncio.Task[ASGIApp] | None = None
+        self._front_end, self._model = front_end, model
+        self._ids, self._lora_ids = count(), count(1)
+        self._loras: dict[Adapter, Any] = {}
+        self._served: dict[Adapter, Any] = {}
+        self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
+        self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
+        self._dead = EngineDeadError
+
+    @classmethod
+    async def load(
+        cls, model: str, options: dict[str, Any], *, name: str, grammar_limit_s: float, front_end: FrontEnd = _PLAIN
+    ) -> "VLLMEngine":
+        """Loads weights and starts the engine's processes; takes seconds to minutes, off the event loop.
+
+        Raises EngineRefused for a model or an option that cannot be, else whatever vLLM raises. Cancelled, it leaves
+        the thread that loads to itself: nothing interrupts vLLM there, and the thread keeps no process from ending.
+        """
+        openai_app.check_options(front_end.options)
+        pulse = Pulse()
+        llm, info_json = await in_daemon_thread(lambda: build(model, options, pulse))
+        tokenizer = HFTokenizer(llm.get_tokenizer())
+        tasks = tuple(await _answer(llm, llm.get_supported_tasks()))
+        info = replace(model_info(llm, model, name), generates="generate" in tasks)
+        grammar = GrammarChecker(info_json, limit_s=grammar_limit_s)
+        engine = cls(llm, pulse, tasks, info, tokenizer, grammar, front_end, model)
+        if info.generates:
+            await engine._warm_up()
+        return engine
+
+    @property
+    def healthy(self) -> bool:
+        return not (self._was_killed or self._llm.errored)
+
+    @property
+    def heartbeat(self) -> int:
+        return self._pulse.num_beats
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling: Sampling,
+        constraint: Constraint | None,
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
+        on_text: OnText | None = None,
+    ) -> Completion:
+        params = self._params(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
+            stop_token_ids=list(sampling.stop_token_ids),
+            logprobs=0,
+            flat_logprobs=True,
+            # vLLM's is incremental: for a final text it is work at every token
+            detokenize=bool(sampling.stop or on_text),
+            structured_outputs=constraint and self._structure(constraint),
+            output_kind=self._cumulative if on_text else self._final,
+            skip_clone=True,
+        )
+        output = await self._run(prompt_token_ids, params, adapter, cache_salt, on_text)
+        chosen = output.outputs[0]
+        token_ids = tuple(chosen.token_ids)
+        logprobs = tuple(chosen.logprobs.logprobs[start] for start in chosen.logprobs.start_indices)
+        cached = output.num_cached_tokens or 0
+        text = chosen.text if sampling.stop else self._text(token_ids, chosen.finish_reason)
+        return Completion(token_ids, logprobs, text, str(chosen.finish_reason), cached)
+
+    async def score(
+        self,
+        prompt_token_ids: list[int],
+        candidates: Sequence[int],
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
+    ) -> Scores:
+        chunks = [
+            candidates[start : start + MAX_CANDIDATES_A_CALL]
+            for start in range(0, len(candidates), MAX_CANDIDATES_A_CALL)
+        ]
+        if len(chunks) == 1:
+            return await self._score(prompt_token_ids, candidates, adapter, cache_salt)
+        try:
+            async with asyncio.TaskGroup() as group:
+                calls = [self._score(prompt_token_ids, chunk, adapter, cache_salt) for chunk in chunks]
+                tasks = [group.create_task(call) for call in calls]
+        except ExceptionGroup as failures:  # the chunks of one pass fail for one reason
+            raise failures.exceptions[0] from failures
+        parts = [task.result() for task in tasks]
+        return Scores(tuple(value for part in parts for value in part.logprobs), parts[0].cached_tokens)
+
+    async def check(self, constraint: Constraint) -> None:
+        from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+        await self._grammar.check(constraint)
+        params = self._params(structured_outputs=self._structure(constraint))
+        try:
+            await asyncio.to_thread(validate_xgrammar_grammar, params)
+        except ValueError as error:
+            raise ConstraintRefused(str(error)[:300]) from error
+
+    async def matches(self, constraint: Constraint, text: str) -> bool:
+        return await self._grammar.matches(constraint, text)
+
+    async def watch(self) -> None:
+        elapsed_s = 0.0
+        while self.healthy:
+            await asyncio.sleep(_POLL_INTERVAL_S)
+            elapsed_s += _POLL_INTERVAL_S
+            if elapsed_s >= _STATS_INTERVAL_S and self.healthy:
+                await self._llm.do_log_stats()
+                elapsed_s = 0.0
+
+    async def probe(self) -> None:
+        if self.info.generates:
+            await self.generate([0], Sampling(temperature=0.0, max_tokens=1), None)
+        else:
+            await _answer(self._llm, self._llm.is_sleeping())
+            self._pulse.num_beats += 1
+
+    def kill(self) -> None:
+        self._was_killed = True
+        orphan_guard.cut()
+        self._fail_requests()
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        from vllm.lora.request import LoRARequest
+
+        # Name and path are in the prefix cache's key, and a path is one version's: no other meets its blocks.
+        request = LoRARequest(adapter.name, next(self._lora_ids), adapter.path)
+        try:
+            loaded = await _answer(self._llm, self._llm.add_lora(request))
+        except self._dead as error:
+            raise EngineUnavailable("the engine died") from error
+        except EngineUnavailable:
+            raise
+        except Exception as error:
+            raise AdapterRefused(f"vLLM refused it: {str(error)[:300]}") from error
+        if not loaded:
+            raise AdapterRefused("vLLM did not load it")
+        self._loras[adapter] = self._served[adapter] = request
+        self._show_adapters()
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        request = self._loras[adapter]  # kept: an act in flight names it again, and vLLM loads it from the same files
+        self._served.pop(adapter, None)
+        await _answer(self._llm, self._llm.remove_lora(request.lora_int_id))
+        self._show_adapters()
+
+    def _show_adapters(self) -> None:
+        """/v1 has the adapters as models, by their names."""
+        building = self._inference
+        if building and building.done() and not building.cancelled() and not building.exception():
+            openai_app.set_adapters(building.result(), self._served.values())
+
+    async def inference(self) -> ASGIApp:
+        if self._inference is None or (self._inference.done() and self._inference.exception()):
+            building = openai_app.build(
+                self._llm,
+                self._tasks,
+                model=self._model,
+                name=self.info.model,
+                options=self._front_end.options,
+                media_hosts=self._front_end.media_hosts,
+                check=self._grammar.check,
+            )
+            self._inference = asyncio.create_task(building)
+            self._inference.add_done_callback(lambda _: self._show_adapters())
+        return await asyncio.shield(self._inference)
+
+    async def close(self) -> None:
+        await self._grammar.close()
+        self._fail_requests()
+        await asyncio.to_thread(self._llm.shutdown)
+
+    def _fail_requests(self) -> None:
+        """vLLM does so itself once it finds the engine dead, but not if it is shut down before."""
+        self._llm.output_processor.propagate_error(self._dead())
+
+    async def _warm_up(self) -> None:
+        """One call of each kind: the first ones import and allocate for seconds."""
+        prompt = self.tokenizer.encode("warm up") or [0]
+        await self.score(prompt, prompt[:1])
+        await self.generate(prompt, Sampling(temperature=0.0, max_tokens=1), None)
+
+    def _text(self, token_ids: tuple[int, ...], finish_reason: str | None) -> str:
+        """The text as vLLM gives it: without the token that ended it, or a character that was cut in two."""
+        kept = token_ids[:-1] if finish_reason == "stop" else token_ids
+        return self.tokenizer.decode(kept).rstrip("\ufffd")
+
+    def _structure(self, constraint: Constraint) -> Any:
+        spec: dict[str, Any] = {constraint.kind: constraint.spec}
+        return self._structured(**spec)
+
+    async def _score(
+        self,
+        prompt_token_ids: list[int],
+        candidates: Sequence[int],
+        adapter: Adapter | None,
+        cache_salt: str | None,
+    ) -> Scores:
+        params = self._params(
+            temperature=0.0,
+            max_tokens=1,
+            logprob_token_ids=list(candidates),
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=self._final,
+            skip_clone=True,
+        )
+        output = await self._run(prompt_token_ids, params, adapter, cache_salt)
+        found = output.outputs[0].logprobs
+        by_token = dict(zip(found.token_ids, found.logprobs, strict=True))
+        return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
+
+    async def _run(
+        self,
+        prompt_token_ids: list[int],
+        params: Any,
+        adapter: Adapter | None,
+        cache_salt: str | None,
+        on_text: OnText | None = None,
+    ) -> Any:
+        """The request's final output. Cancellation aborts the request in the engine."""
+        prompt = self._tokens_input(prompt_token_ids, cache_salt=cache_salt)
+        num_heard = 0
+        lora = adapter and self._loras[adapter]
+        try:
+            async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)), lora_request=lora)) as outputs:
+                async for output in outputs:
+                    if on_text and len(text := output.outputs[0].text) > num_heard:
+                        on_text(text[num_heard:])
+                        num_heard = len(text)
+                    if output.finished:
+                        break
+                else:
+                    raise EngineUnavailable("the engine gave no output")
+        except Exception as error:
+            if isinstance(error, self._dead) or not self.healthy:
+                raise EngineUnavailable("the engine died") from error
+            raise
+        if output.outputs[0].finish_reason in ("abort", "error"):
+            raise EngineUnavailable(f"the engine ended the request with {output.outputs[0].finish_reason!r}")
+        return output
+
+
+async def _answer(llm: Any, call: Awaitable[T]) -> T:
+    """What the engine answers to a call that is no request: vLLM leaves such a one open when the engine dies. Raises
+    EngineUnavailable."""
+    asking = asyncio.ensure_future(call)
+    try:
+        while not asking.done():
+            await asyncio.wait([asking], timeout=_POLL_INTERVAL_S)
+            if llm.errored and not asking.done():
+                raise EngineUnavailable("the engine died")
+        return asking.result()
+    finally:
+        asking.cancel()

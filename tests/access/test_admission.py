@@ -1,0 +1,179 @@
+"""Admission: quotas, the bound on what waits, whose turn is next, and that nothing is left behind."""
+
+import asyncio
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from service.access.admission import Admission
+from service.errors import TooManyRequests
+from service.settings import Quota
+
+
+def refusal(admission: Admission, tenant: str = "a", num_acts: int = 1) -> str | None:
+    """The code that an act would be refused with now."""
+    try:
+        with admission.admitted(tenant, num_acts):
+            return None
+    except TooManyRequests as error:
+        return error.code
+
+
+class Turns:
+    """Acts that hold their place in the engine until they are told to end; `order` tells whose turns came when."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+        self.order: list[str] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self.ends: list[asyncio.Event] = []
+
+    async def begin(self, tenant: str) -> "asyncio.Task[None]":
+        end = asyncio.Event()
+
+        async def act() -> None:
+            with self.admission.admitted(tenant):
+                async with self.admission.turn(tenant):
+                    self.order.append(tenant)
+                    self.ends.append(end)
+                    await end.wait()
+
+        task = asyncio.create_task(act())
+        self.tasks.append(task)
+        await asyncio.sleep(0)
+        return task
+
+    async def end(self, place: int) -> None:
+        self.ends[place].set()
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    async def end_all(self) -> None:
+        while not all(task.done() for task in self.tasks):
+            for end in self.ends:
+                end.set()
+            await asyncio.sleep(0)
+
+
+async def test_the_queue_is_bounded():
+    admission = Admission(max_running=2, max_queued=1)
+    turns = Turns(admission)
+    for _ in range(3):
+        await turns.begin("a")
+    assert turns.order == ["a", "a"]
+    assert refusal(admission) == "overloaded"
+    await turns.end(0)
+    assert turns.order == ["a", "a", "a"]
+    assert refusal(admission) is None
+    await turns.end_all()
+
+
+async def test_unset_bounds_come_from_the_engine():
+    admission = Admission()
+    admission.serve(8)
+    assert admission.limit == 10
+    admission = Admission(max_running=2, max_queued=0)
+    admission.serve(8)
+    assert admission.limit == 2
+
+
+async def test_the_next_turn_is_the_tenants_with_the_fewest_in_the_engine():
+    turns = Turns(Admission(max_running=2, max_queued=10))
+    for tenant in "aaaabb":
+        await turns.begin(tenant)
+    for place in range(4):
+        await turns.end(place)
+    assert "".join(turns.order) == "aababa"
+    await turns.end_all()
+
+
+async def test_a_tenant_below_its_share_is_admitted_to_a_full_queue():
+    admission = Admission(max_running=1, max_queued=3)
+    turns = Turns(admission)
+    for _ in range(4):
+        await turns.begin("flood")
+    assert refusal(admission, "flood") == "overloaded"
+    for _ in range(2):  # its share of four, with one other tenant there
+        assert refusal(admission, "other") is None
+        await turns.begin("other")
+    assert refusal(admission, "other") == "overloaded"
+    await turns.end_all()
+
+
+async def test_one_that_leaves_the_queue_takes_no_turn():
+    turns = Turns(Admission(max_running=1, max_queued=10))
+    for tenant in "abc":
+        await turns.begin(tenant)
+    turns.tasks[1].cancel()
+    await turns.end(0)
+    assert turns.order == ["a", "c"]
+    await turns.end(1)
+    assert turns.admission._num_running == turns.admission._num_acts == 0
+    assert turns.admission._accounts == {}
+
+
+async def test_one_whose_turn_comes_as_it_leaves_hands_it_on():
+    turns = Turns(Admission(max_running=1, max_queued=10))
+    for tenant in "abc":
+        await turns.begin(tenant)
+    turns.ends[0].set()
+    await asyncio.sleep(0)  # the first leaves now and gives its place to b
+    turns.tasks[1].cancel()
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert turns.order[-1] == "c"
+    await turns.end_all()
+    assert turns.admission._num_running == turns.admission._num_acts == 0
+
+
+async def test_acts_at_once_have_a_quota():
+    admission = Admission(lambda tenant: Quota(concurrent_acts=2) if tenant == "a" else Quota(), max_running=8)
+    with ExitStack() as stack:
+        stack.enter_context(admission.admitted("a"))
+        assert refusal(admission, "a", 2) == "quota_exceeded"
+        stack.enter_context(admission.admitted("a"))
+        assert refusal(admission, "a") == "quota_exceeded"
+        assert refusal(admission, "b") is None
+    assert refusal(admission, "a", 2) is None
+
+
+async def test_a_batch_is_admitted_whole_where_its_first_act_is():
+    admission = Admission(max_running=2, max_queued=2)
+    with admission.admitted("a", 100):
+        assert refusal(admission, "a") == "overloaded"
+    assert refusal(admission, "a") is None
+
+
+async def test_calls_have_a_rate(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("service.access.admission.time.monotonic", lambda: now)
+    admission = Admission(lambda _: Quota(calls_per_s=2.0))
+    admission.count_calls("a")
+    admission.count_calls("a")
+    with pytest.raises(TooManyRequests, match="2 calls a second") as refused:
+        admission.count_calls("a")
+    assert (refused.value.code, refused.value.headers["Retry-After"]) == ("rate_limited", "1")
+    admission.count_calls("b")
+    now += 0.5
+    admission.count_calls("a")
+    with suppress(TooManyRequests):
+        admission.count_calls("a")
+    now += 10.0
+    admission.count_calls("a", 8)  # a batch may be larger than what is left, and is paid off
+    now += 2.0
+    with pytest.raises(TooManyRequests):
+        admission.count_calls("a")
+    now += 2.0
+    admission.count_calls("a")
+
+
+async def test_retry_after_is_what_the_queue_takes_at_the_measured_rate(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("service.access.admission.time.monotonic", lambda: now)
+    admission = Admission(max_running=1, max_queued=12)
+    for _ in range(11):
+        async with admission.turn("a"):
+            now += 0.5
+    with admission.admitted("a", 13), pytest.raises(TooManyRequests) as refused, admission.admitted("a"):
+        pass
+    assert refused.value.headers["Retry-After"] == "6"

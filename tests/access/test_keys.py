@@ -1,0 +1,200 @@
+"""Keys: what is kept of one, how long the ones in memory serve, and how a service comes by its first one."""
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from service.access.keys import SCOPES, KeyRefused, Keyring, digest, make_known, new_key, record_of
+from service.cli.main import app
+from service.store.base import StoreUnavailable
+from service.store.sql import SQLStore
+from service.testing.memory_store import MemoryStore
+from service.trajectory import DEFAULT_TENANT, KeyRecord
+
+
+class CountingStore(MemoryStore):
+    num_reads = 0
+    is_down = False
+
+    async def keys(self) -> list[KeyRecord]:
+        self.num_reads += 1
+        if self.is_down:
+            raise StoreUnavailable("down")
+        return await super().keys()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """`clock[0]` is the time."""
+    now = [100.0]
+    monkeypatch.setattr("service.access.keys.time.monotonic", lambda: now[0])
+    return now
+
+
+async def test_a_key_is_found_by_all_of_its_text(clock: list[float]):
+    store = CountingStore()
+    key, record = new_key("acme", ["act", "read"], 1.0)
+    other, _ = new_key("acme", ["act"], 1.0)
+    await store.add_key(record)
+    ring = Keyring(store)
+    assert await ring.find(key) == record
+    for wrong in (
+        "",
+        "ek",
+        "ek_",
+        key[:-1],
+        key + "0",
+        key.upper(),
+        other,
+        f"ek_{record.key_id}_{other.split('_')[2]}",
+    ):
+        assert await ring.find(wrong) is None, wrong
+
+
+async def test_the_store_keeps_no_secret():
+    key, record = new_key("acme", ["read"], 1.0)
+    assert record.digest == digest(key)
+    assert key.split("_")[2] not in repr(record)
+    assert new_key("acme", ["read"], 1.0)[0] != key
+
+
+async def test_a_revoked_key_serves_a_second_longer_at_most(clock: list[float]):
+    store = CountingStore()
+    key, record = new_key("acme", ["read"], 1.0)
+    await store.add_key(record)
+    ring = Keyring(store)
+    assert await ring.find(key)
+    await store.revoke_key(record.key_id, 2.0)
+    clock[0] += 0.9
+    assert await ring.find(key)
+    assert store.num_reads == 1
+    clock[0] += 0.2
+    assert await ring.find(key) is None
+    assert await ring.exists()
+
+
+async def test_the_last_keys_serve_while_the_store_cannot(clock: list[float]):
+    store = CountingStore()
+    key, record = new_key("acme", ["read"], 1.0)
+    await store.add_key(record)
+    ring = Keyring(store)
+    store.is_down = True
+    with pytest.raises(StoreUnavailable):
+        await ring.find(key)
+    store.is_down = False
+    assert await ring.find(key)
+    store.is_down = True
+    clock[0] += 5.0
+    assert await ring.find(key)
+
+
+# --- the first key
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs `serve` for all addresses, up to where it would listen."""
+    monkeypatch.setattr("service.cli.main._serve", lambda settings: 0)
+    monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
+    monkeypatch.setenv("EPISODIC_HOST", "0.0.0.0")  # noqa: S104
+
+    def run(**settings: str) -> Any:
+        return CliRunner().invoke(app, ["serve"], env={f"EPISODIC_{name.upper()}": v for name, v in settings.items()})
+
+    return run
+
+
+def kept(folder: Path) -> list[KeyRecord]:
+    async def read() -> list[KeyRecord]:
+        async with SQLStore(f"sqlite:///{folder / 'episodic.db'}") as store:
+            return await store.keys()
+
+    return asyncio.run(read())
+
+
+def test_a_key_is_made_and_printed_by_the_first_start_alone(start: Any, tmp_path: Path):
+    first = start(make_key="true")
+    assert first.exit_code == 0
+    key, usage = first.stdout.splitlines()
+    assert "Authorization: Bearer" in usage
+    (record,) = kept(tmp_path)
+    assert (record.digest, record.tenant, record.scopes) == (digest(key), DEFAULT_TENANT, SCOPES)
+    second = start(make_key="true")
+    assert (second.exit_code, second.output) == (0, "")
+    assert kept(tmp_path) == [record]
+
+
+def test_no_key_is_made_where_none_is_needed(start: Any, tmp_path: Path):
+    assert start(make_key="true", host="127.0.0.1").output == ""
+    key = CliRunner().invoke(app, ["keys", "new"]).stdout.strip()
+    assert start(make_key="true", admin_key=key).output == ""
+    assert [record.digest for record in kept(tmp_path)] == [digest(key)]
+
+
+def test_an_admin_key_is_made_known_once(start: Any, tmp_path: Path):
+    key = CliRunner().invoke(app, ["keys", "new"]).stdout.strip()
+    for _ in range(2):
+        started = start(admin_key=key, host="127.0.0.1")
+        assert (started.exit_code, started.output) == (0, "")
+    (record,) = kept(tmp_path)
+    assert (record.digest, record.tenant, record.scopes) == (digest(key), DEFAULT_TENANT, SCOPES)
+
+
+@pytest.mark.parametrize("key", ["", "sesame", "ek_1_2", f"ek_{'0' * 16}_{'0' * 63}", f"ek_{'0' * 16}_{'0' * 64}\n"])
+def test_an_admin_key_of_another_form_is_refused_in_a_line(start: Any, tmp_path: Path, key: str):
+    refused = start(admin_key=key, make_key="true")
+    assert refused.exit_code == 2
+    assert re.fullmatch(r"admin_key: .*`episodic keys new`.*\n", refused.stderr)
+    assert refused.stdout == ""
+    assert not key or key not in refused.output
+    assert kept(tmp_path) == []
+
+
+async def test_replicas_that_start_together_make_the_same_key_known(tmp_path: Path):
+    record = record_of(new_key("default", SCOPES, 1.0)[0], "default", SCOPES, 1.0)
+    async with SQLStore(f"sqlite:///{tmp_path / 'a.db'}") as one, SQLStore(f"sqlite:///{tmp_path / 'a.db'}") as other:
+        await asyncio.gather(*(make_known(store, record) for store in (one, other) * 8))
+        assert await one.keys() == [record]
+
+
+async def test_the_loser_of_a_race_finds_the_key_known():
+    key, record = new_key("default", SCOPES, 1.0)
+
+    class Raced(MemoryStore):
+        async def add_key(self, key: KeyRecord) -> None:
+            await super().add_key(key)  # by the other replica
+            raise StoreUnavailable("a row with this id is there")
+
+    store = Raced()
+    await make_known(store, record)
+    assert await Keyring(store).find(key) == record
+
+    class Down(MemoryStore):
+        async def add_key(self, key: KeyRecord) -> None:
+            raise StoreUnavailable("down")
+
+    with pytest.raises(StoreUnavailable, match="down"):
+        await make_known(Down(), record)
+
+
+async def test_an_admin_key_that_was_revoked_stays_so():
+    store = MemoryStore()
+    key, record = new_key("default", SCOPES, 1.0)
+    await make_known(store, record)
+    await store.revoke_key(record.key_id, 2.0)
+    await make_known(store, record)
+    assert await Keyring(store).find(key) is None
+
+
+async def test_an_admin_key_with_the_public_id_of_another_is_refused():
+    store = MemoryStore()
+    key, record = new_key("default", SCOPES, 1.0)
+    await store.add_key(record)
+    twin = f"{key[:-1]}{'1' if key[-1] == '0' else '0'}"
+    with pytest.raises(KeyRefused, match=record.key_id):
+        await make_known(store, record_of(twin, "default", SCOPES, 1.0))
+    assert await store.keys() == [record]

@@ -1,0 +1,197 @@
+"""Logs: each event one line with its ids, valid JSON where asked, and no line of a caller's own making."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import structlog
+
+from service.engine.tokenizer import HFTokenizer
+from service.observability import logs
+from service.testing.scripted_engine import ScriptedEngine
+from tests.api.http.test_problems import BrokenEngine
+from tests.support.serving import DISCRETE, HeldEngine, serve, until
+
+Format = Literal["console", "json"]
+FORMATS: list[Format] = ["console", "json"]
+PRIVATE = "a secret word"
+
+
+@pytest.fixture
+def log(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Configures logging in a format; gives the lines written since. Puts the root logger back afterwards."""
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+
+    def configure(log_format: Format, level: str = "info") -> Any:
+        structlog.reset_defaults()
+        logs.configure(log_format, level)
+
+        def lines() -> list[str]:
+            return capsys.readouterr().err.splitlines()
+
+        return lines
+
+    yield configure
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    structlog.reset_defaults()
+
+
+async def test_json_lines_carry_the_request_and_episode_ids(log: Any, tmp_path: Path, tokenizer: HFTokenizer):
+    lines = log("json", "debug")
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        await api.open()
+        await api.post_act(headers={"X-Request-ID": "r-1", "X-Episode-Id": "e"})
+        await api.post_act("nobody", headers={"X-Request-ID": "r-2", "X-Episode-Id": "nobody"})
+    events = [json.loads(line) for line in lines()]
+    assert {"event", "level", "logger", "timestamp"} <= set.intersection(*map(set, events))
+    requests = {event["request_id"]: event for event in events if event["event"] == "request"}
+    assert requests["r-1"].items() >= {"episode_id": "e", "method": "POST", "path": "/act", "status": 200}.items()
+    assert requests["r-2"].items() >= {"episode_id": "nobody", "status": 404, "level": "info"}.items()
+    assert [event["append_only"] for event in events if event["event"] == "ready"] == [True]
+
+
+async def test_an_act_that_is_served_or_one_too_many_is_told_at_debug_level_only(
+    log: Any, tmp_path: Path, tokenizer: HFTokenizer
+):
+    lines = log("json", "info")
+    engine = HeldEngine(tokenizer)
+    async with serve(tmp_path, engine, max_running_acts=1, max_queued_acts=0) as api:
+        await api.open()
+        acting = asyncio.create_task(api.post_act())
+        await until(lambda: engine.num_held)
+        assert (await api.post_act()).status_code == 429
+        engine.release.set()
+        assert (await acting).status_code == 200
+        assert (await api.post_act("nobody")).status_code == 404
+        await api.client.get("/healthz")
+    told = [json.loads(line) for line in lines() if '"request"' in line]
+    assert [(event["path"], event["status"]) for event in told] == [("/episode", 201), ("/act", 404)]
+
+
+HOSTILE = 'x\n2026-01-01 [critical] the engine died\r\n{"event": "forged", "level": "critical"}\u2028\x1b[2J'
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+async def test_a_caller_writes_no_line_of_its_own(log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format):
+    lines = log(log_format, "debug")
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        await api.client.get("/" + "".join(f"%{byte:02x}" for byte in HOSTILE.encode()))
+        await api.client.get("/healthz", headers={"X-Request-ID": "a b", "X-Episode-Id": "\x1b[2Jforged"})
+        await api.client.post("/act", content=json.dumps({"episode_id": HOSTILE, HOSTILE: 1}).encode())
+        await api.client.post("/episode", json={"goal": HOSTILE, "action_space": {"type": HOSTILE}})
+    written = lines()
+    assert sum("event" in line or "[" in line for line in written) == len(written)
+    if log_format == "json":
+        assert all(json.loads(line)["event"] != "forged" for line in written)
+    else:
+        assert all(line.startswith("20") and not line.startswith("2026-01-01") for line in written)
+    assert not any("\x1b[2J" in line for line in written)
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+async def test_an_unexpected_failure_is_told_with_its_trace_and_request(
+    log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format
+):
+    lines = log(log_format)
+    async with serve(tmp_path, BrokenEngine(tokenizer)) as api:
+        await api.open(action_space=DISCRETE)
+        await api.post_act(observation="a secret word", headers={"X-Request-ID": "find-me"})
+    written = lines()
+    text = "\n".join(written)
+    assert "ZeroDivisionError" in text
+    assert "find-me" in text
+    assert "a secret word" not in text, "the trace shows no local variables"
+    if log_format == "json":
+        events = [json.loads(line) for line in written]
+        (failure,) = [event for event in events if event["event"] == "unexpected failure"]
+        assert failure["request_id"] == "find-me"
+        assert "ZeroDivisionError" in failure["exception"]
+        assert [event["status"] for event in events if event["event"] == "request"][-1] == 500
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+def test_a_librarys_record_looks_like_ours(log: Any, log_format: Format):
+    lines = log(log_format)
+    logging.getLogger("some.library").warning("%s happened", "something", extra={"count": 3, "color_message": "x"})
+    logging.getLogger("httpx").info("noise")
+    (line,) = lines()
+    assert "something happened" in line
+    assert "some.library" in line
+    assert "color_message" not in line
+    if log_format == "json":
+        assert json.loads(line)["count"] == 3
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+async def test_a_message_within_a_request_is_not_told(
+    log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format
+):
+    class QuotingEngine(ScriptedEngine):
+        async def score(self, *args: Any, **options: Any) -> Any:
+            try:
+                raise ValueError(PRIVATE)
+            except ValueError as error:
+                raise ExceptionGroup(PRIVATE, [KeyError(PRIVATE)]) from error
+
+    lines = log(log_format, "debug")
+    async with serve(tmp_path, QuotingEngine(tokenizer)) as api:
+        await api.open(action_space=DISCRETE, goal="a secret word")
+        assert (await api.post_act(observation="a secret word")).status_code == 500
+    text = "\n".join(lines())
+    assert all(name in text for name in ("ValueError", "ExceptionGroup", "KeyError", "which led to", "in score"))
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+@pytest.mark.parametrize("log_format", FORMATS)
+async def test_no_line_holds_what_was_observed_or_done(
+    log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format, level: str
+):
+    lines = log(log_format, level)
+    async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        await api.open(goal="a secret word", instructions="a secret word", metadata={"a": "a secret word"})
+        await api.act(observation="a secret word", info={"b": "a secret word"})
+        await api.client.post("/act", json={"episode_id": "e", "a secret word": "a secret word"})
+        await api.client.post("/act", content=b'{"a secret word')
+        await api.client.post("/episode/e/end", json={"terminated": True, "info": {"c": "a secret word"}})
+        await api.client.post("/episode/e/feedback", json={"rating": 5, "comment": "a secret word"})
+        await api.trajectory()
+    assert "secret" not in "\n".join(lines())
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+def test_outside_of_a_request_a_failure_is_told_whole_and_on_lines_of_its_own(log: Any, log_format: Format):
+    lines = log(log_format)
+    structlog.contextvars.clear_contextvars()
+    try:
+        raise OSError("no such model\n2026-01-01 [critical] forged")
+    except OSError:
+        logs.get("service").exception("the engine cannot be loaded")
+    logging.getLogger("some.library").error("first\n2026-01-01 [critical] forged\x1b[2J")
+    written = lines()
+    text = "\n".join(written)
+    assert "OSError: no such model" in text
+    assert "\x1b" not in text
+    if log_format == "json":
+        assert [json.loads(line)["level"] for line in written] == ["error", "error"]
+    else:
+        events = [line for line in written if not line.startswith("  | ")]
+        assert len(events) == 2, "every other line is set off"
+        assert all("[error" in line for line in events)
+
+
+def test_a_lost_tasks_failure_is_told_without_its_message(log: Any):
+    lines = log("console")
+    try:
+        raise ValueError(PRIVATE)
+    except ValueError as error:
+        logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
+    text = "\n".join(lines())
+    assert "ValueError" in text
+    assert "secret" not in text

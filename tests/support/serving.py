@@ -1,0 +1,146 @@
+"""The service behind a real socket, in the test's own event loop: what a test needs to be its caller."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from service.api.http import server as http_server
+from service.app import create_app
+from service.engine.base import Completion, Engine, Scores
+from service.engine.supervisor import Heard, Load
+from service.settings import Settings
+from service.store.base import Store
+from service.testing.memory_store import MemoryStore
+from service.testing.scripted_engine import ScriptedEngine
+
+DISCRETE = {"type": "discrete", "actions": ["left", "right", "left turn", "go to the kitchen"]}
+
+
+class HeldEngine(ScriptedEngine):
+    """Answers nothing until `release` is set, so that a test decides what happens while an act is in flight."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.release = asyncio.Event()
+        self.num_held = 0
+
+    async def generate(self, *args: Any, **options: Any) -> Completion:
+        await self._hold()
+        return await super().generate(*args, **options)
+
+    async def score(self, *args: Any, **options: Any) -> Scores:
+        await self._hold()
+        return await super().score(*args, **options)
+
+    async def _hold(self) -> None:
+        self.num_held += 1
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.num_aborted += 1
+            raise
+
+
+@dataclass
+class Served:
+    """A running service: its app, where it listens, and a client of it."""
+
+    app: FastAPI
+    url: str
+    client: httpx.AsyncClient
+    name: str = "e"
+    """The episode that is meant where a call names none."""
+
+    @property
+    def engine(self) -> Any:
+        return self.app.state.sessions.agent.engine
+
+    @property
+    def path(self) -> str:
+        return f"/episode/{self.name}"
+
+    async def open(self, episode_id: str | None = None, **fields: Any) -> dict[str, Any]:
+        answer = await self.client.post("/episode", json={"episode_id": episode_id or self.name, **fields})
+        assert answer.status_code == 201, answer.text
+        return answer.json()
+
+    async def post_act(
+        self, episode_id: str | None = None, observation: Any = "look", headers: Any = None, **fields: Any
+    ) -> httpx.Response:
+        body = {
+            "episode_id": episode_id or self.name,
+            **({} if observation is None else {"observation": observation}),
+            **fields,
+        }
+        return await self.client.post("/act", json=body, headers=headers)
+
+    async def act(self, episode_id: str | None = None, observation: Any = "look", **fields: Any) -> dict[str, Any]:
+        answer = await self.post_act(episode_id, observation, **fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def trajectory(self, episode_id: str | None = None, format: str = "steps") -> dict[str, Any]:
+        answer = await self.client.get(f"/episode/{episode_id or self.name}/trajectory", params={"format": format})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def get(self, episode_id: str | None = None) -> dict[str, Any]:
+        answer = await self.client.get(f"/episode/{episode_id or self.name}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the test runner's
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # noqa: ASYNC110 - uvicorn's own loop looks ten times a second
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def serve(
+    folder: Path,
+    engine: Engine | Load | None,
+    *,
+    store: Store | None = None,
+    loading: bool = False,
+    on_ready: Heard = lambda: None,
+    on_fatal: Heard = lambda: None,
+    **settings: Any,
+) -> AsyncIterator[Served]:
+    """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
+    store = store or (MemoryStore() if loading else None)  # which needs no lifespan
+    heard: Any = {"on_ready": on_ready, "on_fatal": on_fatal}
+    app = create_app(Settings(data=folder, **settings), engine=engine, store=store, **heard)
+    config = http_server.config(app, port=0, timeout_graceful_shutdown=10, lifespan="off" if loading else "on")
+    server = _Server(config)
+    running = asyncio.create_task(server.serve())
+    await until(lambda: server.started or running.done())
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    limits = httpx.Limits(max_connections=None)
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
+            if not loading:
+                await until(lambda: app.state.sessions.unready_reason != "loading")
+            yield Served(app, url, client)
+    finally:
+        server.should_exit = True
+        await running
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Returns once the condition holds; gives up, loudly, long after it should."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - it waits for somebody else's state, which no event tells
+            await asyncio.sleep(0.002)

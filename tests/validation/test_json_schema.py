@@ -1,0 +1,137 @@
+"""JSON schemas of callers: what is refused, what is valid, and that no schema makes checking a value take long."""
+
+import contextlib
+from typing import Any
+
+import pytest
+
+from service.validation.json_schema import MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused
+
+
+def test_the_text_is_the_schema_as_compact_json():
+    assert Schema({"type": "object", "required": ["a"]}).text == '{"type":"object","required":["a"]}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        ({"type": "integer", "minimum": 3}, 3, 2),
+        ({"enum": ["a", None]}, None, "b"),
+        ({"properties": {"a": {"const": 1}}, "additionalProperties": False}, {"a": 1}, {"a": 1, "b": 2}),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, None, 1),
+        ({"$defs": {"n": {"type": "number"}}, "items": {"$ref": "#/$defs/n"}}, [1, 2.5], ["x"]),
+        ({"not": {"type": "string"}}, 1, "x"),
+        ({"if": {"type": "string"}, "then": {"minLength": 2}}, "ab", "a"),
+        ({"uniqueItems": True}, [1, 2], [1, 1]),
+    ],
+)
+def test_values_are_held_to_the_schema(schema: dict[str, Any], valid: Any, invalid: Any):
+    Schema(schema).validate(valid)
+    with pytest.raises(SchemaMismatch):
+        Schema(schema).validate(invalid)
+
+
+def alternatives(depth: int) -> dict[str, Any]:
+    """Each level asks the level below twice: 2**depth comparisons."""
+    schema: dict[str, Any] = {"$defs": {"l0": {"type": "null"}}, "$ref": f"#/$defs/l{depth}"}
+    for level in range(depth):
+        below = {"$ref": f"#/$defs/l{level}"}
+        schema["$defs"][f"l{level + 1}"] = {"allOf": [below, below]}
+    return schema
+
+
+def test_a_schema_that_asks_exponentially_much_is_given_up():
+    Schema(alternatives(3)).validate(None)
+    with pytest.raises(SchemaMismatch, match="too long"):
+        Schema(alternatives(28)).validate(None)
+    Schema(alternatives(3)).validate(None)
+
+
+def test_a_dialect_does_not_bring_back_the_matcher_that_is_left_out():
+    evil = {"$schema": "https://json-schema.org/draft/2020-12/schema", "pattern": "^(a+)+$"}
+    with pytest.raises(SchemaRefused, match="dialect"):
+        Schema({"items": evil})
+    hostile = "a" * 40 + "!"
+    Schema(evil).validate(hostile)
+    Schema({**evil, "items": {"$ref": "#"}}).validate([hostile])
+    Schema({"properties": {"$schema": {"type": "string"}}}).validate({"$schema": "a property of that name"})
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#/nowhere"}, {"$ref": "#"}, {"$dynamicRef": "#nowhere"}])
+def test_a_reference_that_leads_nowhere_is_a_mismatch(schema: dict[str, Any]):
+    with pytest.raises((SchemaMismatch, RecursionError)):
+        Schema(schema).validate(1)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "nothing"}, {"description": "x" * MAX_SCHEMA_BYTES}, {"$ref": "https://example.com"}, {"allOf": []}],
+)
+def test_refused(schema: dict[str, Any]):
+    with pytest.raises(SchemaRefused):
+        Schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"items": {"$ref": "#"}}, [[[]]]),
+        ({"properties": {"a": {"$ref": "#/properties/a"}}}, {"a": 1}),
+        ({"$ref": "#"}, 1),
+        ({"multipleOf": 0.5}, 10**400),
+    ],
+)
+def test_a_value_that_cannot_be_compared_is_no_crash(schema: dict[str, Any], value: Any):
+    with contextlib.suppress(SchemaMismatch):
+        Schema(schema).validate(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "unique"),
+    [
+        ([1, True, "1", None, False, 0], True),
+        ([1, 1.0], False),
+        ([{"a": 1, "b": [2]}, {"b": [2.0], "a": 1}], False),
+        ([[1], [True]], True),
+        ([{}, []], True),
+        (list(range(5_000)), True),
+    ],
+)
+def test_unique_items_are_told_apart_as_json_does(value: list[Any], unique: bool):
+    with contextlib.nullcontext() if unique else pytest.raises(SchemaMismatch, match="non-unique"):
+        Schema({"uniqueItems": True}).validate(value)
+
+
+def test_a_large_value_under_many_alternatives_is_given_up():
+    """Each failed alternative would write the value out."""
+    with pytest.raises(SchemaMismatch, match="too long"):
+        Schema({"anyOf": [{"type": "string"}] * 300}).validate([[number] * 500 for number in range(400)])
+    Schema({"items": {"items": {"type": "integer"}}}).validate([[number] * 200 for number in range(100)])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"anyOf": [{"$ref": "#"}]},
+        {"not": {"$dynamicRef": "#"}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}},
+    ],
+)
+def test_a_schema_without_end_is_a_mismatch_however_deep_the_stack_is(schema: dict[str, Any]):
+    def validate(num_frames: int) -> None:
+        if num_frames:
+            return validate(num_frames - 1)
+        with pytest.raises(SchemaMismatch, match="without end"):
+            Schema(schema).validate({"a": 1})
+        return None
+
+    for num_frames in range(60):
+        validate(num_frames)
+
+
+def test_a_value_may_nest_as_the_schema_does():
+    value: Any = {}
+    for _ in range(40):
+        value = {"child": value}
+    Schema({"type": "object", "properties": {"child": {"$ref": "#"}}, "additionalProperties": False}).validate(value)
