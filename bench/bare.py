@@ -16,7 +16,6 @@ import uvloop
 
 from bench.measure import Actor, Reply, measure
 from bench.workloads import INSTRUCTIONS, WORKLOADS, Cell, Workload
-from service.engine.prompt import Prompt
 from service.engine.vllm.engine import VLLMEngine
 from service.trajectory import Sampling
 
@@ -24,16 +23,16 @@ from service.trajectory import Sampling
 class BareActor:
     """Grows a list of token ids, the very ones that the service would send, and asks the engine for the next step."""
 
-    def __init__(self, engine: VLLMEngine, prompt: Prompt, workload: Workload) -> None:
+    def __init__(self, engine: VLLMEngine, workload: Workload) -> None:
         self._engine = engine
-        self._prompt = prompt
+        self._prompt = engine.prompt
         self._sampling = Sampling(**workload.sampling)
         self._token_ids: list[int] = []
         self._turns: list[list[int]] = []
         self._choices: list[tuple[str, tuple[int, ...]]] = []
         self._children: tuple[int, ...] = ()
         if workload.actions:
-            trie = prompt.trie(workload.actions)
+            trie = engine.trie(workload.actions)
             (branch,) = trie.branches  # else one pass would not decide, and this would be another workload
             self._choices = list(zip(trie.actions, trie.sequences, strict=True))
             self._children = branch.children
@@ -66,22 +65,21 @@ async def serve(model: str, options: dict[str, Any], answers: BinaryIO) -> None:
     """Loads the engine, says so, and plays every cell that is asked for until the pipe closes."""
     engine = await VLLMEngine.load(model, options, name="bench", grammar_limit_s=5.0)
     watch = asyncio.create_task(engine.watch())
-    prompt = Prompt(engine.tokenizer)
     _write_line(answers, {"ready": True})
     try:
         while line := await asyncio.to_thread(sys.stdin.buffer.readline):
             asked = orjson.loads(line)
             workload = next(workload for workload in WORKLOADS if workload.name == asked["workload"])
             cell = Cell(workload, asked["num_episodes"], asked["num_steps"], asked["num_sets"])
-            sample = await measure(cell, asked["run"], _actors(engine, prompt, workload), time.process_time)
+            sample = await measure(cell, asked["run"], _actors(engine, workload), time.process_time)
             _write_line(answers, asdict(sample))
     finally:
         watch.cancel()
         await engine.close()
 
 
-def _actors(engine: VLLMEngine, prompt: Prompt, workload: Workload) -> Callable[[int], Actor]:
-    return lambda _: BareActor(engine, prompt, workload)
+def _actors(engine: VLLMEngine, workload: Workload) -> Callable[[int], Actor]:
+    return lambda _: BareActor(engine, workload)
 
 
 def _write_line(answers: BinaryIO, document: Any) -> None:

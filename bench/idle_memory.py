@@ -40,7 +40,7 @@ async def _measure(num_episodes: int) -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         store = SQLStore(f"sqlite:///{Path(folder) / 'idle.db'}")
         await store.open()
-        sessions = Sessions(store, max_live_episodes=settings.max_live_episodes)
+        sessions = Sessions(store, max_cached_episodes=settings.max_live_episodes)
         sessions.serve(engine)
         await _play(sessions, 0, 512)  # what the first episodes allocate once
         gc.collect()

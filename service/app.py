@@ -1,4 +1,4 @@
-"""The composition root: puts store, engine and sessions together under one lifespan, and the HTTP face before them."""
+"""The composition root: store, engine, sessions and the HTTP API under one lifespan."""
 
 import asyncio
 import dataclasses
@@ -11,14 +11,19 @@ from fastapi.routing import APIRoute
 
 from service.access.admission import Admission
 from service.access.keys import Keyring
+from service.agent.policies import Policies
 from service.api.http import openapi, problems
 from service.api.http.middleware import RequestContext
+from service.api.http.schemas import EpisodeFields
 from service.api.http.security import Security, is_loopback
-from service.api.profiles import Profiles
+from service.api.http.services import Services
 from service.api.routes import acts, episodes, export, openai, operations, policies, profiles
-from service.engine.base import Engine, EngineRefused
-from service.engine.supervisor import Heard, Load, Supervisor, stop
+from service.engine.base import Engine, EngineRefused, TemplateReport
+from service.engine.load import load_engine
+from service.engine.supervisor import Callback, Load, Supervisor, stop
+from service.lifecycle import Lifecycle
 from service.observability import logs, metrics
+from service.sessions.profiles import Profiles
 from service.sessions.sessions import Sessions
 from service.settings import Settings
 from service.store.base import Store
@@ -32,29 +37,24 @@ def create_app(
     *,
     engine: Engine | Load | None = None,
     store: Store | None = None,
-    on_ready: Heard = lambda: None,
-    on_fatal: Heard = lambda: None,
+    on_ready: Callback = lambda: None,
+    on_fatal: Callback = lambda: None,
 ) -> FastAPI:
-    """The application. `engine`, or what loads one each time, and `store` take the place of those that the settings
-    name; `on_ready` is called each time that an engine begins to serve, `on_fatal` when there is none any more and will
-    be none, for the process to end loudly."""
-    kept = store or SQLStore(settings.store_url, metrics.record_commit)
-    sessions = Sessions(
-        kept,
-        max_live_episodes=settings.max_live_episodes,
-        defaults=settings.episode_defaults,
-        admission=Admission(
-            settings.quota_of, max_running=settings.max_running_acts, max_queued=settings.max_queued_acts
-        ),
-    )
+    """The application.
 
-    supervisor = Supervisor(_loader(settings, engine), sessions, settings, on_ready, on_fatal)
+    `engine` (or what loads one each time) and `store` replace those that the settings name. `on_ready` is called each
+    time an engine begins to serve; `on_fatal` when the supervisor gives up, so that the process can end with an error.
+    """
+    used_store = store or SQLStore(settings.store_url, metrics.count_commit)
+    services = _services(settings, used_store)
+    serving = partial(_serving, services, on_ready)
+    supervisor = Supervisor(_loader(settings, engine), serving, services.lifecycle, settings, on_fatal)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         async with AsyncExitStack() as stack:
-            await kept.open()
-            stack.push_async_callback(kept.close)
+            await used_store.open()
+            stack.push_async_callback(used_store.close)
             running = asyncio.create_task(supervisor.run(), name="engine")
             stack.push_async_callback(stop, running)
             yield
@@ -66,19 +66,54 @@ def create_app(
         generate_unique_id_function=_operation_id,
         openapi_url="/openapi.json" if settings.docs else None,  # /docs and /redoc go with it
     )
-    app.state.settings = settings
-    app.state.sessions = sessions
-    app.state.supervisor = supervisor
-    app.state.profiles = Profiles(settings.profiles)
-    for profile in app.state.profiles:
-        metrics.expect_profile(profile.name)
+    app.state.services = services
     for module in (acts, episodes, profiles, policies, export, openai, operations):
         app.include_router(module.router)
     problems.install(app)
     openapi.install(app)
-    app.add_middleware(Security, keyring=Keyring(kept), loopback=is_loopback(settings.host))
+    app.add_middleware(Security, keyring=Keyring(used_store), loopback=is_loopback(settings.host))
     app.add_middleware(RequestContext)
     return app
+
+
+def _services(settings: Settings, store: Store) -> Services:
+    lifecycle = Lifecycle()
+    admission = Admission(settings.quota_of, max_running=settings.max_running_acts, max_queued=settings.max_queued_acts)
+    sessions = Sessions(
+        store,
+        max_cached_episodes=settings.max_live_episodes,
+        defaults=settings.episode_defaults,
+        admission=admission,
+        lifecycle=lifecycle,
+    )
+    presets = Profiles(EpisodeFields, settings.profiles)
+    for preset in presets:
+        metrics.expect_profile(preset.name)
+    return Services(settings, lifecycle, admission, sessions, presets)
+
+
+@asynccontextmanager
+async def _serving(services: Services, on_ready: Callback, engine: Engine) -> AsyncGenerator[None]:
+    """While it is open, the engine decides acts, and idle episodes end."""
+    settings, sessions = services.settings, services.sessions
+    adapters = Policies(engine, sessions.store, source=settings.adapters, kept=settings.data / "adapters")
+    await adapters.restore()
+    sessions.serve(engine, adapters)
+    on_ready()
+    _log_ready(engine, engine.template)
+    expiring = asyncio.create_task(sessions.expiry.run(), name="expiry")
+    try:
+        yield
+    finally:
+        await stop(expiring)
+
+
+def _log_ready(engine: Engine, template: TemplateReport) -> None:
+    _log.info("ready", policy=engine.info.model, policy_version=engine.info.version, **dataclasses.asdict(template))
+    if not template.append_only:
+        _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")
+    if not template.canonical:
+        _log.warning("the chat template's own tokenization differs from the episode's")
 
 
 def _operation_id(route: APIRoute) -> str:
@@ -87,7 +122,7 @@ def _operation_id(route: APIRoute) -> str:
 
 def _loader(settings: Settings, engine: Engine | Load | None) -> Load:
     if engine is None:
-        return partial(_load, settings)
+        return partial(load_engine, settings)
     if callable(engine):
         return engine
 
@@ -97,20 +132,3 @@ def _loader(settings: Settings, engine: Engine | Load | None) -> Load:
         return engine
 
     return given
-
-
-async def _load(settings: Settings) -> Engine:
-    from service.engine.vllm.engine import FrontEnd, VLLMEngine  # seconds of import, only where vLLM is served
-
-    _log.info("loading", model=settings.model)
-    engine = await VLLMEngine.load(
-        settings.model_path,
-        settings.engine_options,
-        name=settings.model,
-        grammar_limit_s=settings.constraint_limit_s,
-        front_end=FrontEnd(settings.openai, tuple(settings.media_hosts)),
-    )
-    if settings.max_tokens:
-        sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)
-        engine.info = dataclasses.replace(engine.info, default_sampling=sampling)
-    return engine

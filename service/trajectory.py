@@ -64,15 +64,19 @@ class ParseFailure:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The tokens one step added to the policy's context: its turn (prompt), then its completion.
+    """The tokens that one step added: exactly what the engine was given and drew.
 
-    token_ids: int32 ids. loss_mask: one byte a token, 1 where the policy had a choice and drew the token.
-    logprobs: float32 a token, of the drawn tokens under the distribution they were drawn from, else 0.
+    token_ids: int32 ids. Of a decoder-only model the new turn and then the completion, so that the spans of a window
+    form its context; of an encoder-decoder model the decoder's ids, from the start token on.
+    loss_mask: one byte for each token, 1 if the policy had a choice and drew it.
+    logprobs: float32 for each token: of a drawn one under the distribution that it was drawn from, else 0.
+    encoder_token_ids: int32 ids that the encoder was given; None for a decoder-only model.
     """
 
     token_ids: "array[int]"
     loss_mask: bytes
     logprobs: "array[float]"
+    encoder_token_ids: "array[int] | None" = None
 
 
 EMPTY_SPAN = Span(array("i"), b"", array("f"))
@@ -109,13 +113,18 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the policy chose. `completion` are the tokens it drew and those that were forced, with their logprobs, a
-    thought's before the action's; `logprob` is the action's, None if the policy did not choose it.
-    `dropped`: the range that later windows leave out, counted from the completion's start."""
+    """What the policy decided, and the tokens to store for it.
+
+    span: what the step adds to the episode. window_start: the first step behind step 0 that the policy saw.
+    logprob: of the action under the distribution that it was drawn from; None if the policy did not choose it.
+    dropped: the range of the span that later windows leave out, because the episode does not keep thoughts.
+    """
 
     action: JsonValue
     text: str
-    completion: Span
+    span: Span
+    window_start: int
+    policy_version: str
     logprob: float | None
     finish_reason: str
     usage: Usage
@@ -166,8 +175,8 @@ class EpisodeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class EpisodeHead:
-    """The moving part of an episode; changes with each committed step. Times are Unix seconds."""
+class EpisodeState:
+    """The part of an episode that changes with each committed step. Times are Unix seconds."""
 
     step: int = 0
     status: Status = "active"
@@ -194,7 +203,7 @@ class Feedback:
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyRecord:
+class StoredPolicy:
     """An adapter that is served: `digest` names its files, `version` the weights that act, base model included."""
 
     name: str
@@ -205,9 +214,9 @@ class PolicyRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class KeyRecord:
-    """An API key as it is kept: its SHA-256 digest, whose it is and what it may. `key_id` is its public part. A revoked
-    one stays, so that its id tells in the log whose it was."""
+class StoredKey:
+    """An API key as it is stored: its SHA-256 digest, its tenant and its scopes. `key_id` is its public part. A revoked
+    key stays stored, so that an id in the log can be traced to its tenant."""
 
     key_id: str
     digest: bytes
@@ -218,9 +227,9 @@ class KeyRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class EpisodeRecord:
-    """An episode as the store keeps it; `deleted` marks a tombstone."""
+class StoredEpisode:
+    """An episode as it is stored, without its steps; `deleted` marks a tombstone."""
 
     config: EpisodeConfig
-    head: EpisodeHead = field(default_factory=EpisodeHead)
+    state: EpisodeState = field(default_factory=EpisodeState)
     deleted: bool = False

@@ -38,9 +38,9 @@ def test_the_files_that_the_docs_point_to_exist() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_architecture_stays_under_60_lines_and_names_tests_that_exist() -> None:
+def test_architecture_stays_under_80_lines_and_names_tests_that_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    assert text.count("\n") < 60
+    assert text.count("\n") < 80
     for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
         assert (ROOT / name).exists(), name
 

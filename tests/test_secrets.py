@@ -136,7 +136,7 @@ async def test_neither_answers_nor_log_lines_hold_them(
     caplog.set_level(logging.DEBUG)
     kept = MemoryStore()
     async with serve(tmp_path, ScriptedEngine(tokenizer), store=kept, openai={"chat_template": PASSWORD}) as api:
-        api.app.state.settings.store = URL
+        api.app.state.services.settings.store = URL
         headers = {"Authorization": f"Bearer {PASSWORD}"}
         texts = []
         for path in ("/version", "/readyz", "/metrics", "/openapi.json", "/nowhere", "/episode", "/policy"):

@@ -52,8 +52,8 @@ class Admission:
         self._num_running = 0
         self._ends: deque[float] = deque(maxlen=_MEASURED)
 
-    def serve(self, max_num_seqs: int) -> None:
-        """The engine batches so many requests."""
+    def set_num_slots(self, max_num_seqs: int) -> None:
+        """The engine batches this many requests at once."""
         self._slots = self._max_running or max_num_seqs
 
     @property
@@ -105,7 +105,7 @@ class Admission:
         return self.limit / (1 + sum(other.num_acts > 0 for other in self._accounts.values() if other is not account))
 
     @asynccontextmanager
-    async def turn(self, tenant: str) -> AsyncGenerator[None]:
+    async def slot(self, tenant: str) -> AsyncGenerator[None]:
         """A place in the engine, once it is the tenant's turn: of those who wait, the one with the fewest there."""
         account = self._account(tenant)
         if self._num_running < self._slots:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from service.observability import logs
 from service.store.base import Store, StoreUnavailable
-from service.trajectory import KeyRecord
+from service.trajectory import StoredKey
 
 _log = logs.get(__name__)
 
@@ -29,21 +29,21 @@ class KeyRefused(Exception):
     """A key that cannot be made known; the message does not hold it."""
 
 
-def new_key(tenant: str, scopes: Sequence[Scope], now: float) -> tuple[str, KeyRecord]:
+def new_key(tenant: str, scopes: Sequence[Scope], now: float) -> tuple[str, StoredKey]:
     """A key to hand out, shown once, and what the store keeps of it."""
     key = f"{_PREFIX}_{secrets.token_hex(8)}_{secrets.token_hex(32)}"
     return key, record_of(key, tenant, scopes, now)
 
 
-def record_of(key: str, tenant: str, scopes: Sequence[Scope], now: float) -> KeyRecord:
+def record_of(key: str, tenant: str, scopes: Sequence[Scope], now: float) -> StoredKey:
     """What the store keeps of a key. Raises KeyRefused for one that `new_key` cannot have made."""
     found = _KEY.fullmatch(key)
     if found is None:
         raise KeyRefused("it is not of the form that `episodic keys new` prints")
-    return KeyRecord(found[1], digest(key), tenant, tuple(scopes), now)
+    return StoredKey(found[1], digest(key), tenant, tuple(scopes), now)
 
 
-async def make_known(store: Store, record: KeyRecord) -> None:
+async def make_known(store: Store, record: StoredKey) -> None:
     """Adds a key that was made elsewhere, unless it is there; replicas that start together may all call it. One that
     was revoked stays so. Raises KeyRefused if another key has its public id, StoreUnavailable."""
     known = await _kept(store, record.key_id)
@@ -60,7 +60,7 @@ async def make_known(store: Store, record: KeyRecord) -> None:
         _log.warning("the admin key was revoked, and stays so", key_id=record.key_id)
 
 
-async def _kept(store: Store, key_id: str) -> KeyRecord | None:
+async def _kept(store: Store, key_id: str) -> StoredKey | None:
     return next((record for record in await store.keys() if record.key_id == key_id), None)
 
 
@@ -75,7 +75,7 @@ class Keyring:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._keys: dict[str, KeyRecord] | None = None
+        self._keys: dict[str, StoredKey] | None = None
         self._read_at = 0.0
         self._reading = asyncio.Lock()
 
@@ -83,7 +83,7 @@ class Keyring:
         """Whether a key was ever made. A revoked one counts: to revoke the last key must not open the door."""
         return bool(await self._fresh())
 
-    async def find(self, key: str) -> KeyRecord | None:
+    async def find(self, key: str) -> StoredKey | None:
         """The record of a valid key; None for any other text."""
         prefix, _, rest = key.partition("_")
         record = (await self._fresh()).get(rest.partition("_")[0]) if prefix == _PREFIX else None
@@ -91,7 +91,7 @@ class Keyring:
             return None
         return record if hmac.compare_digest(record.digest, digest(key)) else None
 
-    async def _fresh(self) -> dict[str, KeyRecord]:
+    async def _fresh(self) -> dict[str, StoredKey]:
         """Raises StoreUnavailable if the keys were never read; later on the last ones serve while the store cannot."""
         if self._keys is not None and time.monotonic() < self._read_at + _FRESH_S:
             return self._keys

@@ -1,89 +1,70 @@
-"""Owns what an episode was opened with, made ready: defaults filled in, limits checked, the action space built."""
+"""What an episode was opened with, made ready: defaults filled in, limits checked, the action space built."""
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
-from service.agent.action_spaces import (
-    ActionSpace,
-    ActionSpaceError,
-    JsonSpace,
-    RefusedSpace,
-    RegexSpace,
-    TextSpace,
-    discrete_space,
-    json_space,
-    regex_space,
-    tools_space,
-)
-from service.engine.base import EngineInfo
-from service.engine.prompt import system_text
+from service.agent.action_spaces import RefusedSpace, Space, asked_space
+from service.engine.base import ActionSpaceRefused, EngineInfo, ReasoningBudget
 from service.errors import Unprocessable
-from service.trajectory import Overflow, Sampling
+from service.trajectory import JsonValue, Overflow, Sampling
 
-_CONSTRAINED = (JsonSpace, RegexSpace)
-
-
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    """A thought before each action, of at most `max_tokens` tokens; `keep`: later prompts hold it too."""
-
-    max_tokens: int
-    keep: bool
+Request = dict[str, Any]
+"""The body of POST /episode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What POST /episode asked for, made ready: defaults filled in, the action space built. Limits are in tokens."""
+    """What POST /episode asked for, made ready. Limits are in tokens."""
 
     system: str
-    action_space: ActionSpace
+    action_space: Space
     sampling: Sampling
-    reasoning: Reasoning | None
+    reasoning: ReasoningBudget | None
     overflow: Overflow
     max_context_tokens: int
     max_steps: int | None
     idle_ttl_s: float | None
 
     @classmethod
-    def of(cls, request: dict[str, Any], info: EngineInfo) -> "Options":
-        """Raises ActionSpaceError for a space that cannot be, Unprocessable for limits that leave no room and for stop
-        strings that would cut short what the space promises."""
-        space, limit = _asked_space(request), _limit(request, info)
-        sampling: dict[str, Any] = request.get("sampling") or {}
-        thought: dict[str, Any] | None = request.get("reasoning")
+    def of(cls, request: Request, info: EngineInfo) -> "Options":
+        """Raises ActionSpaceRefused, and Unprocessable for limits that leave no room and for stop strings that would
+        cut an action short."""
+        space, limit = _space(request), _limit(request, info)
+        sampling: Request = request.get("sampling") or {}
+        thought: Request | None = request.get("reasoning")
         max_tokens: int = sampling.get("max_tokens") or 0
         if max_tokens >= limit:
             raise Unprocessable(f"max_tokens must be below the context's {limit} tokens", "sampling", "max_tokens")
         if thought and limit - thought["max_tokens"] <= max(max_tokens, 1):
             detail = f"the thought must leave room in the context's {limit} tokens"
             raise Unprocessable(detail, "reasoning", "max_tokens")
-        if sampling.get("stop") and isinstance(space, _CONSTRAINED):
+        if sampling.get("stop") and space.constraint is not None:
             raise Unprocessable("a stop string would end an action before it is whole", "sampling", "stop")
         return cls._made(request, info, space)
 
     @classmethod
-    def restored(cls, request: dict[str, Any], info: EngineInfo) -> "Options":
-        """Of an episode that was opened before, under other limits or rules perhaps: limits are cut to fit, and a space
-        that would not be accepted now lets the episode do nothing but end."""
+    def restored(cls, request: Request, info: EngineInfo) -> "Options":
+        """The options of an episode that was opened earlier, perhaps under other limits. Limits are cut to fit. If its
+        action space would be refused now, the episode can only end."""
         try:
-            space = _asked_space(request)
-        except ActionSpaceError as error:
+            space = _space(request)
+        except ActionSpaceRefused as error:
             space = RefusedSpace(f"the episode's action space is not accepted any more: {error}")
         return cls._made(request, info, space)
 
     @classmethod
-    def _made(cls, request: dict[str, Any], info: EngineInfo, space: ActionSpace) -> "Options":
-        given: dict[str, Any] = request.get("sampling") or {}
-        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        asked["stop"] = () if isinstance(space, _CONSTRAINED) else tuple(asked.get("stop", ()))
+    def _made(cls, request: Request, info: EngineInfo, space: Space) -> "Options":
+        given: Request = request.get("sampling") or {}
+        asked: Request = {name: value for name, value in given.items() if value is not None}
+        asked["stop"] = tuple(asked.get("stop", ())) if space.constraint is None else ()
         sampling = replace(info.default_sampling, **asked)
-        thought: dict[str, Any] | None = request.get("reasoning")
-        context: dict[str, Any] = request.get("context") or {}
+        thought: Request | None = request.get("reasoning")
+        context: Request = request.get("context") or {}
         limit, reasoning = _limit(request, info), None
         if thought:
-            reasoning = Reasoning(min(thought["max_tokens"], limit - 2), thought.get("history") != "drop")
+            reasoning = ReasoningBudget(min(thought["max_tokens"], limit - 2), thought.get("history") != "drop")
         room = limit - reasoning.max_tokens if reasoning else limit
         return cls(
             system=system_text(request),
@@ -100,41 +81,48 @@ class Options:
         return None if self.idle_ttl_s is None else now + self.idle_ttl_s
 
 
-async def checked(request: dict[str, Any], info: EngineInfo) -> Options:
-    """`Options.of`, off the event loop where that may take a while."""
-    return await _made(Options.of, request, info)
+async def checked(request: Request, info: EngineInfo) -> Options:
+    """`Options.of`, in a thread if it may take long."""
+    space, _ = asked_space(request)
+    return await _made(Options.of, request, info, in_thread=space.is_slow_to_build)
 
 
-async def restored(request: dict[str, Any], info: EngineInfo) -> Options:
-    """`Options.restored`, off the event loop where that may take a while."""
-    return await _made(Options.restored, request, info)
+async def restored(request: Request, info: EngineInfo) -> Options:
+    """`Options.restored`, in a thread if it may take long."""
+    try:
+        space, _ = asked_space(request)
+    except ActionSpaceRefused:
+        return Options.restored(request, info)
+    return await _made(Options.restored, request, info, in_thread=space.is_slow_to_build)
 
 
 async def _made(
-    make: Callable[[dict[str, Any], EngineInfo], Options], request: dict[str, Any], info: EngineInfo
+    make: Callable[[Request, EngineInfo], Options], request: Request, info: EngineInfo, *, in_thread: bool
 ) -> Options:
-    space: dict[str, Any] = request.get("action_space") or {}
-    if space.keys() & {"schema", "tools"}:
-        return await asyncio.to_thread(make, request, info)
-    return make(request, info)
+    return await asyncio.to_thread(make, request, info) if in_thread else make(request, info)
 
 
-def _limit(request: dict[str, Any], info: EngineInfo) -> int:
-    """Tokens of the context."""
-    context: dict[str, Any] = request.get("context") or {}
+def system_text(request: dict[str, JsonValue]) -> str:
+    """The system message of an episode: instructions, goal, and what its action space has to say."""
+    goal = request.get("goal")
+    parts = [request.get("instructions", ""), f"Goal: {goal}" if goal else "", _space_instructions(request)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _space_instructions(request: Request) -> str:
+    try:
+        space, asked = asked_space(request)
+    except ActionSpaceRefused:
+        return ""
+    return space.instructions(asked)
+
+
+def _limit(request: Request, info: EngineInfo) -> int:
+    """The size of the context in tokens."""
+    context: Request = request.get("context") or {}
     return min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
 
 
-def _asked_space(request: dict[str, Any]) -> ActionSpace:
-    asked: dict[str, Any] = request.get("action_space") or {"type": "text"}
-    match asked["type"]:
-        case "discrete":
-            return discrete_space(tuple(cast("list[str]", asked["actions"])))
-        case "json":
-            return json_space(asked["schema"])
-        case "regex":
-            return regex_space(asked["pattern"])
-        case "tools":
-            return tools_space(asked["tools"])
-        case _:
-            return TextSpace()
+def _space(request: Request) -> Space:
+    space, asked = asked_space(request)
+    return space.of(asked)

@@ -13,7 +13,7 @@ from service.engine.base import Adapter, Engine, EngineUnavailable
 from service.errors import NotFound, Unprocessable
 from service.observability import logs
 from service.store.base import Store
-from service.trajectory import PolicyRecord
+from service.trajectory import StoredPolicy
 
 _log = logs.get(__name__)
 
@@ -111,7 +111,7 @@ class Policies:
             del self._adapters[name]
             await self._unload(policy)
 
-    async def _adopted(self, name: str, folder: Path, loaded_at: float) -> PolicyRecord:
+    async def _adopted(self, name: str, folder: Path, loaded_at: float) -> StoredPolicy:
         """Checked against the base model that is served now, which may be another than when it was first loaded."""
         info = self._engine.info
         try:
@@ -120,9 +120,9 @@ class Policies:
         except OSError as error:
             raise AdapterRefused(f"its files cannot be copied: {error.strerror}") from error
         version = hashlib.sha256(f"{info.version}:{found.digest}".encode()).hexdigest()[:12]
-        return PolicyRecord(name, found.digest, version, found.rank, loaded_at)
+        return StoredPolicy(name, found.digest, version, found.rank, loaded_at)
 
-    async def _load(self, record: PolicyRecord) -> Policy:
+    async def _load(self, record: StoredPolicy) -> Policy:
         adapter = Adapter(record.name, record.version, str(self._kept / record.digest), record.rank)
         await self._engine.load_adapter(adapter)
         return Policy(record.name, record.version, adapter, record.loaded_at)

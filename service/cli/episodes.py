@@ -1,14 +1,16 @@
 """Owns the commands that read from a running service: `episodic episodes` and `episodic export`. Its key is in
 EPISODIC_API_KEY."""
 
+import inspect
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO, Unpack
 
 import httpx
 import orjson
@@ -17,32 +19,50 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from service.client import DEFAULT_URL, Client, EpisodicError
-from service.client.calls import Labels
+from service.filters import FILTERS, EpisodeFilter
 from service.settings import client_key
 
 Url = Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Where the service is.")]
-Tag = Annotated[str | None, typer.Option(help="Only those with this tag.")]
-Group = Annotated[str | None, typer.Option(help="Only those of this group.")]
-Policy = Annotated[str | None, typer.Option(help="Only those of this policy.")]
-Profile = Annotated[str | None, typer.Option(help="Only those opened with this profile.")]
-State = Annotated[Literal["active", "ended"] | None, typer.Option(help="Only these; an export has those that ended.")]
+
+Command = Callable[..., None]
+
+
+def with_filters(command: Command) -> Command:
+    """Gives the command an option for each filter of episodes; it gets those that were used as `**where`."""
+
+    @wraps(command)
+    def filtered(*args: Any, **options: Any) -> None:
+        where = {name: options.pop(name) for name in FILTERS}
+        command(*args, **options, **{name: value for name, value in where.items() if value is not None})
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[kind | None, typer.Option(help=text)],
+        )
+        for name, (kind, text) in FILTERS.items()
+    ]
+    filtered.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined] - Typer reads it
+    filtered.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
+    return filtered
+
 
 _COLUMNS = ("status", "steps", "return", "policy", "group", "created")
 
 
+@with_filters
 def episodes_command(
     url: Url = DEFAULT_URL,
-    status: State = None,
-    tag: Tag = None,
-    group: Group = None,
-    policy: Policy = None,
-    profile: Profile = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    **where: Unpack[EpisodeFilter],
 ) -> None:
     """List episodes, newest first."""
     with _errors(), Client(url, client_key()) as client:
-        found = islice(client.episodes(**_labels(status, tag, group, policy, profile)), limit)
+        found = islice(client.episodes(**where), limit)
         if as_json:
             for episode in found:
                 typer.echo(episode.model_dump_json())
@@ -56,34 +76,20 @@ def episodes_command(
         Console().print(table)
 
 
+@with_filters
 def export_command(
     output: Annotated[str, typer.Option(help="A file, or - for standard output.")] = "-",
     format: Annotated[Literal["steps", "messages", "tokens"], typer.Option(help="The face of a trajectory.")] = "steps",
     url: Url = DEFAULT_URL,
-    status: State = None,
-    tag: Tag = None,
-    group: Group = None,
-    policy: Policy = None,
-    profile: Profile = None,
+    **where: Unpack[EpisodeFilter],
 ) -> None:
     """Write trajectories as NDJSON, one a line. A file appears when it is whole."""
     count = 0
     with _errors(), Client(url, client_key()) as client, _written(output) as out:
-        for document in client.export(format, **_labels(status, tag, group, policy, profile)):
+        for document in client.export(format, **where):
             out.write(orjson.dumps(document).decode() + "\n")
             count += 1
     typer.echo(f"{count} trajectories", err=True)
-
-
-def _labels(
-    status: Literal["active", "ended"] | None,
-    tag: str | None,
-    group: str | None,
-    policy: str | None,
-    profile: str | None,
-) -> Labels:
-    asked: dict[str, Any] = {"status": status, "tag": tag, "group": group, "policy": policy, "profile": profile}
-    return Labels(**{name: value for name, value in asked.items() if value is not None})
 
 
 @contextmanager

@@ -13,12 +13,12 @@ from service.access.keys import SCOPES, KeyRefused, Keyring, make_known, new_key
 from service.api.http import server
 from service.api.http.security import is_loopback
 from service.api.http.shutdown import LAST_ANSWERS_S, DrainingServer, end
-from service.api.profiles import ProfileError
 from service.app import create_app
 from service.cli.episodes import episodes_command, export_command
 from service.cli.keys import keys_app
 from service.cli.rollout import rollout_command
 from service.observability import logs
+from service.sessions.profiles import ProfileError
 from service.settings import Settings, holds_password
 from service.store.base import StoreRefused, StoreUnavailable
 from service.store.sql import SQLStore
@@ -159,7 +159,7 @@ def _serve(settings: Settings) -> int:
         running.run()
     except SystemExit:  # uvicorn's, which has said why it cannot listen
         failed = True
-    if served.state.supervisor.loading:
+    if served.state.services.lifecycle.is_loading_engine:
         end(int(failed))  # a thread loads on, and nothing else would interrupt it
     return int(failed)
 

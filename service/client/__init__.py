@@ -13,7 +13,7 @@
 
 from service.client.asynchronous import AsyncClient, AsyncEpisode
 from service.client.blocking import Client, Episode
-from service.client.calls import ActFields, EndFields, EpisodeFields, Filters, Labels, Observation, RecordFields
+from service.client.calls import ActFields, EndFields, EpisodeFields, Filters, Observation, RecordFields
 from service.client.errors import (
     ApiError,
     ConnectionFailed,
@@ -42,6 +42,7 @@ from service.client.models import (
 from service.client.retries import Retry
 from service.client.state import DEFAULT_URL, BatchItem
 from service.client.streams import Delta, Event
+from service.filters import EpisodeFilter
 
 __all__ = [
     "DEFAULT_URL",
@@ -60,6 +61,7 @@ __all__ = [
     "Episode",
     "EpisodeEnded",
     "EpisodeFields",
+    "EpisodeFilter",
     "EpisodeNotFound",
     "EpisodePage",
     "EpisodeResource",
@@ -68,7 +70,6 @@ __all__ = [
     "Feedback",
     "Filters",
     "InvalidResponse",
-    "Labels",
     "Observation",
     "Parent",
     "ParseFailure",

@@ -12,7 +12,7 @@ import httpx
 from uuid_utils import uuid7
 
 from service.client import calls
-from service.client.calls import ActFields, Call, EndFields, EpisodeFields, Filters, Labels, Observation, RecordFields
+from service.client.calls import ActFields, Call, EndFields, EpisodeFields, Filters, Observation, RecordFields
 from service.client.errors import ApiError, ConnectionFailed, reading
 from service.client.models import Act, EpisodePage, EpisodeResource, Feedback, Policy, Profile, TrajectoryFormat
 from service.client.retries import Attempts, Outcome, Retry
@@ -28,6 +28,7 @@ from service.client.state import (
     until_ready,
 )
 from service.client.streams import Event, EventReader, LineReader, Reader
+from service.filters import EpisodeFilter
 
 T = TypeVar("T")
 
@@ -117,19 +118,21 @@ class AsyncClient:
     async def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         return await self.run(calls.list_episodes(filters))
 
-    async def episodes(self, **labels: Unpack[Labels]) -> AsyncGenerator[EpisodeResource]:
+    async def episodes(self, **where: Unpack[EpisodeFilter]) -> AsyncGenerator[EpisodeResource]:
         """As `Client.episodes`."""
-        page = await self.run(calls.list_episodes(Filters(**labels)))
+        page = await self.run(calls.list_episodes(Filters(**where)))
         while True:
             for episode in page.episodes:
                 yield episode
             if page.next_cursor is None:
                 return
-            page = await self.run(calls.list_episodes(Filters(**labels, cursor=page.next_cursor)))
+            page = await self.run(calls.list_episodes(Filters(**where, cursor=page.next_cursor)))
 
-    def export(self, format: TrajectoryFormat = "steps", **labels: Unpack[Labels]) -> AsyncGenerator[dict[str, Any]]:
+    def export(
+        self, format: TrajectoryFormat = "steps", **where: Unpack[EpisodeFilter]
+    ) -> AsyncGenerator[dict[str, Any]]:
         """As `Client.export`."""
-        return self.stream(calls.export(format, labels), LineReader())
+        return self.stream(calls.export(format, where), LineReader())
 
     async def profiles(self) -> list[Profile]:
         return await self.run(calls.profiles())

@@ -12,7 +12,7 @@ import httpx
 from uuid_utils import uuid7
 
 from service.client import calls
-from service.client.calls import ActFields, Call, EndFields, EpisodeFields, Filters, Labels, Observation, RecordFields
+from service.client.calls import ActFields, Call, EndFields, EpisodeFields, Filters, Observation, RecordFields
 from service.client.errors import ApiError, ConnectionFailed, reading
 from service.client.models import Act, EpisodePage, EpisodeResource, Feedback, Policy, Profile, TrajectoryFormat
 from service.client.retries import Attempts, Outcome, Retry
@@ -28,6 +28,7 @@ from service.client.state import (
     until_ready,
 )
 from service.client.streams import Event, EventReader, LineReader, Reader
+from service.filters import EpisodeFilter
 
 T = TypeVar("T")
 
@@ -123,19 +124,19 @@ class Client:
     def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         return self.run(calls.list_episodes(filters))
 
-    def episodes(self, **labels: Unpack[Labels]) -> Generator[EpisodeResource]:
+    def episodes(self, **where: Unpack[EpisodeFilter]) -> Generator[EpisodeResource]:
         """Every episode with these labels, newest first, page by page."""
-        page = self.run(calls.list_episodes(Filters(**labels)))
+        page = self.run(calls.list_episodes(Filters(**where)))
         while True:
             yield from page.episodes
             if page.next_cursor is None:
                 return
-            page = self.run(calls.list_episodes(Filters(**labels, cursor=page.next_cursor)))
+            page = self.run(calls.list_episodes(Filters(**where, cursor=page.next_cursor)))
 
-    def export(self, format: TrajectoryFormat = "steps", **labels: Unpack[Labels]) -> Generator[dict[str, Any]]:
+    def export(self, format: TrajectoryFormat = "steps", **where: Unpack[EpisodeFilter]) -> Generator[dict[str, Any]]:
         """Finished trajectories (or those of another status), newest first, one in memory at a time. An export that was
         cut off raises ConnectionFailed."""
-        return self.stream(calls.export(format, labels), LineReader())
+        return self.stream(calls.export(format, where), LineReader())
 
     def profiles(self) -> list[Profile]:
         """The presets that an episode can name."""

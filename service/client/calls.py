@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, Literal, SupportsFloat, TypedDict, TypeVar
+from typing import Any, Generic, SupportsFloat, TypedDict, TypeVar
 from urllib.parse import quote, urlencode
 
 import httpx
@@ -23,6 +23,7 @@ from service.client.models import (
     TrajectoryFormat,
 )
 from service.client.retries import Outcome
+from service.filters import EpisodeFilter
 
 T = TypeVar("T")
 JsonObject = Mapping[str, Any]
@@ -76,17 +77,7 @@ class RecordFields(EndFields, total=False):
     legal_actions: Sequence[Any] | None
 
 
-class Labels(TypedDict, total=False):
-    """Which episodes: those that have every one of these."""
-
-    status: Literal["active", "ended"]
-    tag: str
-    group: str
-    policy: str
-    profile: str
-
-
-class Filters(Labels, total=False):
+class Filters(EpisodeFilter, total=False):
     """Which episodes to list, how many, and from where on."""
 
     limit: int
@@ -194,8 +185,8 @@ def remove_policy(name: str) -> Call[None]:
     return Call("DELETE", f"/policy/{quote(name, safe='')}", _nothing, repeatable=False)
 
 
-def export(format: TrajectoryFormat, labels: Labels) -> Call[None]:
-    return Call("GET", f"/export{_query({'format': format, **labels})}", _nothing, accept="application/x-ndjson")
+def export(format: TrajectoryFormat, where: EpisodeFilter) -> Call[None]:
+    return Call("GET", f"/export{_query({'format': format, **where})}", _nothing, accept="application/x-ndjson")
 
 
 def act(episode_id: str, step: int, observation: Observation | None, fields: ActFields) -> Call[Act]:

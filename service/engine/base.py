@@ -1,78 +1,134 @@
-"""Owns the seam to the engine: the Engine and Tokenizer protocols and the values that cross them."""
+"""The seam to the model: the `Engine` protocol and the values that cross it.
+
+An engine turns a transcript and an action space into a decision. Whether its model is decoder-only or encoder-decoder,
+and how a transcript becomes the model's input, is the engine's business. docs/architecture.md describes the seam.
+"""
 
 import hashlib
+import random
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import ClassVar, Literal, Protocol, Self
 
 from starlette.types import ASGIApp
 
 from service.engine.adapters import Shapes
-from service.trajectory import DEFAULT_TENANT, Sampling
+from service.trajectory import DEFAULT_TENANT, Decision, JsonValue, ParseFailure, Sampling, Step
 
+StreamKind = Literal["reasoning", "text"]
 OnText = Callable[[str], None]
+Slot = Callable[[], AbstractAsyncContextManager[None]]
+"""Waits for a slot in the engine, and holds it while the context is open. Entered around each request to the model."""
+
+
+class EngineUnavailable(Exception):
+    """The engine is loading, failed, or was closed."""
+
+    code: ClassVar = "engine_unavailable"
+
+
+class EngineRefused(ValueError):
+    """The engine cannot be built from its settings, and a retry would not help. The message says why."""
+
+
+class ActionSpaceRefused(ValueError):
+    """The action space cannot be served. The message says why; `field` is the request field to blame."""
+
+    def __init__(self, message: str, field: str = "action_space") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConstraintRefused(ActionSpaceRefused):
+    """The engine cannot enforce the constraint, or not within its limits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a completion must be: JSON valid under `spec` (a schema as JSON text), or text that `spec` matches. The
-    other kinds are /v1's: a grammar as EBNF or Lark has it, or xgrammar's structural tag, which is JSON."""
+    """What a completion must be: JSON valid under `spec` (a schema as JSON text), or text that the pattern `spec`
+    matches in full. The other kinds come from `/v1` only: a grammar in EBNF or Lark, or xgrammar's structural tag as
+    JSON."""
 
     kind: Literal["json", "regex", "grammar", "lark", "structural_tag"]
     spec: str
 
 
-class ConstraintRefused(Exception):
-    """The engine cannot hold completions to this constraint, or not within its limits; the message says why."""
+class ActionSpace(Protocol):
+    """What an action may be, as an engine needs to know it: one of `choices`, or text under `constraint`."""
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """The legal actions as distinct texts; None if an action is written freely."""
+        ...
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What a written action must be; None for any text."""
+        ...
+
+    def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
+        """The action that a completion's text stands for, or why it is none."""
+        ...
 
 
-class EngineUnavailable(Exception):
-    """The engine is loading, failed, or is gone."""
+class History(Protocol):
+    """The spans of an episode's committed steps, in the form that its engine needs to decide the next step."""
 
+    def append(self, step: Step) -> None:
+        """Adds a committed step that has an action."""
+        ...
 
-class EngineRefused(ValueError):
-    """The engine cannot be built from its settings, and time does not mend it; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What is served. `version` changes whenever the weights do; `max_model_len` is in tokens."""
-
-    model: str
-    version: str
-    max_model_len: int
-    default_sampling: Sampling
-    weight_shapes: Shapes | None = None
-    """The base model's, where they can be told: what an adapter must fit."""
-    max_lora_rank: int = 0
-    """0 where the engine takes no adapters."""
-    max_num_seqs: int = 256
-    """Requests that it batches at once."""
-    generates: bool = True
-    """False for a model that embeds or classifies: it serves /v1 and no episodes."""
-    think_tags: tuple[str, str] | None = None
-    """What opens and closes a thought, where the model has such tags of its own."""
+    def copy(self) -> Self: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """token_ids: drawn by the policy, end-of-turn included. logprobs: one a token, under the drawing distribution."""
+class Transcript:
+    """What the policy may see: the system message, the steps so far, and the new observation.
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    max_tokens: size of the context. slides: whether the oldest steps may be dropped to make room.
+    """
+
+    system: str
+    history: History
+    observation: JsonValue
+    max_tokens: int
+    slides: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningBudget:
+    """A thought of at most `max_tokens` tokens before each action. `keep`: later prompts contain it."""
+
+    max_tokens: int
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An action that somebody other than the policy chose, and its text."""
+
+    action: JsonValue
     text: str
-    finish_reason: str
-    cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """logprobs: of each candidate as the next token, at temperature 1 over the whole vocabulary."""
+class TextSink:
+    """Receives streamed text. `has_emitted` is true once any text was emitted."""
 
-    logprobs: tuple[float, ...]
-    cached_tokens: int
+    def __init__(self, emit: Callable[[StreamKind, str], None]) -> None:
+        self._emit = emit
+        self.has_emitted = False
+
+    def of(self, kind: StreamKind) -> OnText:
+        """A callback for text of this kind."""
+        return partial(self._receive, kind)
+
+    def _receive(self, kind: StreamKind, delta: str) -> None:
+        self.has_emitted = True
+        self._emit(kind, delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,57 +141,92 @@ class Adapter:
     rank: int
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is wanted of a decision, beside the action space.
+
+    generator: gives the random generator for a purpose; the same one again if the episode has a seed.
+    slot: entered around each request to the model.
+    recorded: somebody else's action; the policy draws nothing then.
+    """
+
+    sampling: Sampling
+    generator: Callable[[str], random.Random]
+    slot: Slot
+    reasoning: ReasoningBudget | None = None
+    recorded: Recorded | None = None
+    adapter: Adapter | None = None
+    cache_salt: str | None = None
+    sink: TextSink | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """No decision: the observation and its action do not fit into the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateReport:
+    """How the model's chat template behaves.
+
+    append_only: false if it rewrites earlier turns. canonical: false if its own tokenization of a conversation differs
+    from the token log's. system_role: false if the instructions go into the first observation. plain: true if the
+    model has no chat template.
+    """
+
+    append_only: bool
+    canonical: bool
+    system_role: bool
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is served. `version` changes whenever the weights do; `max_model_len` is in tokens."""
+
+    model: str
+    version: str
+    max_model_len: int
+    default_sampling: Sampling
+    weight_shapes: Shapes | None = None
+    """The shapes that an adapter must fit, if they are known."""
+    max_lora_rank: int = 0
+    """0 if the engine takes no adapters."""
+    max_num_seqs: int = 256
+    """Requests that it batches at once."""
+    generates: bool = True
+    """False for a model that embeds or classifies: it serves /v1 and no episodes."""
+    think_tags: tuple[str, str] | None = None
+    """The model's own tags around a thought, if it has any."""
+
+
 _SALT_KEY = secrets.token_bytes(32)
 
 
 def cache_salt(tenant: str) -> str | None:
-    """Keeps a tenant's prefix-cache blocks apart, so that nobody learns by timing what another's prompts begin with.
-    Nobody can guess it: /v1 lets callers name a salt. The default tenant has none."""
+    """A salt that keeps a tenant's prefix-cache blocks apart, so that timing does not reveal other tenants' prompts.
+    It is secret, because callers of /v1 may name a salt of their own. The default tenant has none."""
     if tenant == DEFAULT_TENANT:
         return None
     return hashlib.blake2b(tenant.encode(), key=_SALT_KEY, digest_size=16).hexdigest()
 
 
 CACHE_SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
-"""The salt of the /v1 request that is being served: its app belongs to all callers."""
-
-
-class Tokenizer(Protocol):
-    """A Hugging Face tokenizer and its chat template, reduced to what an append-only log needs."""
-
-    eos_token_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of user text. Never a special token, whatever the text says."""
-        ...
-
-    def split(self, text: str) -> list[int | str]:
-        """A template's text as its special token ids and the plain text between them."""
-        ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-
-    def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """The chat template's text. Raises whatever the template raises."""
-        ...
-
-    def canonical(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The template's own tokenization of a conversation, generation prompt included."""
-        ...
+"""The salt of the /v1 request that is being served, since all callers share that app."""
 
 
 class Engine(Protocol):
-    """Token ids in, token ids out. Cancelling a call aborts its request."""
+    """A model that decides. Cancelling a call aborts its requests."""
 
     @property
     def info(self) -> EngineInfo: ...
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
+    def template(self) -> TemplateReport: ...
 
     @property
     def healthy(self) -> bool:
-        """False for ever once it died."""
+        """False for ever once the engine died."""
         ...
 
     @property
@@ -143,64 +234,50 @@ class Engine(Protocol):
         """Changes with every sign of life: an output of any request, an answer to `probe`."""
         ...
 
-    async def generate(
-        self,
-        prompt_token_ids: list[int],
-        sampling: Sampling,
-        constraint: Constraint | None,
-        *,
-        adapter: Adapter | None = None,
-        cache_salt: str | None = None,
-        on_text: OnText | None = None,
-    ) -> Completion:
-        """Draws a completion, under an adapter if one is given; what it leaves in the prefix cache serves calls of the
-        same `cache_salt` alone; `on_text` hears its text as it comes. Raises
-        EngineUnavailable."""
+    def history(self) -> History:
+        """The history of an episode that has no steps yet."""
         ...
 
-    async def score(
-        self,
-        prompt_token_ids: list[int],
-        candidates: Sequence[int],
-        *,
-        adapter: Adapter | None = None,
-        cache_salt: str | None = None,
-    ) -> Scores:
-        """Scores each candidate as the next token, in one forward pass. Raises EngineUnavailable."""
+    async def decide(self, transcript: Transcript, space: ActionSpace, wanted: Wanted) -> Decision | Overflow:
+        """The policy's decision for the transcript's observation, with exactly the tokens it was given and drew.
+
+        Raises EngineUnavailable, and ActionSpaceRefused for a space that `check` would refuse.
+        """
         ...
 
-    async def check(self, constraint: Constraint) -> None:
-        """Compiles the constraint off the event loop under a time limit. Raises ConstraintRefused."""
+    async def check(self, space: ActionSpace) -> None:
+        """Does everything that could fail in `decide` because of the space, off the event loop and within limits.
+        Raises ActionSpaceRefused."""
         ...
 
     async def matches(self, constraint: Constraint, text: str) -> bool:
-        """Whether a completion that the constraint allows could be this text. Raises ConstraintRefused."""
+        """Whether a completion under the constraint could be this text. Raises ConstraintRefused."""
         ...
 
     async def watch(self) -> None:
-        """Returns when the engine has died; flushes its statistics meanwhile."""
+        """Returns when the engine has died. Flushes its statistics meanwhile."""
         ...
 
     async def probe(self) -> None:
-        """Asks it for one token. Raises EngineUnavailable."""
+        """Asks the engine for a sign of life. Raises EngineUnavailable."""
         ...
 
     def kill(self) -> None:
-        """Ends it at once, even where it hangs: it is dead from now on, and calls in flight raise EngineUnavailable."""
+        """Ends the engine at once, even if it hangs. Calls in flight raise EngineUnavailable."""
         ...
 
     async def load_adapter(self, adapter: Adapter) -> None:
-        """Acts may be under it from now on. Raises AdapterRefused."""
+        """Makes the adapter available to `decide`. Raises AdapterRefused."""
         ...
 
     async def unload_adapter(self, adapter: Adapter) -> None:
-        """Frees what it takes; calls in flight under it end as they began."""
+        """Frees the adapter's memory. Calls in flight under it complete."""
         ...
 
-    async def inference(self) -> ASGIApp | None:
-        """An app that serves /v1 on this engine, made at the first call; None if it has none."""
+    async def openai_app(self) -> ASGIApp | None:
+        """An app that serves /v1 on this engine, made at the first call; None if the engine has none."""
         ...
 
     async def close(self) -> None:
-        """Frees what it holds, dead or alive."""
+        """Frees what the engine uses, dead or alive."""
         ...

@@ -1,19 +1,18 @@
-"""Owns the way from words to prompt tokens: the chat template's pieces, found once, and the rendering of a new turn.
+"""Prompt rendering: the pieces of the chat template, found once, and the token ids of a new turn.
 
-A template is rendered at start around markers; the text between two markers is a piece. An episode's prompt is then
-`first` + observation + `reply` for step 0 and `closing` + observation + `reply` for each later step, so that only the
-new turn is ever rendered, and what the policy once saw stays as it was. Where a template would have rewritten an
-earlier turn, or the tokenizer would have cut the text otherwise, `report` says so.
+At start the template is rendered around markers; the text between two markers is a piece. An episode's prompt is then
+`first` + observation + `reply` for step 0, and `closing` + observation + `reply` for each later step. Only the new turn
+is ever rendered, so what the policy saw stays as it was. `report` says if the template would have rewritten an earlier
+turn, or if the tokenizer would have split the text otherwise.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
-from service.agent.action_spaces import DecisionTrie
-from service.engine.base import Tokenizer
+from service.engine.base import EngineRefused, TemplateReport
+from service.engine.tokenizer import Tokenizer
 from service.trajectory import JsonValue
 
 Messages = list[dict[str, str]]
@@ -29,20 +28,8 @@ _THINK_TAGS = ("<think>", "</think>")
 _THOUGHT = "<think>\nZqThoughtqZ\n</think>\n\n"
 
 
-class TemplateError(ValueError):
-    """The chat template cannot carry an episode; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateReport:
-    """How the template behaves: `append_only` False when it rewrites earlier turns, `canonical` False when the
-    template's own tokenization of a conversation differs from the log's, `system_role` False when instructions go
-    into the first observation, `plain` True when the model has no chat template."""
-
-    append_only: bool
-    canonical: bool
-    system_role: bool
-    plain: bool
+class TemplateError(EngineRefused):
+    """The chat template cannot carry an episode. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +78,6 @@ class Prompt:
         self._system_role = system_role
         self.think_tags = self._find_think_tags(think_tags)
         self.report = TemplateReport(append_only, plain or self._is_canonical(), system_role, plain)
-        self._trie = lru_cache(maxsize=128)(self._build_trie)
 
     def first_turn(self, system: str, observation: JsonValue, *, thinks: bool = False) -> list[int]:
         """Token ids of step 0's turn: the system message, the observation, and the opening of the reply and, where the
@@ -117,13 +103,6 @@ class Prompt:
 
     def _next_turn(self, observation: JsonValue) -> list[int]:
         return self._join([*self._after_terminator, observation_text(observation), *self._reply])
-
-    def trie(self, actions: tuple[str, ...]) -> DecisionTrie:
-        """The decision trie over these actions; cached. Raises ActionSpaceError if two tokenize alike."""
-        return self._trie(actions)
-
-    def _build_trie(self, actions: tuple[str, ...]) -> DecisionTrie:
-        return DecisionTrie(actions, self.tokenizer.encode, self.terminator)
 
     def _join(self, parts: Sequence[int | str]) -> list[int]:
         """Neighbouring texts are cut into tokens as one, as the template's own tokenization would."""
@@ -167,21 +146,6 @@ class Prompt:
         for reply, observation in zip(replies, observations[1:], strict=True):
             ids += [*self.tokenizer.encode(reply), self.terminator, *self._next_turn(observation)]
         return ids == self.tokenizer.canonical(messages)
-
-
-def system_text(request: dict[str, JsonValue]) -> str:
-    """The system message of an episode that was asked for so: instructions, the goal, the tools."""
-    goal, space = request.get("goal"), cast("dict[str, Any]", request.get("action_space") or {})
-    parts = [request.get("instructions", ""), f"Goal: {goal}" if goal else "", _tools_text(space.get("tools", ()))]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _tools_text(tools: Sequence[dict[str, JsonValue]]) -> str:
-    if not tools:
-        return ""
-    lines = [json.dumps(tool, ensure_ascii=False) for tool in tools]
-    how = 'Call one tool at a time. Answer with one JSON object: {"name": the tool\'s name, "arguments": its arguments}'
-    return "\n".join(["Tools:", *lines, how])
 
 
 def observation_text(observation: JsonValue) -> str:

@@ -1,26 +1,27 @@
-"""Owns the engine's lifetime: loads it, serves it, watches it, and loads it again after it died, in this process.
+"""The supervisor: loads the engine, watches it, and loads it again after it died, in this process.
 
-Episodes outlive the engine: their token logs are here and in the store, and the next engine goes on from them.
+Episodes outlive the engine: their histories are in memory and in the store, and the next engine goes on from them.
 """
 
 import asyncio
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from service.agent.policies import Policies
 from service.engine import watchdog
 from service.engine.base import Engine, EngineRefused
+from service.lifecycle import Lifecycle
 from service.observability import logs, metrics
-from service.sessions.sessions import Sessions
 from service.settings import Settings
 
 _log = logs.get(__name__)
 
 Load = Callable[[], Awaitable[Engine]]
-Heard = Callable[[], None]
+Serving = Callable[[Engine], AbstractAsyncContextManager[None]]
+"""Makes an engine decide acts while the context is open."""
+Callback = Callable[[], None]
 
 _LONGEST_BACKOFF_S = 60.0
 
@@ -28,29 +29,29 @@ _LONGEST_BACKOFF_S = 60.0
 class Supervisor:
     """Keeps an engine behind the sessions.
 
-    It gives up when the first engine cannot be loaded or served, since no later one could, and after
-    `engine_max_failures` failures within `engine_failure_window_s`: then whoever started the process has to act.
+    It gives up if the first engine cannot be loaded or served, since no later one could, and after
+    `engine_max_failures` failures within `engine_failure_window_s`. Then it calls `on_fatal`.
     """
 
-    def __init__(self, load: Load, sessions: Sessions, settings: Settings, on_ready: Heard, on_fatal: Heard) -> None:
+    def __init__(
+        self, load: Load, serving: Serving, lifecycle: Lifecycle, settings: Settings, on_fatal: Callback
+    ) -> None:
         self._load = load
-        self._sessions = sessions
+        self._serving = serving
+        self._lifecycle = lifecycle
         self._settings = settings
-        self._on_ready, self._on_fatal = on_ready, on_fatal
+        self._on_fatal = on_fatal
         self._failures: deque[float] = deque()
-        self._has_served = False
-        self.loading = False
-        """Stays true where `run` was cancelled amid a load, which goes on in its thread."""
 
     async def run(self) -> None:
         """Runs one engine after the other until it gives up."""
         while True:
-            await self._live()
-            if self._sessions.draining:
-                return  # there is nobody to serve any more
+            await self._run_engine()
+            if self._lifecycle.is_draining:
+                return  # nobody is left to serve
             metrics.ENGINE_FAILURES.inc()
             num_failures = self._num_recent_failures()
-            if not self._has_served or num_failures >= self._settings.engine_max_failures:
+            if not self._lifecycle.has_served or num_failures >= self._settings.engine_max_failures:
                 _log.critical("no engine: giving up", num_failures=num_failures)
                 self._on_fatal()
                 return
@@ -59,16 +60,16 @@ class Supervisor:
             await asyncio.sleep(pause_s)
 
     def _num_recent_failures(self) -> int:
-        """Those of the window, the one that happened now included."""
+        """The failures within the window, the one that just happened included."""
         now = time.monotonic()
         self._failures.append(now)
         while self._failures[0] <= now - self._settings.engine_failure_window_s:
             self._failures.popleft()
         return max(len(self._failures), 1)
 
-    async def _live(self) -> None:
-        """One engine's life, from its load to its end, whatever ends it."""
-        self.loading = True
+    async def _run_engine(self) -> None:
+        """One engine from its load to its end, whatever ends it."""
+        self._lifecycle.is_loading_engine = True  # stays true if this is cancelled: the load goes on in its thread
         try:
             engine = await self._load()
         except EngineRefused as refusal:
@@ -77,7 +78,7 @@ class Supervisor:
         except Exception:  # noqa: BLE001 - whatever it is, the next attempt or the end of the process follows
             _log.exception("the engine cannot be loaded", model=self._settings.model)
             return
-        self.loading = False
+        self._lifecycle.is_loading_engine = False
         try:
             await self._serve(engine)
         except Exception:  # noqa: BLE001 - as above
@@ -88,29 +89,14 @@ class Supervisor:
     async def _serve(self, engine: Engine) -> None:
         """Returns when the engine has died."""
         watching = asyncio.create_task(self._watch(engine), name="watch")
-        sweeping = None
         try:
-            await self._begin(engine)
-            sweeping = asyncio.create_task(self._sessions.sweeper.run(), name="sweeper")
-            await watching
+            async with self._serving(engine):
+                await watching
         finally:
-            await stop(watching, sweeping)
-
-    async def _begin(self, engine: Engine) -> None:
-        settings = self._settings
-        policies = Policies(engine, self._sessions.store, source=settings.adapters, kept=settings.data / "adapters")
-        await policies.restore()
-        report = self._sessions.serve(engine, policies)
-        self._has_served = True
-        self._on_ready()
-        _log.info("ready", policy=engine.info.model, policy_version=engine.info.version, **dataclasses.asdict(report))
-        if not report.append_only:
-            _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")
-        if not report.canonical:
-            _log.warning("the chat template's own tokenization differs from the episode's")
+            await stop(watching)
 
     async def _watch(self, engine: Engine) -> None:
-        """Returns when the engine has died, of itself or because it hung."""
+        """Returns when the engine has died, by itself or because it hung and was killed."""
         dying = asyncio.create_task(engine.watch(), name="death")
         hanging = asyncio.create_task(watchdog.hung(engine, self._settings.engine_canary_s), name="hang")
         try:
@@ -124,9 +110,8 @@ class Supervisor:
             await stop(dying, hanging)
 
 
-async def stop(*tasks: "asyncio.Task[Any] | None") -> None:
-    """Cancels tasks and waits for their end; None stands for one that never began."""
-    begun = [task for task in tasks if task]
-    for task in begun:
+async def stop(*tasks: "asyncio.Task[Any]") -> None:
+    """Cancels tasks and waits for their end."""
+    for task in tasks:
         task.cancel()
-    await asyncio.gather(*begun, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,15 +1,15 @@
-"""Owns one invariant: the concatenated spans of a step's window are exactly what the policy saw and drew, but for
-thoughts of earlier steps that its episode does not keep.
+"""The token log: the history of a decoder-only model. The concatenated spans of a step's window are exactly what the
+policy saw and drew, except thoughts of earlier steps that the episode does not keep.
 
 The log is append-only. A window is step 0 (instructions, goal, first observation, first action) and then every step
-from `start` on; sliding moves `start` forward and never touches a token.
+from `start` on. Sliding moves `start` forward and never changes a token.
 """
 
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
 
-from service.trajectory import Span
+from service.trajectory import Span, Step
 
 
 class TokenLog:
@@ -22,7 +22,7 @@ class TokenLog:
         self._ends: list[int] = []
         self.start = start
         for span in spans:
-            self.append(span)
+            self.append_span(span)
 
     def copy(self) -> "TokenLog":
         twin = TokenLog(start=self.start)
@@ -36,7 +36,13 @@ class TokenLog:
     def num_steps(self) -> int:
         return len(self._ends)
 
-    def append(self, span: Span, dropped: tuple[int, int] = (0, 0)) -> None:
+    def append(self, step: Step) -> None:
+        """Adds a committed step. Later windows start where its window did, or later."""
+        self.append_span(step.span, step.dropped)
+        self.start = step.window_start
+
+    def append_span(self, span: Span, dropped: tuple[int, int] = (0, 0)) -> None:
+        """Adds a span without the range `dropped` of it."""
         self._ids.extend(span.token_ids[: dropped[0]])
         self._ids.extend(span.token_ids[dropped[1] :])
         self._ends.append(len(self._ids))
@@ -51,14 +57,16 @@ class TokenLog:
             return self._ids.tolist()
         return self._ids[: self._ends[0]].tolist() + self._ids[self._ends[start - 1] :].tolist()
 
-    def fit(self, turn_len: int, limit: int) -> int | None:
-        """The `start` with which the window and a turn of `turn_len` tokens stay within `limit`; None if none does.
+    def fit(self, turn_len: int, limit: int, *, slides: bool = True) -> int | None:
+        """The `start` with which the window and a turn of `turn_len` tokens stay within `limit`; None if there is none.
 
-        Drops nothing while all fits. Else drops the oldest whole steps until half of the room behind step 0 is free:
-        large chunks, so that the prefix the engine has cached survives many steps between two drops.
+        Drops nothing while everything fits. Otherwise, if it `slides`, drops the oldest whole steps until half of the
+        room behind step 0 is free. Large chunks keep the engine's cached prefix valid for many steps between two drops.
         """
         if self.window_len(self.start) + turn_len <= limit:
             return self.start
+        if not slides:
+            return None
         head = self._ends[0] if self._ends else 0
         room = limit - turn_len - head
         if room < 0 or not self._ends:
@@ -69,6 +77,12 @@ class TokenLog:
 
     def _dropped(self, start: int) -> int:
         return self._ends[min(start, len(self._ends)) - 1] - self._ends[0] if self._ends else 0
+
+
+def joined(first: Span, second: Span) -> Span:
+    return Span(
+        first.token_ids + second.token_ids, first.loss_mask + second.loss_mask, first.logprobs + second.logprobs
+    )
 
 
 def closed_span(turn: list[int], completion: Span, terminator: int) -> Span:

@@ -1,10 +1,34 @@
-"""Owns the adapter from a Hugging Face tokenizer to ours: user text never becomes special tokens."""
+"""Tokenizers: what the engines need of one, and the adapter from a Hugging Face tokenizer."""
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer as FastTokenizer
+
+
+class Tokenizer(Protocol):
+    """A Hugging Face tokenizer and its chat template, reduced to what an append-only log needs."""
+
+    eos_token_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of user text. Never contains a special token, whatever the text says."""
+        ...
+
+    def split(self, text: str) -> list[int | str]:
+        """A template's text as its special token ids and the plain text between them."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The chat template's text. Raises whatever the template raises."""
+        ...
+
+    def canonical(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The template's own tokenization of a conversation, generation prompt included."""
+        ...
 
 
 class HFTokenizer:

@@ -2,7 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
-from service.trajectory import StopReason
+from service.trajectory import Step, StopReason
 
 disable_created_metrics()  # a second series for each counter and histogram, which nobody asks for
 
@@ -16,7 +16,7 @@ ACT_SECONDS = Histogram("agent_act_seconds", "Seconds of an act by part.", ["par
 ENGINE_FAILURES = Counter("agent_engine_failures", "Engines that died, hung, or could not be loaded.")
 EPISODES_STARTED = Counter("agent_episodes_started", "Episodes opened.")
 EPISODES_ENDED = Counter("agent_episodes_ended", "Episodes ended, by stop reason.", ["stop_reason"])
-LIVE_EPISODES = Gauge("agent_live_episodes", "Episodes held in memory; the others are in the store alone.")
+CACHED_EPISODES = Gauge("agent_live_episodes", "Episodes held in memory; the others are in the store alone.")
 ACTIVE_ACTS = Gauge("agent_active_acts", "Acts in flight.")
 RUNNING_ACTS = Gauge("agent_running_acts", "Acts, and calls of /v1, that have a place in the engine.")
 WAITING_ACTS = Gauge("agent_waiting_acts", "Admitted ones that wait for such a place.")
@@ -58,22 +58,24 @@ _PARTS = {part: ACT_SECONDS.labels(part) for part in ("queue_s", "engine_s", "st
 _TOKENS = {f"{kind}_tokens": TOKENS.labels(kind) for kind in ("prompt", "cached", "completion")}
 
 
-def record_act(outcome: str, timing: dict[str, float], usage: dict[str, int]) -> None:
-    """Counts an answered act; `timing` in seconds and `usage` in tokens are as in the answer."""
-    ACTS.labels(outcome).inc()
+def count_act(step: Step, timing: dict[str, float]) -> None:
+    """Counts an answered act; `timing` in seconds is as in the answer."""
+    ACTS.labels("done" if step.closing else "acted").inc()
     for part, seconds in timing.items():
         _PARTS[part].observe(seconds)
-    for kind, num_tokens in usage.items():
+    for kind, num_tokens in step.answer["usage"].items():
         _TOKENS[kind].inc(num_tokens)
+    if failure := step.answer["parse_failure"]:
+        PARSE_FAILURES.labels(failure["kind"]).inc()
 
 
-def record_commit(num_acts: int, seconds: float) -> None:
+def count_commit(num_acts: int, seconds: float) -> None:
     STORE_COMMITS.inc()
     STORE_COMMIT_SECONDS.observe(seconds)
     STORE_BATCH_SIZE.observe(num_acts)
 
 
-def record_end(stop_reason: StopReason, profile: str | None, episode_return: float, num_steps: int) -> None:
+def count_end(stop_reason: StopReason, profile: str | None, episode_return: float, num_steps: int) -> None:
     """Counts an ended episode; `profile` is a profile's name, never a caller's own text."""
     named = profile or "none"
     EPISODES_ENDED.labels(stop_reason).inc()
@@ -91,7 +93,7 @@ def expect_profile(profile: str) -> None:
         RETURNS.labels(profile, sign)
 
 
-def record_request(route: str, status: int) -> None:
+def count_request(route: str, status: int) -> None:
     """Counts an HTTP request; `route` is a template such as /episode/{episode_id}, never the path as it was sent."""
     counter = _REQUESTS.get((route, status))
     if counter is None:  # looked up once: `labels` costs four times what `inc` does
@@ -99,7 +101,7 @@ def record_request(route: str, status: int) -> None:
     counter.inc()
 
 
-def record_state(unready_reason: str | None, version: str, policy: str | None, policy_version: str | None) -> None:
+def set_state(unready_reason: str | None, version: str, policy: str | None, policy_version: str | None) -> None:
     """What /readyz and /version say; None while there is no policy."""
     for state in STATES:
         READINESS.labels(state).set(state == (unready_reason or "ready"))

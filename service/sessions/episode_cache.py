@@ -1,6 +1,6 @@
-"""Owns the episodes in memory: a cache of the store, bounded and least recently used first out.
+"""The episode cache: episodes in memory, bounded, least recently used (LRU) evicted first.
 
-One is dropped whenever it may differ from the store's copy, and the next touch reads it again.
+An episode is dropped whenever it may differ from the store's copy; the next call loads it again.
 """
 
 import asyncio
@@ -9,22 +9,22 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from service.agent.options import restored
-from service.engine.base import EngineInfo
+from service.engine.base import Engine
 from service.errors import episode_deleted, episode_not_found
 from service.observability import metrics
 from service.sessions.episode import Episode
 from service.store.base import Store
-from service.trajectory import EpisodeRecord, Step, public_id
+from service.trajectory import Step, StoredEpisode, public_id
 
 
-class LiveEpisodes:
-    """At most `max_num` episodes of the store's, but for those whose act is in flight."""
+class EpisodeCache:
+    """At most `max_num` of the store's episodes, and beyond that those with an act in flight."""
 
-    def __init__(self, store: Store, max_num: int, info: Callable[[], EngineInfo]) -> None:
-        """`info`: the engine's; raises EngineUnavailable while there is none."""
+    def __init__(self, store: Store, max_num: int, engine: Callable[[], Engine]) -> None:
+        """`engine`: the current one; raises EngineUnavailable while there is none."""
         self._store = store
         self._max_num = max_num
-        self._info = info
+        self._engine = engine
         self._episodes: OrderedDict[str, Episode] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Episode]] = {}
 
@@ -35,12 +35,12 @@ class LiveEpisodes:
         return iter(self._episodes.values())
 
     def peek(self, episode_id: str) -> Episode | None:
-        """The episode if it is in memory."""
+        """The episode if it is cached."""
         return self._episodes.get(episode_id)
 
     async def find(self, episode_id: str) -> Episode:
-        """The episode, read from the store if it is not in memory; concurrent callers share one read. Raises NotFound,
-        Gone, EngineUnavailable."""
+        """The episode, loaded from the store if it is not cached. Concurrent callers share one load (single-flight).
+        Raises NotFound, Gone, EngineUnavailable."""
         if episode := self._episodes.get(episode_id):
             self._episodes.move_to_end(episode_id)
             return episode
@@ -51,29 +51,29 @@ class LiveEpisodes:
         return await asyncio.shield(task)
 
     def keep(self, episode: Episode) -> Episode:
-        """The live one: it may have been read as it was being opened."""
+        """Caches the episode; returns the one that is cached, which may have been loaded while this one was opened."""
         kept = self._episodes.setdefault(episode.episode_id, episode)
         for episode_id in list(islice(self._episodes, max(len(self._episodes) - self._max_num, 0))):
-            if self._episodes[episode_id].flight is None:
+            if self._episodes[episode_id].in_flight is None:
                 del self._episodes[episode_id]
-        metrics.LIVE_EPISODES.set(len(self._episodes))
+        metrics.CACHED_EPISODES.set(len(self._episodes))
         return kept
 
     def drop(self, episode_id: str) -> None:
         self._episodes.pop(episode_id, None)
-        metrics.LIVE_EPISODES.set(len(self._episodes))
+        metrics.CACHED_EPISODES.set(len(self._episodes))
 
-    async def record(self, episode_id: str) -> EpisodeRecord:
-        """What the store has of it but for its steps. Raises NotFound, Gone."""
-        record = await self._store.episode(episode_id)
-        if record is None:
+    async def stored(self, episode_id: str) -> StoredEpisode:
+        """The episode as the store has it, without its steps. Raises NotFound, Gone."""
+        stored = await self._store.episode(episode_id)
+        if stored is None:
             raise episode_not_found(public_id(episode_id))
-        if record.deleted:
+        if stored.deleted:
             raise episode_deleted(public_id(episode_id))
-        return record
+        return stored
 
-    async def trajectory(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]]:
-        """All that the store has of it. Raises NotFound, Gone."""
+    async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]]:
+        """The episode and its steps as the store has them. Raises NotFound, Gone."""
         found = await self._store.trajectory(episode_id)
         if found is None:
             raise episode_not_found(public_id(episode_id))
@@ -82,6 +82,7 @@ class LiveEpisodes:
         return found
 
     async def _load(self, episode_id: str) -> Episode:
-        info = self._info()
-        record, steps = await self.trajectory(episode_id)
-        return self.keep(Episode(record, await restored(record.config.request, info), steps))
+        engine = self._engine()
+        stored, steps = await self.trajectory(episode_id)
+        options = await restored(stored.config.request, engine.info)
+        return self.keep(Episode(stored, options, engine.history(), steps))

@@ -18,7 +18,7 @@ _RETRY_S = 1.0
 _BATCH = 256
 
 
-class Sweeper:
+class Expiry:
     """Ends the store's expired episodes by `expire`, which raises Conflict for one that an act keeps for the moment."""
 
     def __init__(self, store: Store, expire: Callable[[str], Awaitable[None]]) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from service.trajectory import EpisodeHead, EpisodeRecord, Feedback, KeyRecord, PolicyRecord, Status, Step
+from service.filters import EpisodeFilter
+from service.trajectory import EpisodeState, Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
 
 
 class StepTaken(Exception):
@@ -20,7 +21,9 @@ class EpisodeGone(Exception):
 
 
 class StoreUnavailable(Exception):
-    """The store cannot be reached or cannot write. Whether a change was written is unknown: reading it again tells."""
+    """The store cannot be reached or cannot write. Whether a change was written is unknown until it is read again."""
+
+    code: ClassVar = "store_unavailable"
 
 
 class StoreRefused(Exception):
@@ -29,29 +32,17 @@ class StoreRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One act's change: the step's row, and the episode's head after it."""
+    """One act's change: the step's row, and the episode's state after it."""
 
     step: Step
-    head: EpisodeHead
+    state: EpisodeState
 
 
-Change = EpisodeRecord | Commit
+Change = StoredEpisode | Commit
 """What one transaction may hold many of: new episodes and acts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Which episodes: those that have every one of the given labels."""
-
-    tenant: str | None = None
-    status: Status | None = None
-    tag: str | None = None
-    group: str | None = None
-    policy: str | None = None
-    profile: str | None = None
-
-
-EVERY = Filter()
+EVERY = EpisodeFilter()
 
 
 class Store(Protocol):
@@ -63,23 +54,29 @@ class Store(Protocol):
 
     async def close(self) -> None: ...
 
-    async def create(self, record: EpisodeRecord) -> None:
+    async def create(self, record: StoredEpisode) -> None:
         """Adds an episode. Raises EpisodeExists."""
         ...
 
-    async def episode(self, episode_id: str) -> EpisodeRecord | None:
+    async def episode(self, episode_id: str) -> StoredEpisode | None:
         """The episode, a tombstone if it was deleted, or None."""
         ...
 
-    async def fork(self, records: Sequence[EpisodeRecord]) -> None:
+    async def fork(self, records: Sequence[StoredEpisode]) -> None:
         """Adds forks of one episode, all or none: they share its rows before their `config.parent` step. Raises
         EpisodeExists, EpisodeGone."""
         ...
 
     async def episodes(
-        self, *, limit: int, before: tuple[float, str] | None, where: Filter = EVERY
-    ) -> list[EpisodeRecord]:
-        """Newest first, those created before (created_at, episode_id) `before`; no tombstones."""
+        self,
+        *,
+        limit: int,
+        before: tuple[float, str] | None,
+        tenant: str | None = None,
+        where: EpisodeFilter = EVERY,
+    ) -> list[StoredEpisode]:
+        """Newest first, those created before (created_at, episode_id) `before`; of one tenant or of all; no
+        tombstones."""
         ...
 
     async def commit(self, commit: Commit) -> None:
@@ -90,7 +87,7 @@ class Store(Protocol):
         """The episode's rows in order, its ancestors' and the closing one included; or the one with this index."""
         ...
 
-    async def trajectory(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]] | None:
+    async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]] | None:
         """The episode and its rows, as they are at one moment."""
         ...
 
@@ -110,13 +107,13 @@ class Store(Protocol):
         """The episode's ratings, oldest first."""
         ...
 
-    async def put_policy(self, policy: PolicyRecord) -> None:
+    async def put_policy(self, policy: StoredPolicy) -> None:
         """Keeps which adapter goes by this name."""
         ...
 
     async def delete_policy(self, name: str) -> None: ...
 
-    async def policies(self) -> list[PolicyRecord]:
+    async def policies(self) -> list[StoredPolicy]:
         """The adapters that are kept, by name."""
         ...
 
@@ -124,13 +121,13 @@ class Store(Protocol):
         """How many episodes have not ended, of all tenants or one."""
         ...
 
-    async def add_key(self, key: KeyRecord) -> None: ...
+    async def add_key(self, key: StoredKey) -> None: ...
 
     async def revoke_key(self, key_id: str, at: float) -> bool:
         """False if there is no such key, or it is revoked already."""
         ...
 
-    async def keys(self) -> list[KeyRecord]:
+    async def keys(self) -> list[StoredKey]:
         """All of them, the revoked ones included, in the order in which they were made."""
         ...
 

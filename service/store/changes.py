@@ -10,15 +10,15 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, bindparam, insert, select, update
 
 from service.store.base import Change, Commit, EpisodeExists, StepTaken
-from service.store.schema import episode_row, episodes, head_row, step_row, steps, tag_rows, tags
-from service.trajectory import EpisodeHead, EpisodeRecord
+from service.store.schema import episode_row, episodes, state_row, step_row, steps, tag_rows, tags
+from service.trajectory import EpisodeState, StoredEpisode
 
 _Row = dict[str, Any]
 
 _ADVANCE = (
     update(episodes)
     .where(episodes.c.episode_id == bindparam("id"))
-    .values({name: bindparam(name) for name in head_row(EpisodeHead())})
+    .values({name: bindparam(name) for name in state_row(EpisodeState())})
 )
 
 
@@ -38,7 +38,7 @@ def write_changes(connection: Connection, changes: Sequence[Change]) -> list[Exc
     """Of each change what it is refused for: EpisodeExists, StepTaken, or the TypeError or ValueError of a value that
     cannot be stored. The others are written. Raises IntegrityError when another replica opens one of the episodes."""
     refusals: dict[int, Exception] = {}
-    _open(connection, {n: change for n, change in enumerate(changes) if isinstance(change, EpisodeRecord)}, refusals)
+    _open(connection, {n: change for n, change in enumerate(changes) if isinstance(change, StoredEpisode)}, refusals)
     _advance(connection, {n: change for n, change in enumerate(changes) if isinstance(change, Commit)}, refusals)
     return [refusals.get(n) for n in range(len(changes))]
 
@@ -52,7 +52,7 @@ def insert_episodes(connection: Connection, rows: Sequence[tuple[_Row, list[_Row
             connection.execute(insert(tags), tagged)
 
 
-def _open(connection: Connection, records: dict[int, EpisodeRecord], refusals: dict[int, Exception]) -> None:
+def _open(connection: Connection, records: dict[int, StoredEpisode], refusals: dict[int, Exception]) -> None:
     if not records:
         return
     ids = {record.config.episode_id for record in records.values()}
@@ -76,16 +76,16 @@ def _advance(connection: Connection, acts: dict[int, Commit], refusals: dict[int
     steps_there: dict[str, int | None]
     steps_there = {row.episode_id: row.step for row in found if row.status == "active" and row.deleted_at is None}
     rows: list[_Row] = []
-    heads: list[_Row] = []
+    states: list[_Row] = []
     for number, act in acts.items():
         try:
             if steps_there.get(act.step.episode_id) != act.step.index:
                 raise StepTaken
             rows.append(step_row(act.step))
-            heads.append({"id": act.step.episode_id, **head_row(act.head)})
-            steps_there[act.step.episode_id] = act.head.step if act.head.status == "active" else None
+            states.append({"id": act.step.episode_id, **state_row(act.state)})
+            steps_there[act.step.episode_id] = act.state.step if act.state.status == "active" else None
         except (StepTaken, TypeError, ValueError) as error:
             refusals[number] = error
     if rows:
-        connection.execute(_ADVANCE, heads)
+        connection.execute(_ADVANCE, states)
         connection.execute(_INSERT_STEPS, rows)

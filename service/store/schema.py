@@ -7,19 +7,20 @@ from typing import Any
 import orjson
 from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, RowMapping, String, Table, Text, text
 
+from service.filters import LABELS
 from service.trajectory import (
     DEFAULT_TENANT,
     EpisodeConfig,
-    EpisodeHead,
-    EpisodeRecord,
+    EpisodeState,
     Feedback,
     JsonValue,
-    KeyRecord,
     Message,
-    PolicyRecord,
     Span,
     Step,
     StopReason,
+    StoredEpisode,
+    StoredKey,
+    StoredPolicy,
 )
 
 metadata = MetaData()
@@ -106,6 +107,7 @@ steps = Table(
     Column("created_at", Float(53), nullable=False),
     Column("dropped_from", Integer, nullable=False, server_default="0"),
     Column("dropped_to", Integer, nullable=False, server_default="0"),
+    Column("encoder_token_ids", LargeBinary),
 )
 
 policies = Table(
@@ -159,7 +161,7 @@ def checked(table: Table, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def episode_row(record: EpisodeRecord) -> dict[str, Any]:
+def episode_row(record: StoredEpisode) -> dict[str, Any]:
     """Raises ValueError, TypeError for what cannot be stored, as all of these do."""
     config = record.config
     row = {
@@ -172,41 +174,44 @@ def episode_row(record: EpisodeRecord) -> dict[str, Any]:
         **labels(config.request),
         "parent_id": config.parent and config.parent[0],
         "parent_step": config.parent and config.parent[1],
-        **head_row(record.head),
+        **state_row(record.state),
     }
     return checked(episodes, row)
 
 
+LABEL_COLUMNS: dict[str, Column[Any]] = {
+    name: episodes.c.episode_group if name == "group" else episodes.c[name]
+    for name in LABELS  # GROUP is SQL's own word
+}
+"""The column of each label that episodes are filtered by."""
+
+
 def labels(request: dict[str, JsonValue]) -> dict[str, str | None]:
-    """The fields of a request that episodes are filtered by, each in a column."""
-    return {
-        "policy": request.get("policy"),
-        "profile": request.get("profile"),
-        "episode_group": request.get("group"),
-    }
+    """The labels in a request, by their columns."""
+    return {column.name: request.get(name) for name, column in LABEL_COLUMNS.items()}
 
 
-def tag_rows(record: EpisodeRecord) -> list[dict[str, str]]:
+def tag_rows(record: StoredEpisode) -> list[dict[str, str]]:
     episode_id = record.config.episode_id
     asked = dict.fromkeys(record.config.request.get("tags", ()))
     return [checked(tags, {"episode_id": episode_id, "tag": tag}) for tag in asked]
 
 
-def head_row(head: EpisodeHead) -> dict[str, Any]:
+def state_row(state: EpisodeState) -> dict[str, Any]:
     return {
-        "step": head.step,
-        "status": head.status,
-        "stop_reason": head.stop_reason,
-        "success": None if head.success is None else int(head.success),
-        "episode_return": head.episode_return,
-        "num_tokens": head.num_tokens,
-        "updated_at": head.updated_at,
-        "ended_at": head.ended_at,
-        "expires_at": head.expires_at,
+        "step": state.step,
+        "status": state.status,
+        "stop_reason": state.stop_reason,
+        "success": None if state.success is None else int(state.success),
+        "episode_return": state.episode_return,
+        "num_tokens": state.num_tokens,
+        "updated_at": state.updated_at,
+        "ended_at": state.ended_at,
+        "expires_at": state.expires_at,
     }
 
 
-def episode_record(row: RowMapping) -> EpisodeRecord:
+def episode_record(row: RowMapping) -> StoredEpisode:
     config = EpisodeConfig(
         episode_id=row["episode_id"],
         request=orjson.loads(row["request"]),
@@ -215,7 +220,7 @@ def episode_record(row: RowMapping) -> EpisodeRecord:
         created_at=row["created_at"],
         parent=None if row["parent_id"] is None else (row["parent_id"], row["parent_step"]),
     )
-    head = EpisodeHead(
+    state = EpisodeState(
         step=row["step"],
         status=row["status"],
         stop_reason=StopReason(row["stop_reason"]) if row["stop_reason"] else None,
@@ -226,10 +231,11 @@ def episode_record(row: RowMapping) -> EpisodeRecord:
         ended_at=row["ended_at"],
         expires_at=row["expires_at"],
     )
-    return EpisodeRecord(config, head, deleted=row["deleted_at"] is not None)
+    return StoredEpisode(config, state, deleted=row["deleted_at"] is not None)
 
 
 def step_row(step: Step) -> dict[str, Any]:
+    encoder_ids = step.span.encoder_token_ids
     said = {name: getattr(step.message, name) for name in _MESSAGE_DEFAULTS}
     row = {
         "episode_id": step.episode_id,
@@ -246,6 +252,7 @@ def step_row(step: Step) -> dict[str, Any]:
         "created_at": step.created_at,
         "dropped_from": step.dropped[0],
         "dropped_to": step.dropped[1],
+        "encoder_token_ids": None if encoder_ids is None else encoder_ids.tobytes(),
     }
     return checked(steps, row)
 
@@ -259,13 +266,23 @@ def step_value(row: RowMapping) -> Step:
         index=row["step"],
         message=Message(**said),
         closing=bool(row["closing"]),
-        span=Span(array("i", row["token_ids"]), row["loss_mask"], array("f", row["logprobs"])),
+        span=_span(row),
         window_start=row["window_start"],
         answer=orjson.loads(row["answer"]),
         digest=row["digest"],
         created_at=row["created_at"],
         idempotency_key=row["idempotency_key"],
         dropped=(row["dropped_from"], row["dropped_to"]),
+    )
+
+
+def _span(row: RowMapping) -> Span:
+    encoder_ids = row["encoder_token_ids"]
+    return Span(
+        array("i", row["token_ids"]),
+        row["loss_mask"],
+        array("f", row["logprobs"]),
+        None if encoder_ids is None else array("i", encoder_ids),
     )
 
 
@@ -277,14 +294,14 @@ def feedback_row(feedback: Feedback) -> dict[str, Any]:
     return checked(ratings, dataclasses.asdict(feedback))
 
 
-def policy_row(policy: PolicyRecord) -> dict[str, Any]:
+def policy_row(policy: StoredPolicy) -> dict[str, Any]:
     return checked(policies, dataclasses.asdict(policy))
 
 
-def key_row(key: KeyRecord) -> dict[str, Any]:
+def key_row(key: StoredKey) -> dict[str, Any]:
     return checked(keys, {**dataclasses.asdict(key), "scopes": " ".join(key.scopes)})
 
 
-def key_record(row: RowMapping) -> KeyRecord:
+def key_record(row: RowMapping) -> StoredKey:
     kept: dict[str, Any] = {**row, "scopes": tuple(row["scopes"].split())}
-    return KeyRecord(**kept)
+    return StoredKey(**kept)

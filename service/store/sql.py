@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import (
     URL,
@@ -22,13 +22,13 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.sql import ColumnElement
 
+from service.filters import EpisodeFilter
 from service.store.base import (
     EVERY,
     Change,
     Commit,
     EpisodeExists,
     EpisodeGone,
-    Filter,
     StepTaken,
     StoreUnavailable,
 )
@@ -36,6 +36,7 @@ from service.store.changes import insert_episodes, locked, write_changes
 from service.store.connections import Connections, Patience, reason
 from service.store.group_commit import GroupCommit, OnCommit
 from service.store.schema import (
+    LABEL_COLUMNS,
     ancestors,
     episode_record,
     episode_row,
@@ -55,7 +56,7 @@ from service.store.schema import (
     tags,
 )
 from service.store.sqlite import SQLiteConnections
-from service.trajectory import EpisodeRecord, Feedback, KeyRecord, PolicyRecord, Step
+from service.trajectory import Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
 
 _T = TypeVar("_T")
 
@@ -105,13 +106,13 @@ class SQLStore:
         await self._group.stop()
         await self._connections.close()
 
-    async def create(self, record: EpisodeRecord) -> None:
+    async def create(self, record: StoredEpisode) -> None:
         await self._group.submit(record)
 
-    async def episode(self, episode_id: str) -> EpisodeRecord | None:
+    async def episode(self, episode_id: str) -> StoredEpisode | None:
         return await self._read(lambda connection: _read_episode(connection, episode_id))
 
-    async def fork(self, records: Sequence[EpisodeRecord]) -> None:
+    async def fork(self, records: Sequence[StoredEpisode]) -> None:
         parent = records[0].config.parent
         assert parent is not None
         ids = [record.config.episode_id for record in records]
@@ -135,14 +136,19 @@ class SQLStore:
             raise EpisodeExists from error
 
     async def episodes(
-        self, *, limit: int, before: tuple[float, str] | None, where: Filter = EVERY
-    ) -> list[EpisodeRecord]:
-        query = select(episodes).where(episodes.c.deleted_at.is_(None), *_conditions(where))
+        self,
+        *,
+        limit: int,
+        before: tuple[float, str] | None,
+        tenant: str | None = None,
+        where: EpisodeFilter = EVERY,
+    ) -> list[StoredEpisode]:
+        query = select(episodes).where(episodes.c.deleted_at.is_(None), *_conditions(tenant, where))
         if before is not None:
             query = query.where(_older(*before))
         query = query.order_by(episodes.c.created_at.desc(), episodes.c.episode_id.desc()).limit(limit)
 
-        def read(connection: Connection) -> list[EpisodeRecord]:
+        def read(connection: Connection) -> list[StoredEpisode]:
             return [episode_record(row) for row in connection.execute(query).mappings()]
 
         return await self._read(read)
@@ -153,8 +159,8 @@ class SQLStore:
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
         return await self._read(lambda connection: _read_steps(connection, episode_id, index))
 
-    async def trajectory(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]] | None:
-        def read(connection: Connection) -> tuple[EpisodeRecord, list[Step]] | None:
+    async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]] | None:
+        def read(connection: Connection) -> tuple[StoredEpisode, list[Step]] | None:
             record = _read_episode(connection, episode_id)
             return record and (record, _read_steps(connection, episode_id))
 
@@ -189,7 +195,7 @@ class SQLStore:
 
         return await self._read(read)
 
-    async def put_policy(self, policy: PolicyRecord) -> None:
+    async def put_policy(self, policy: StoredPolicy) -> None:
         row = policy_row(policy)
 
         def write(connection: Connection) -> None:
@@ -202,11 +208,11 @@ class SQLStore:
         gone = delete(policies).where(policies.c.name == name)
         await self._write(lambda connection: connection.execute(gone))
 
-    async def policies(self) -> list[PolicyRecord]:
+    async def policies(self) -> list[StoredPolicy]:
         query = select(policies).order_by(policies.c.name)
 
-        def read(connection: Connection) -> list[PolicyRecord]:
-            return [PolicyRecord(**row) for row in connection.execute(query).mappings()]
+        def read(connection: Connection) -> list[StoredPolicy]:
+            return [StoredPolicy(**row) for row in connection.execute(query).mappings()]
 
         return await self._read(read)
 
@@ -216,7 +222,7 @@ class SQLStore:
             query = query.where(episodes.c.tenant == tenant)
         return await self._read(lambda connection: connection.execute(query).scalar_one())
 
-    async def add_key(self, key: KeyRecord) -> None:
+    async def add_key(self, key: StoredKey) -> None:
         row = key_row(key)
         await self._write(lambda connection: connection.execute(insert(keys), row))
 
@@ -224,16 +230,16 @@ class SQLStore:
         revoked = update(keys).where(keys.c.key_id == key_id, keys.c.revoked_at.is_(None)).values(revoked_at=at)
         return await self._write(lambda connection: connection.execute(revoked).rowcount > 0)
 
-    async def keys(self) -> list[KeyRecord]:
+    async def keys(self) -> list[StoredKey]:
         query = select(keys).order_by(keys.c.created_at, keys.c.key_id)
 
-        def read(connection: Connection) -> list[KeyRecord]:
+        def read(connection: Connection) -> list[StoredKey]:
             return [key_record(row) for row in connection.execute(query).mappings()]
 
         return await self._read(read)
 
     async def delete(self, episode_id: str) -> bool:
-        blank = {name: None for name in ("policy", "profile", "episode_group", "expires_at")}
+        blank = {column.name: None for column in (*LABEL_COLUMNS.values(), episodes.c.expires_at)}
         values = {"deleted_at": episodes.c.updated_at, "request": "{}", "status": "ended", **blank}
         tombstone = update(episodes).where(episodes.c.episode_id == episode_id).values(values)
 
@@ -262,11 +268,11 @@ class SQLStore:
             return await self._connections.write(lambda connection: write_changes(connection, changes))
         except IntegrityError:
             if len(changes) == 1:
-                return [EpisodeExists() if isinstance(changes[0], EpisodeRecord) else StepTaken()]
+                return [EpisodeExists() if isinstance(changes[0], StoredEpisode) else StepTaken()]
             return [result for change in changes for result in await self._write_together([change])]
 
 
-def _read_episode(connection: Connection, episode_id: str) -> EpisodeRecord | None:
+def _read_episode(connection: Connection, episode_id: str) -> StoredEpisode | None:
     row = connection.execute(select(episodes).where(episodes.c.episode_id == episode_id)).mappings().first()
     return None if row is None else episode_record(row)
 
@@ -325,19 +331,14 @@ def _older(created_at: float, episode_id: str) -> ColumnElement[bool]:
     return or_(created < created_at, and_(created == created_at, episodes.c.episode_id < episode_id))
 
 
-def _conditions(where: Filter) -> list[ColumnElement[bool]]:
-    columns = {
-        episodes.c.tenant: where.tenant,
-        episodes.c.status: where.status,
-        episodes.c.policy: where.policy,
-        episodes.c.profile: where.profile,
-        episodes.c.episode_group: where.group,
-    }
-    asked = {column: value for column, value in columns.items() if value is not None}
-    conditions = [column == value for column, value in asked.items()]
-    if where.tag is not None:
-        tagged = select(tags.c.episode_id).where(tags.c.tag == where.tag)
-        conditions.append(episodes.c.episode_id.in_(tagged))
-    if not all(map(storable, (*asked.values(), where.tag or ""))):
+def _conditions(tenant: str | None, where: EpisodeFilter) -> list[ColumnElement[bool]]:
+    columns: dict[str, ColumnElement[Any]] = {**LABEL_COLUMNS, "tenant": episodes.c.tenant, "status": episodes.c.status}
+    asked: dict[str, Any] = {**where, "tenant": tenant}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not all(map(storable, given.values())):
         return [false()]
+    tag = given.pop("tag", None)
+    conditions = [columns[name] == value for name, value in given.items()]
+    if tag is not None:
+        conditions.append(episodes.c.episode_id.in_(select(tags.c.episode_id).where(tags.c.tag == tag)))
     return conditions

@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, Filter, StepTaken
-from service.trajectory import EpisodeRecord, Feedback, KeyRecord, PolicyRecord, Step
+from service.filters import LABELS, EpisodeFilter
+from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, StepTaken
+from service.trajectory import Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
 
 
 class MemoryStore:
     """Episodes in dictionaries; gone with the process. A fork shares its parent's rows, which never change."""
 
     def __init__(self) -> None:
-        self._episodes: dict[str, EpisodeRecord] = {}
+        self._episodes: dict[str, StoredEpisode] = {}
         self._steps: dict[str, list[Step]] = {}
         self._feedback: dict[str, list[Feedback]] = {}
-        self._policies: dict[str, PolicyRecord] = {}
-        self._keys: dict[str, KeyRecord] = {}
+        self._policies: dict[str, StoredPolicy] = {}
+        self._keys: dict[str, StoredKey] = {}
 
     async def open(self) -> None:
         pass
@@ -23,14 +24,14 @@ class MemoryStore:
     async def close(self) -> None:
         pass
 
-    async def create(self, record: EpisodeRecord) -> None:
+    async def create(self, record: StoredEpisode) -> None:
         if record.config.episode_id in self._episodes:
             raise EpisodeExists
         self._episodes[record.config.episode_id] = record
         self._steps[record.config.episode_id] = []
         self._feedback[record.config.episode_id] = []
 
-    async def fork(self, records: Sequence[EpisodeRecord]) -> None:
+    async def fork(self, records: Sequence[StoredEpisode]) -> None:
         if any(record.config.episode_id in self._episodes for record in records):
             raise EpisodeExists
         for record in records:
@@ -41,37 +42,42 @@ class MemoryStore:
             await self.create(record)
             self._steps[record.config.episode_id] = self._steps[parent_id][:at_step]
 
-    async def episode(self, episode_id: str) -> EpisodeRecord | None:
+    async def episode(self, episode_id: str) -> StoredEpisode | None:
         return self._episodes.get(episode_id)
 
     async def episodes(
-        self, *, limit: int, before: tuple[float, str] | None, where: Filter = EVERY
-    ) -> list[EpisodeRecord]:
+        self,
+        *,
+        limit: int,
+        before: tuple[float, str] | None,
+        tenant: str | None = None,
+        where: EpisodeFilter = EVERY,
+    ) -> list[StoredEpisode]:
         rows = sorted(self._episodes.values(), key=_newest, reverse=True)
-        rows = [row for row in rows if not row.deleted and _matches(row, where)]
+        rows = [row for row in rows if not row.deleted and tenant in (None, row.config.tenant) and _matches(row, where)]
         return [row for row in rows if before is None or _newest(row) < before][:limit]
 
     async def commit(self, commit: Commit) -> None:
         record = self._episodes.get(commit.step.episode_id)
         rows = self._steps.get(commit.step.episode_id, [])
-        if record is None or record.deleted or record.head.status != "active" or len(rows) != commit.step.index:
+        if record is None or record.deleted or record.state.status != "active" or len(rows) != commit.step.index:
             raise StepTaken
         rows.append(commit.step)
-        self._episodes[commit.step.episode_id] = replace(record, head=commit.head)
+        self._episodes[commit.step.episode_id] = replace(record, state=commit.state)
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
         rows = self._steps.get(episode_id, [])
         return list(rows) if index is None else rows[index : index + 1]
 
-    async def trajectory(self, episode_id: str) -> tuple[EpisodeRecord, list[Step]] | None:
+    async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]] | None:
         record = self._episodes.get(episode_id)
         return None if record is None else (record, list(self._steps[episode_id]))
 
     async def next_expiry(self) -> float | None:
-        return min((at for row in self._episodes.values() if (at := row.head.expires_at) is not None), default=None)
+        return min((at for row in self._episodes.values() if (at := row.state.expires_at) is not None), default=None)
 
     async def expired(self, now: float, limit: int) -> list[str]:
-        due = [(row.head.expires_at, name) for name, row in self._episodes.items() if row.head.expires_at is not None]
+        due = [(row.state.expires_at, name) for name, row in self._episodes.items() if row.state.expires_at is not None]
         return [name for at, name in sorted(due) if at <= now][:limit]
 
     async def add_feedback(self, feedback: Feedback) -> None:
@@ -85,20 +91,20 @@ class MemoryStore:
     async def feedback(self, episode_id: str) -> list[Feedback]:
         return list(self._feedback.get(episode_id, ()))
 
-    async def put_policy(self, policy: PolicyRecord) -> None:
+    async def put_policy(self, policy: StoredPolicy) -> None:
         self._policies[policy.name] = policy
 
     async def delete_policy(self, name: str) -> None:
         self._policies.pop(name, None)
 
-    async def policies(self) -> list[PolicyRecord]:
+    async def policies(self) -> list[StoredPolicy]:
         return [self._policies[name] for name in sorted(self._policies)]
 
     async def num_active(self, tenant: str | None = None) -> int:
-        active = (record for record in self._episodes.values() if record.head.status == "active")
+        active = (record for record in self._episodes.values() if record.state.status == "active")
         return sum(tenant in (None, record.config.tenant) for record in active)
 
-    async def add_key(self, key: KeyRecord) -> None:
+    async def add_key(self, key: StoredKey) -> None:
         self._keys[key.key_id] = key
 
     async def revoke_key(self, key_id: str, at: float) -> bool:
@@ -108,27 +114,28 @@ class MemoryStore:
         self._keys[key_id] = replace(key, revoked_at=at)
         return True
 
-    async def keys(self) -> list[KeyRecord]:
+    async def keys(self) -> list[StoredKey]:
         return list(self._keys.values())
 
     async def delete(self, episode_id: str) -> bool:
         record = self._episodes.get(episode_id)
         if record is None or record.deleted:
             return False
-        head = replace(record.head, status="ended", expires_at=None)
-        self._episodes[episode_id] = replace(record, config=replace(record.config, request={}), head=head, deleted=True)
+        state = replace(record.state, status="ended", expires_at=None)
+        self._episodes[episode_id] = replace(
+            record, config=replace(record.config, request={}), state=state, deleted=True
+        )
         self._steps[episode_id] = []
         self._feedback[episode_id] = []
         return True
 
 
-def _newest(record: EpisodeRecord) -> tuple[float, str]:
+def _newest(record: StoredEpisode) -> tuple[float, str]:
     return record.config.created_at, record.config.episode_id
 
 
-def _matches(record: EpisodeRecord, where: Filter) -> bool:
-    request = record.config.request
-    labels = [(record.head.status, where.status), (record.config.tenant, where.tenant)]
-    labels += [(request.get(name), getattr(where, name)) for name in ("group", "policy", "profile")]
-    tagged = where.tag is None or where.tag in request.get("tags", ())
-    return tagged and all(asked is None or value == asked for value, asked in labels)
+def _matches(stored: StoredEpisode, where: EpisodeFilter) -> bool:
+    request = stored.config.request
+    has = {"status": stored.state.status, **{name: request.get(name) for name in LABELS}}
+    tags = request.get("tags", ())
+    return all(value in tags if name == "tag" else value == has[name] for name, value in where.items())

@@ -1,4 +1,4 @@
-"""Owns the scripted engine: deterministic, instant, no weights. Tests and dry runs put it where vLLM would be."""
+"""The scripted engine: deterministic, instant, without weights. It stands where vLLM would."""
 
 import asyncio
 import contextlib
@@ -6,24 +6,17 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from service.engine.base import (
-    Adapter,
-    Completion,
-    Constraint,
-    ConstraintRefused,
-    EngineInfo,
-    EngineUnavailable,
-    OnText,
-    Scores,
-    Tokenizer,
-)
+from service.engine.base import Adapter, Constraint, ConstraintRefused, EngineInfo, EngineUnavailable, OnText
+from service.engine.completion import Completion, Scores
+from service.engine.decoder_only import DecoderOnlyEngine
+from service.engine.tokenizer import Tokenizer
 from service.trajectory import Sampling
 
 Reply = Callable[[str], str]
 """Gives the completion's text for a prompt's text."""
 
 
-class ScriptedEngine:
+class ScriptedEngine(DecoderOnlyEngine):
     """Replies by `reply`, and scores candidates by a fixed arithmetic of the prompt's and the candidate's ids.
 
     `latency_s` is slept before every answer. `num_calls` counts engine calls; `prompts` and
@@ -33,8 +26,8 @@ class ScriptedEngine:
     def __init__(
         self, tokenizer: Tokenizer, *, reply: Reply = lambda _: "ok", latency_s: float = 0.0, max_model_len: int = 4096
     ) -> None:
-        self.tokenizer = tokenizer
-        self.info = EngineInfo("scripted", "scripted-1", max_model_len, Sampling(temperature=0.0, max_tokens=64))
+        info = EngineInfo("scripted", "scripted-1", max_model_len, Sampling(temperature=0.0, max_tokens=64))
+        super().__init__(info, tokenizer)
         self.healthy = True
         self.heartbeat = 0
         self.prompts: list[list[int]] = []
@@ -102,7 +95,7 @@ class ScriptedEngine:
         total = sum(weights)
         return Scores(tuple(math.log(weight / total) for weight in weights), 0)
 
-    async def check(self, constraint: Constraint) -> None:
+    async def check_constraint(self, constraint: Constraint) -> None:
         if constraint.kind == "regex" and constraint.spec == "(":
             raise ConstraintRefused("the pattern does not compile")
 
@@ -121,7 +114,7 @@ class ScriptedEngine:
     async def unload_adapter(self, adapter: Adapter) -> None:
         self.adapters.remove(adapter)
 
-    async def inference(self) -> None:
+    async def openai_app(self) -> None:
         return None
 
     async def close(self) -> None:

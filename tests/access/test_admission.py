@@ -33,7 +33,7 @@ class Turns:
 
         async def act() -> None:
             with self.admission.admitted(tenant):
-                async with self.admission.turn(tenant):
+                async with self.admission.slot(tenant):
                     self.order.append(tenant)
                     self.ends.append(end)
                     await end.wait()
@@ -70,10 +70,10 @@ async def test_the_queue_is_bounded():
 
 async def test_unset_bounds_come_from_the_engine():
     admission = Admission()
-    admission.serve(8)
+    admission.set_num_slots(8)
     assert admission.limit == 10
     admission = Admission(max_running=2, max_queued=0)
-    admission.serve(8)
+    admission.set_num_slots(8)
     assert admission.limit == 2
 
 
@@ -172,7 +172,7 @@ async def test_retry_after_is_what_the_queue_takes_at_the_measured_rate(monkeypa
     monkeypatch.setattr("service.access.admission.time.monotonic", lambda: now)
     admission = Admission(max_running=1, max_queued=12)
     for _ in range(11):
-        async with admission.turn("a"):
+        async with admission.slot("a"):
             now += 0.5
     with admission.admitted("a", 13), pytest.raises(TooManyRequests) as refused, admission.admitted("a"):
         pass

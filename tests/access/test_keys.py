@@ -13,14 +13,14 @@ from service.cli.main import app
 from service.store.base import StoreUnavailable
 from service.store.sql import SQLStore
 from service.testing.memory_store import MemoryStore
-from service.trajectory import DEFAULT_TENANT, KeyRecord
+from service.trajectory import DEFAULT_TENANT, StoredKey
 
 
 class CountingStore(MemoryStore):
     num_reads = 0
     is_down = False
 
-    async def keys(self) -> list[KeyRecord]:
+    async def keys(self) -> list[StoredKey]:
         self.num_reads += 1
         if self.is_down:
             raise StoreUnavailable("down")
@@ -108,8 +108,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def kept(folder: Path) -> list[KeyRecord]:
-    async def read() -> list[KeyRecord]:
+def kept(folder: Path) -> list[StoredKey]:
+    async def read() -> list[StoredKey]:
         async with SQLStore(f"sqlite:///{folder / 'episodic.db'}") as store:
             return await store.keys()
 
@@ -165,7 +165,7 @@ async def test_the_loser_of_a_race_finds_the_key_known():
     key, record = new_key("default", SCOPES, 1.0)
 
     class Raced(MemoryStore):
-        async def add_key(self, key: KeyRecord) -> None:
+        async def add_key(self, key: StoredKey) -> None:
             await super().add_key(key)  # by the other replica
             raise StoreUnavailable("a row with this id is there")
 
@@ -174,7 +174,7 @@ async def test_the_loser_of_a_race_finds_the_key_known():
     assert await Keyring(store).find(key) == record
 
     class Down(MemoryStore):
-        async def add_key(self, key: KeyRecord) -> None:
+        async def add_key(self, key: StoredKey) -> None:
             raise StoreUnavailable("down")
 
     with pytest.raises(StoreUnavailable, match="down"):

@@ -8,13 +8,14 @@ import pytest
 from service.agent.agent import Agent
 from service.agent.options import Options
 from service.agent.policies import Policies
-from service.engine.base import Completion, Constraint, EngineUnavailable, Scores
-from service.engine.prompt import Prompt
+from service.engine.base import Constraint, EngineUnavailable
+from service.engine.completion import Completion, Scores
 from service.engine.tokenizer import HFTokenizer
-from service.sessions.episode import Call, Episode
+from service.sessions.episode import Episode
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
-from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, Message, Sampling, Step, StopReason
+from service.trajectory import EpisodeConfig, EpisodeState, Sampling, StopReason, StoredEpisode
+from tests.support.acts import take
 
 
 class RecordingEngine(ScriptedEngine):
@@ -43,19 +44,12 @@ def engine(tokenizer: HFTokenizer) -> RecordingEngine:
 
 @pytest.fixture
 def agent(engine: RecordingEngine) -> Agent:
-    return Agent(Policies(engine, MemoryStore()), engine, Prompt(engine.tokenizer))
+    return Agent(Policies(engine, MemoryStore()), engine)
 
 
 def episode(agent: Agent, **request: Any) -> Episode:
     config = EpisodeConfig("e", {"policy": "scripted", **request}, b"", "v", 0.0)
-    return Episode(EpisodeRecord(config), Options.of(request, agent.engine.info))
-
-
-async def take(agent: Agent, episode: Episode, observation: str | None = "look", **message: Any) -> Step:
-    """Acts and records the step, as a commit would."""
-    step, stop_reason = await agent.act(episode, Call(Message(observation, **message), b""))
-    episode.record(step, episode.head_after(step, stop_reason))
-    return step
+    return Episode(StoredEpisode(config), Options.of(request, agent.engine.info), agent.engine.history())
 
 
 def discrete(*actions: str) -> dict[str, Any]:
@@ -74,7 +68,7 @@ async def test_one_pass_where_the_first_token_decides(agent: Agent, engine: Reco
 async def test_one_pass_for_each_branch_with_the_tokens_that_lead_there(agent: Agent, engine: RecordingEngine):
     actions = ("go to the door", "go to the window", "wait")
     await take(agent, episode(agent, **discrete(*actions)))
-    trie = agent.prompt.trie(actions)
+    trie = engine.trie(actions)
     assert len(trie.branches) == engine.num_calls == 2
     turn = engine.prompts[[branch.path for branch in trie.branches].index(())]
     assert [tuple(prompt[len(turn) :]) for prompt in engine.prompts] == [branch.path for branch in trie.branches]
@@ -89,8 +83,8 @@ async def test_each_prompt_goes_on_from_the_last_span(agent: Agent, engine: Reco
         assert engine.prompts[-1][: len(seen)] == seen
         seen += step.span.token_ids
         assert len(step.span.loss_mask) == len(step.span.logprobs) == len(step.span.token_ids)
-    assert playing.log.window(1) == seen
-    assert playing.head.num_tokens == len(seen)
+    assert playing.history.window(1) == seen
+    assert playing.state.num_tokens == len(seen)
 
 
 async def test_a_step_draws_by_the_seed_and_its_index(agent: Agent):
@@ -143,10 +137,10 @@ async def test_a_message_that_ends_the_episode_asks_for_nothing(
     step = await take(agent, playing, None, reward=2.0, success=False, **message)
     assert (step.closing, step.answer["done"], len(step.span.token_ids)) == (True, True, 0)
     assert engine.num_calls == 1
-    head = playing.head
-    assert (head.status, head.stop_reason, head.success, head.step) == ("ended", reason, False, 1)
-    assert head.episode_return == 2.0
-    assert head.ended_at == head.updated_at
+    state = playing.state
+    assert (state.status, state.stop_reason, state.success, state.step) == ("ended", reason, False, 1)
+    assert state.episode_return == 2.0
+    assert state.ended_at == state.updated_at
 
 
 async def test_prompt_and_reply_fit_into_the_context(agent: Agent, engine: RecordingEngine):
@@ -155,16 +149,16 @@ async def test_prompt_and_reply_fit_into_the_context(agent: Agent, engine: Recor
     for number in range(40):
         await take(agent, playing, "word " * (number % 7))
     assert max(map(len, engine.prompts)) + 10 + 1 <= limit
-    assert playing.log.start > 1
+    assert playing.history.start > 1
 
 
 async def test_a_reply_without_an_end_gets_one(tokenizer: HFTokenizer):
     engine = RecordingEngine(tokenizer, reply=lambda _: "a reply that is longer than its limit")
-    agent = Agent(Policies(engine, MemoryStore()), engine, Prompt(tokenizer))
+    agent = Agent(Policies(engine, MemoryStore()), engine)
     playing = episode(agent, sampling={"max_tokens": 4})
     step = await take(agent, playing)
     assert step.answer["finish_reason"] == "length"
-    assert step.span.token_ids[-1] == agent.prompt.terminator
+    assert step.span.token_ids[-1] == engine.prompt.terminator
     assert list(step.span.loss_mask[-5:]) == [1, 1, 1, 1, 0], "the end was not the policy's choice"
 
 
@@ -173,4 +167,4 @@ async def test_a_dead_engine_is_one_plain_error_however_many_passes(agent: Agent
     engine.die()
     with pytest.raises(EngineUnavailable):
         await take(agent, playing)
-    assert playing.head == EpisodeHead()
+    assert playing.state == EpisodeState()

@@ -1,13 +1,13 @@
 """Every contender is asked for what the workload's title says."""
 
 from bench.workloads import CHOICE1, CHOICE12, TEXT16, Cell, Workload, grid, observations
-from service.engine.prompt import Prompt
 from service.engine.tokenizer import HFTokenizer
+from service.testing.scripted_engine import ScriptedEngine
 
 
 def _num_tokens(workload: Workload, tokenizer: HFTokenizer) -> list[int]:
     """Of each action, without the end of turn."""
-    return [len(sequence) - 1 for sequence in Prompt(tokenizer).trie(workload.actions).sequences]
+    return [len(sequence) - 1 for sequence in ScriptedEngine(tokenizer).trie(workload.actions).sequences]
 
 
 def test_actions_have_the_tokens_that_their_title_says(tokenizer: HFTokenizer) -> None:
@@ -17,7 +17,7 @@ def test_actions_have_the_tokens_that_their_title_says(tokenizer: HFTokenizer) -
 
 def test_one_pass_decides_so_that_the_bare_engine_does_the_same_work(tokenizer: HFTokenizer) -> None:
     for workload in (CHOICE1, CHOICE12):
-        assert len(Prompt(tokenizer).trie(workload.actions).branches) == 1
+        assert len(ScriptedEngine(tokenizer).trie(workload.actions).branches) == 1
 
 
 def test_no_two_episodes_of_any_round_share_a_first_observation() -> None:

@@ -140,7 +140,7 @@ async def test_a_stream_that_is_left_aborts_its_act(api: Served, monkeypatch: py
         events = episode.stream("write")
         assert await anext(events) == Delta("text", "x")
         await events.aclose()
-        await until(lambda: api.app.state.sessions._live.peek("e").flight is None)
+        await until(lambda: api.app.state.services.sessions._cache.peek("e").in_flight is None)
         assert (episode.step, (await episode.refresh()).step) == (0, 0)
 
 
@@ -205,7 +205,7 @@ async def test_an_export_that_is_cut_off_is_noticed(api: Served, monkeypatch: py
     for name in ("a", "b"):
         await api.open(name)
         await api.act(name, None, terminated=True)
-    store, trajectory = api.app.state.sessions.store, api.app.state.sessions.store.trajectory
+    store, trajectory = api.app.state.services.sessions.store, api.app.state.services.sessions.store.trajectory
 
     async def broken(episode_id: str) -> Any:
         if episode_id == "a":

@@ -130,7 +130,7 @@ async def test_a_scrape_asks_for_a_key_of_scope_admin(tmp_path: Path, tokenizer:
         jobs: list[Any] = []
         for name, allowed in scopes.items():
             key, record = new_key("monitoring", allowed, time.time())
-            await api.app.state.sessions.store.add_key(record)
+            await api.app.state.services.sessions.store.add_key(record)
             (tmp_path / name).write_text(f"{key}\n")
             configured = prometheus.configuration(api.url.removeprefix("http://"), tmp_path / name)
             jobs.append({**configured["scrape_configs"][0], "job_name": name})

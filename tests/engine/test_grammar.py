@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from pydantic import BaseModel, Field
 
-from service.agent.action_spaces import tools_space
+from service.agent.action_spaces import ToolsSpace
 from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
 from service.engine.grammar import GrammarChecker
 from service.engine.strict_schema import strict
@@ -209,7 +209,7 @@ class Move(BaseModel):
 
 
 async def test_a_pydantic_models_schema_is_a_tools(checker: GrammarChecker):
-    space = tools_space([{"name": "move", "parameters": Move.model_json_schema()}])
+    space = ToolsSpace.of({"tools": [{"name": "move", "parameters": Move.model_json_schema()}]})
     await checker.check(space.constraint)
     cell = {"kind": "cell", "row": 2}
     good = {"to": {"kind": "door", "name": "exit"}, "via": [cell], "how": "run", "last": cell}

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from service.agent.action_spaces import ActionSpaceError
-from service.engine.prompt import Prompt, TemplateError, TemplateReport, observation_text, system_text
+from service.agent.options import system_text
+from service.engine.base import TemplateReport
+from service.engine.prompt import Prompt, TemplateError, observation_text
 from service.engine.tokenizer import HFTokenizer
 from tests.conftest import POLICY
 
@@ -224,34 +225,3 @@ def test_the_system_message(instructions: str, goal: str | None, text: str):
 )
 def test_the_text_of_an_observation(observation: Any, text: str):
     assert observation_text(observation) == text
-
-
-# --- tries on the real tokenizer
-
-
-def test_a_trie_of_1024_actions_has_them_all(packaged: Prompt):
-    actions = tuple(f"go to room {number} and open door {number % 7}" for number in range(1024))
-    trie = packaged.trie(actions)
-    assert sorted(trie.actions) == sorted(actions)
-    assert {packaged.tokenizer.decode(ids[:-1]) for ids in trie.sequences} == set(actions)
-    assert {ids[-1] for ids in trie.sequences} == {packaged.terminator}
-    assert packaged.trie(actions) is trie
-
-
-@given(st.lists(TEXTS, min_size=2, max_size=20, unique=True))
-def test_different_texts_are_different_actions(packaged: Prompt, actions: list[str]):
-    assert sorted(packaged.trie(tuple(actions)).actions) == sorted(actions)
-
-
-def test_an_action_cannot_hold_the_terminator(packaged: Prompt):
-    trie = packaged.trie(("go", "go<|end|>", "go<|end|>now"))
-    assert all(ids.count(packaged.terminator) == 1 for ids in trie.sequences)
-
-
-def test_a_lossy_tokenizer_cannot_tell_some_actions_apart():
-    class Uncased(HFTokenizer):
-        def encode(self, text: str) -> list[int]:
-            return super().encode(text.lower())
-
-    with pytest.raises(ActionSpaceError, match="apart"):
-        Prompt(Uncased(AutoTokenizer.from_pretrained(POLICY))).trie(("Go", "go"))

@@ -8,32 +8,28 @@ from service.agent.agent import Agent
 from service.agent.options import Options
 from service.agent.policies import Policies
 from service.api.http.serialization import as_tokens
-from service.engine.base import Completion
+from service.engine.completion import Completion
 from service.engine.prompt import Prompt
 from service.engine.tokenizer import HFTokenizer
 from service.errors import Unprocessable
-from service.sessions.episode import Call, Episode
+from service.sessions.episode import Episode
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
-from service.trajectory import EpisodeConfig, EpisodeRecord, Message, Step
+from service.trajectory import EpisodeConfig, StoredEpisode
+from tests.support.acts import take
 
 DISCRETE: dict[str, Any] = {"type": "discrete", "actions": ["left", "right"]}
 
 
 def build(tokenizer: HFTokenizer, thought: str, **request: Any) -> tuple[Agent, Episode]:
     engine = ScriptedEngine(tokenizer, reply=lambda prompt: thought if prompt.endswith("<think>\n") else "go")
-    agent = Agent(Policies(engine, MemoryStore()), engine, Prompt(tokenizer))
+    agent = Agent(Policies(engine, MemoryStore()), engine)
     fields = {"action_space": DISCRETE, "reasoning": {"max_tokens": 16}, **request}
     return agent, Episode(
-        EpisodeRecord(EpisodeConfig("e", {"policy": "scripted", **fields}, b"", "v", 0.0)),
+        StoredEpisode(EpisodeConfig("e", {"policy": "scripted", **fields}, b"", "v", 0.0)),
         Options.of(fields, engine.info),
+        engine.history(),
     )
-
-
-async def take(agent: Agent, episode: Episode, observation: str = "look") -> Step:
-    step, stop_reason = await agent.act(episode, Call(Message(observation), b""))
-    episode.record(step, episode.head_after(step, stop_reason))
-    return step
 
 
 async def test_the_policy_thinks_and_then_acts(tokenizer: HFTokenizer):
@@ -60,7 +56,9 @@ async def test_an_ended_turn_is_an_ended_thought(tokenizer: HFTokenizer):
     agent, episode = build(tokenizer, "I am done")
     step = await take(agent, episode)
     assert step.answer["reasoning"] == "I am done"
-    assert agent.prompt.terminator not in agent.engine.prompts[-1][-8:], "it does not act behind its own end of turn"
+    assert agent.engine.prompt.terminator not in agent.engine.prompts[-1][-8:], (
+        "it does not act behind its own end of turn"
+    )
     assert tokenizer.decode(agent.engine.prompts[-1]).endswith("I am done</think>\n\n")
 
 
@@ -73,14 +71,14 @@ async def test_later_prompts_keep_or_drop_it(tokenizer: HFTokenizer, history: st
     assert prompt.count("<think>") == (3 if history == "keep" else 1)
     assert first.answer["action"] in prompt
     rows = [first, second, third]
-    record = EpisodeRecord(episode.config, episode.head)
+    record = StoredEpisode(episode.config, episode.state)
     segments = as_tokens(record, rows)["segments"]
     assert len(segments) == (1 if history == "keep" else 3)
     assert sum(sum(segment["loss_mask"]) for segment in segments) == sum(sum(row.span.loss_mask) for row in rows)
     last = segments[-1]["token_ids"]
     assert last[: len(agent.engine.prompts[-1])] == agent.engine.prompts[-1], "as the policy saw it"
-    restored = Episode(record, episode.options, rows)
-    assert restored.log.window(1) == episode.log.window(1)
+    restored = Episode(record, episode.options, agent.engine.history(), rows)
+    assert restored.history.window(1) == episode.history.window(1)
 
 
 async def test_the_models_own_tags_end_a_thought_by_their_token(tokenizer: HFTokenizer):
@@ -105,7 +103,7 @@ async def test_the_window_leaves_room_for_the_thought(tokenizer: HFTokenizer):
     for number in range(12):
         await take(agent, episode, f"observation {number}")
     assert max(map(len, agent.engine.prompts)) <= 160
-    assert episode.head.step == 12
+    assert episode.state.step == 12
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that vLLM imports

@@ -12,7 +12,9 @@ import httpx
 import pytest
 
 from service.app import create_app
-from service.engine.base import EngineRefused, Tokenizer
+from service.engine.base import EngineRefused
+from service.engine.tokenizer import Tokenizer
+from service.lifecycle import Phase
 from service.settings import Settings
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
@@ -61,7 +63,7 @@ async def ready(api: Served) -> str:
 
 
 async def reloaded(api: Served, loader: Loader, num_loads: int) -> None:
-    await until(lambda: loader.num_loads == num_loads and api.app.state.sessions.unready_reason is None)
+    await until(lambda: loader.num_loads == num_loads and api.app.state.services.lifecycle.unready_reason is None)
 
 
 async def test_an_episode_goes_on_from_its_log_after_the_engine_died(tmp_path: Path, loader: Loader):
@@ -260,8 +262,8 @@ async def test_what_is_not_done_when_the_time_is_up_is_refused_and_not_committed
         stream = api.client.post("/act", json=body, headers={"Accept": "text/event-stream"})
         calls = [asyncio.create_task(call) for call in (api.post_act(step=0), api.post_act(step=0), stream)]
         await until(lambda: engine.num_held == 2)
-        api.app.state.sessions.draining = True
-        assert await api.app.state.sessions.abort_acts() == 2
+        api.app.state.services.lifecycle.enter(Phase.DRAINING)
+        assert await api.app.state.services.sessions.abort_acts() == 2
         for call in calls:
             assert _told(await call) == (503, "draining")
         assert engine.num_aborted == 2
@@ -271,7 +273,7 @@ async def test_what_is_not_done_when_the_time_is_up_is_refused_and_not_committed
 async def test_a_commit_that_began_is_never_aborted(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: Any):
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
         await api.open()
-        sessions, at_commit, go = api.app.state.sessions, asyncio.Event(), asyncio.Event()
+        sessions, at_commit, go = api.app.state.services.sessions, asyncio.Event(), asyncio.Event()
         commit = sessions.store.commit
 
         async def slow(change: Any) -> None:
@@ -292,7 +294,7 @@ async def test_an_act_that_is_launched_as_the_others_are_aborted(tmp_path: Path,
     engine = HeldEngine(tokenizer)
     async with serve(tmp_path, engine) as api:
         await api.open()
-        await api.app.state.sessions.abort_acts()
+        await api.app.state.services.sessions.abort_acts()
         assert _told(await api.post_act(step=0)) == (503, "draining")
         assert engine.num_held == 0
 

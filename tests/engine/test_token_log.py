@@ -89,7 +89,7 @@ def test_after_a_slide_half_of_the_room_is_used_before_the_next(length: int, lim
         if start != log.start:
             slid_at.append(step)
         log.start = start
-        log.append(span([step] * length))
+        log.append_span(span([step] * length))
     room_in_steps = (limit - 2 * length) // length
     assert len(slid_at) > 1
     assert all(later - earlier >= room_in_steps // 2 for earlier, later in pairwise(slid_at))
@@ -108,7 +108,7 @@ def test_a_restored_log_decides_as_the_one_that_lived_on(
             assert restored.window(restored.start) == lived.window(lived.start)
             assert restored.fit(turn_len, limit) == lived.fit(turn_len, limit)
         start = lived.fit(length, limit)
-        lived.append(span([step] * length))
+        lived.append_span(span([step] * length))
         lived.start = start or lived.start
 
 

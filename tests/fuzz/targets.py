@@ -10,20 +10,14 @@ from typing import Any
 from starlette.requests import Request
 
 from service.access.keys import Keyring, new_key
-from service.agent.action_spaces import (
-    ActionSpaceError,
-    DecisionTrie,
-    discrete_space,
-    json_space,
-    regex_space,
-    tools_space,
-)
-from service.api.http import body, schemas, security
+from service.agent.action_spaces import DiscreteSpace, JsonSpace, RegexSpace, ToolsSpace
+from service.api.http import body, query, schemas, security
 from service.api.http.middleware import _ids
-from service.api.routes import episodes
 from service.client.errors import EpisodicError as ClientError
 from service.client.errors import reading
 from service.client.streams import EventReader, LineReader
+from service.engine.base import ActionSpaceRefused
+from service.engine.decision_trie import DecisionTrie
 from service.errors import EpisodicError
 from service.trajectory import Sampling
 from service.validation import strict_json
@@ -59,24 +53,24 @@ def build_space(data: bytes, generator: random.Random) -> None:
     """A schema as a caller gives it, as an action space and as a tool's parameters; then an action under it."""
     value = _json(data)
     if not isinstance(value, dict):
-        regex_space(str(value))
+        RegexSpace.of({"pattern": str(value)})
         return
     try:
-        space = json_space(value)
+        space = JsonSpace.of({"schema": value})
         _, failure = space.parse(
             generator.choice(('{"a":[1,{"b":2}]}', "[]", "x", data.decode(errors="replace"))), "stop"
         )
         assert failure is None or failure.detail
-    except ActionSpaceError:
-        tools_space([{"name": "tool", "parameters": value}])
+    except ActionSpaceRefused:
+        ToolsSpace.of({"tools": [{"name": "tool", "parameters": value}]})
         raise
-    tools_space([{"name": "tool", "parameters": value}])
+    ToolsSpace.of({"tools": [{"name": "tool", "parameters": value}]})
 
 
 def build_trie(data: bytes, generator: random.Random) -> None:
     """Actions cut from the bytes; each can be drawn, and their probabilities sum to 1."""
     actions = tuple(data.decode(errors="replace").split(generator.choice((",", '"', " "))))
-    trie = DecisionTrie(discrete_space(actions).actions, lambda text: list(text.encode()), 256)
+    trie = DecisionTrie(DiscreteSpace.of({"actions": actions}).actions, lambda text: list(text.encode()), 256)
     scores = [[generator.choice((0.0, -1.0, float("-inf"))) for _ in branch.children] for branch in trie.branches]
     drawn = trie.draw(scores, Sampling(temperature=generator.choice((0.0, 0.5, 1.0))), generator)
     assert drawn.action in actions
@@ -92,7 +86,7 @@ def read_lines(data: bytes, generator: random.Random) -> None:
 
 
 def read_cursor(data: bytes, generator: random.Random) -> None:
-    created_at, episode_id = episodes._read_cursor(data.decode(errors="replace"))
+    created_at, episode_id = query.read_cursor(data.decode(errors="replace"))
     assert isinstance(created_at, float)
     assert isinstance(episode_id, str)
 
@@ -191,7 +185,7 @@ TARGETS = {
     ),
     "space": Target(
         build_space,
-        (ActionSpaceError,),
+        (ActionSpaceRefused,),
         _bytes(
             _TREE,
             {"type": "array", "prefixItems": [{"const": 1}], "items": {"not": {"type": "null"}}, "uniqueItems": True},
@@ -201,7 +195,7 @@ TARGETS = {
         ),
     ),
     "trie": Target(
-        build_trie, (ActionSpaceError,), [b"left,right,left turn,go to the kitchen", b"a,aa,aaa,b", b"\xc3\xa9,e"]
+        build_trie, (ActionSpaceRefused,), [b"left,right,left turn,go to the kitchen", b"a,aa,aaa,b", b"\xc3\xa9,e"]
     ),
     "events": Target(
         read_events,

@@ -12,10 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.api.http.problems import CODES
 from service.engine.tokenizer import HFTokenizer
+from service.lifecycle import Phase
 from service.observability import metrics
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
-from service.trajectory import EpisodeRecord, StopReason
+from service.trajectory import StopReason, StoredEpisode
 from tests.support.serving import HeldEngine, Served, serve, until
 
 OURS: set[Any] = {value for value in vars(metrics).values() if isinstance(value, Counter | Gauge | Histogram)}
@@ -166,7 +167,7 @@ async def test_the_state_is_that_of_readyz_and_the_info_that_of_version(tmp_path
     async with serve(tmp_path, None, store=MemoryStore(), loading=True) as api:
         version = (await api.client.get("/version")).json()["version"]
         assert await states(api) == (["loading"], [("", "", version)])
-        api.app.state.sessions.draining = True
+        api.app.state.services.lifecycle.enter(Phase.DRAINING)
         assert await states(api) == (["draining"], [("", "", version)])
         assert (await api.client.get("/version")).json()["policy"] is None
     engine = ScriptedEngine(tokenizer)
@@ -185,7 +186,7 @@ async def test_a_scrape_does_not_wait_for_a_store_that_hangs(tmp_path: Path, tok
     class Hanging(MemoryStore):
         hangs = False
 
-        async def episode(self, episode_id: str) -> EpisodeRecord | None:
+        async def episode(self, episode_id: str) -> StoredEpisode | None:
             return await (asyncio.get_running_loop().create_future() if self.hangs else super().episode(episode_id))
 
     store = Hanging()
@@ -214,7 +215,7 @@ async def test_a_count_that_takes_long_is_unknown_and_no_reason_to_be_unready(tm
 async def test_a_profiles_first_episode_is_counted_from_zero_on(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
         named = {value for name, value in await samples(api) if name == "agent_episode_return_count"}
-        assert named >= {profile.name for profile in api.app.state.profiles} | {"none"}
+        assert named >= {profile.name for profile in api.app.state.services.profiles} | {"none"}
 
 
 def test_what_has_not_happened_yet_is_zero_and_not_missing():

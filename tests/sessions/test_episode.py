@@ -8,16 +8,18 @@ import pytest
 from service.agent.options import Options
 from service.api.http.serialization import resource
 from service.engine.base import EngineInfo
+from service.engine.token_log import TokenLog
 from service.errors import Conflict, Unprocessable
-from service.sessions.episode import Call, Episode
-from service.trajectory import EpisodeConfig, EpisodeHead, EpisodeRecord, Message, Sampling, StopReason
+from service.sessions.acts import ActRequest
+from service.sessions.episode import Episode
+from service.trajectory import EpisodeConfig, EpisodeState, Message, Sampling, StopReason, StoredEpisode
 
 INFO = EngineInfo("p", "v", 1000, Sampling(temperature=0.7, top_p=0.9, max_tokens=64))
 
 
-def episode(head: EpisodeHead | None = None, **request: Any) -> Episode:
+def episode(state: EpisodeState | None = None, **request: Any) -> Episode:
     config = EpisodeConfig("e", {"policy": "p", **request}, b"", "v", 5.0)
-    return Episode(EpisodeRecord(config, head or EpisodeHead()), Options.of(request, INFO))
+    return Episode(StoredEpisode(config, state or EpisodeState()), Options.of(request, INFO), TokenLog())
 
 
 def test_sampling_falls_back_on_the_policys_defaults():
@@ -63,7 +65,7 @@ DISCRETE = {"action_space": {"type": "discrete", "actions": ["a", "b", "c"]}}
 )
 def test_a_message_that_the_episode_cannot_take(request_: dict[str, Any], message: Message):
     with pytest.raises(Unprocessable):
-        episode(**request_).check_message(message)
+        episode(**request_).check_request(ActRequest(message, b""))
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,12 @@ def test_a_message_that_the_episode_cannot_take(request_: dict[str, Any], messag
     ],
 )
 def test_a_message_that_it_can(request_: dict[str, Any], message: Message):
-    episode(**request_).check_message(message)
+    episode(**request_).check_request(ActRequest(message, b""))
 
 
 def test_an_ended_episode_says_why():
     with pytest.raises(Conflict) as conflict:
-        episode(EpisodeHead(status="ended", stop_reason=StopReason.MAX_STEPS)).check_active()
+        episode(EpisodeState(status="ended", stop_reason=StopReason.MAX_STEPS)).check_active()
     assert conflict.value.context["stop_reason"] == "max_steps"
 
 
@@ -89,8 +91,6 @@ def test_an_ended_episode_says_why():
 )
 def test_a_full_context_ends_the_episode_only_where_asked_to(overflow: str, reason: StopReason | None):
     full = episode(context={"overflow": overflow, "max_tokens": 100})
-    assert full.fit(90, 11) is None
-    assert full.fit(89, 11) is not None
     if reason:
         assert full.overflow() == reason
     else:
@@ -100,15 +100,15 @@ def test_a_full_context_ends_the_episode_only_where_asked_to(overflow: str, reas
 
 def test_success_counts_at_the_end_only():
     playing = episode()
-    closing = playing.closing_step(Call(Message(reward=-1.5, terminated=True, success=True), b""))
-    head = playing.head_after(closing, StopReason.TERMINATED)
-    assert (head.success, head.episode_return, head.step, head.ended_at) == (True, -1.5, 0, closing.created_at)
-    going_on = playing.head_after(closing, None)
+    closing = playing.closing_step(ActRequest(Message(reward=-1.5, terminated=True, success=True), b""))
+    state = playing.state_after(closing, StopReason.TERMINATED)
+    assert (state.success, state.episode_return, state.step, state.ended_at) == (True, -1.5, 0, closing.created_at)
+    going_on = playing.state_after(closing, None)
     assert (going_on.success, going_on.ended_at, going_on.status) == (None, None, "active")
 
 
 def test_the_resource_is_the_request_and_the_head():
-    shown = resource(EpisodeRecord(episode(goal="g").config, EpisodeHead(step=3, episode_return=1.5)))
+    shown = resource(StoredEpisode(episode(goal="g").config, EpisodeState(step=3, episode_return=1.5)))
     assert (
         shown.items() >= {"goal": "g", "step": 3, "episode_return": 1.5, "created_at": 5.0, "instructions": ""}.items()
     )
@@ -137,12 +137,12 @@ def test_a_restored_episode_is_cut_to_fit_and_otherwise_as_it_was():
 def test_an_episode_whose_space_is_not_accepted_any_more_can_only_end():
     request: dict[str, Any] = {"policy": "p", "action_space": {"type": "json", "schema": {"type": 3}}}
     config = EpisodeConfig("e", request, b"", "v", 5.0)
-    lost = Episode(EpisodeRecord(config, EpisodeHead()), Options.restored(request, INFO))
+    lost = Episode(StoredEpisode(config, EpisodeState()), Options.restored(request, INFO), TokenLog())
     with pytest.raises(Unprocessable, match="not accepted any more"):
-        lost.check_call(Call(Message("x"), b""))
-    lost.check_call(Call(Message(terminated=True), b""))
+        lost.check_request(ActRequest(Message("x"), b""))
+    lost.check_request(ActRequest(Message(terminated=True), b""))
 
 
 def test_rewards_that_sum_to_infinity_are_refused():
     with pytest.raises(Unprocessable, match="too large"):
-        episode(EpisodeHead(episode_return=1.7e308)).check_message(Message("x", reward=1.7e308))
+        episode(EpisodeState(episode_return=1.7e308)).check_request(ActRequest(Message("x", reward=1.7e308), b""))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.errors import Conflict
-from service.sessions.expiry import Sweeper
+from service.sessions.expiry import Expiry
 from service.store.base import StoreUnavailable
 from service.testing.memory_store import MemoryStore
 
@@ -44,35 +44,35 @@ def expiries() -> Expiries:
 
 
 @pytest.fixture(autouse=True)
-async def sweeper(expiries: Expiries) -> AsyncIterator[Sweeper]:
+async def expiry(expiries: Expiries) -> AsyncIterator[Expiry]:
     """It sweeps while the test runs."""
-    made = Sweeper(expiries, expiries.end)
+    made = Expiry(expiries, expiries.end)
     running = asyncio.create_task(made.run())
     yield made
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over(expiries: Expiries, sweeper: Sweeper):
+async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over(expiries: Expiries, expiry: Expiry):
     expiries.due = ["over"]
     (await expiries.asked.get()).set_result(time.time() - 1)
     late = await expiries.asked.get()
     assert expiries.ended == ["over"]
-    sweeper.expect(time.time() + 60)
+    expiry.expect(time.time() + 60)
     late.set_result(None)  # as the store was before that one
     async with asyncio.timeout(5):
         again = await expiries.asked.get()
     again.cancel()
 
 
-async def test_it_sleeps_while_nothing_can_expire(expiries: Expiries, sweeper: Sweeper):
+async def test_it_sleeps_while_nothing_can_expire(expiries: Expiries, expiry: Expiry):
     (await expiries.asked.get()).set_result(time.time() + 60)
     await asyncio.sleep(0.01)
-    sweeper.expect(None)
-    sweeper.expect(time.time() + 120)
+    expiry.expect(None)
+    expiry.expect(time.time() + 120)
     await asyncio.sleep(0.1)
     assert expiries.asked.empty()
-    sweeper.expect(time.time() + 30)
+    expiry.expect(time.time() + 30)
     async with asyncio.timeout(5):
         (await expiries.asked.get()).cancel()
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from service.engine.base import TextSink
 from service.engine.tokenizer import HFTokenizer
 from service.errors import Conflict
-from service.sessions.episode import Call, Listener
+from service.sessions.acts import ActRequest
 from service.sessions.sessions import Sessions
 from service.store.base import Commit, StepTaken, Store, StoreUnavailable
 from service.store.sql import SQLStore
@@ -69,7 +70,7 @@ async def test_an_evicted_episode_goes_on_with_the_same_tokens(
             await api.open(name, instructions="Play.", action_space=space, **SLIDING)
         for step in range(NUM_STEPS):
             await asyncio.gather(*(api.act(name, **said(step), step=step) for name in names))
-        assert len(api.app.state.sessions._live) <= len(names)
+        assert len(api.app.state.services.sessions._cache) <= len(names)
         for name in names:
             assert (await api.trajectory(name, format="tokens"))["segments"] == segments
 
@@ -142,14 +143,14 @@ async def test_the_next_step_waits_for_one_in_flight_that_another_replica_has_ta
 
 @pytest.fixture
 async def sessions(tokenizer: HFTokenizer) -> Sessions:
-    sessions = Sessions(MemoryStore(), max_live_episodes=8)
+    sessions = Sessions(MemoryStore(), max_cached_episodes=8)
     sessions.serve(HeldEngine(tokenizer))
     await sessions.create("e", {}, b"body")
     return sessions
 
 
-def call(observation: str = "look", **fields: Any) -> Call:
-    return Call(Message(observation), observation.encode(), **fields)
+def call(observation: str = "look", **fields: Any) -> ActRequest:
+    return ActRequest(Message(observation), observation.encode(), **fields)
 
 
 async def test_a_retry_right_behind_the_caller_that_left_starts_anew(sessions: Sessions):
@@ -185,7 +186,7 @@ class SlowStore(MemoryStore):
 async def test_a_commit_that_began_is_not_given_up(tokenizer: HFTokenizer):
     """Neither a caller that leaves nor a deadline tears an act between the store and the episode."""
     store = SlowStore()
-    sessions = Sessions(store, max_live_episodes=8)
+    sessions = Sessions(store, max_cached_episodes=8)
     sessions.serve(ScriptedEngine(tokenizer))
     await sessions.create("e", {}, b"body")
     leaves = asyncio.create_task(sessions.act("e", call(step=0)))
@@ -197,7 +198,7 @@ async def test_a_commit_that_began_is_not_given_up(tokenizer: HFTokenizer):
     store.release.set()
     assert (await hurries)["step"] == 0
     assert (await sessions.act("e", call(step=0)))["replayed"]
-    assert (await sessions.get("e")).head.step == 1
+    assert (await sessions.get("e")).state.step == 1
 
 
 class FlakyStore(MemoryStore):
@@ -227,7 +228,7 @@ class FlakyStore(MemoryStore):
 @pytest.mark.parametrize("fault", ["before", "away"])
 async def test_an_unknown_outcome_of_a_commit_is_settled_by_the_retry(tokenizer: HFTokenizer, fault: str):
     store = FlakyStore()
-    sessions = Sessions(store, max_live_episodes=8)
+    sessions = Sessions(store, max_cached_episodes=8)
     sessions.serve(ScriptedEngine(tokenizer))
     await sessions.create("e", {}, b"body")
     await sessions.act("e", call("zero", step=0))
@@ -241,7 +242,7 @@ async def test_an_unknown_outcome_of_a_commit_is_settled_by_the_retry(tokenizer:
 
 async def test_a_commit_whose_answer_was_lost_is_found_by_reading_the_step_again(tokenizer: HFTokenizer):
     store = FlakyStore()
-    sessions = Sessions(store, max_live_episodes=8)
+    sessions = Sessions(store, max_cached_episodes=8)
     sessions.serve(ScriptedEngine(tokenizer))
     await sessions.create("e", {}, b"body")
     store.fault = "after"
@@ -253,7 +254,7 @@ async def test_a_commit_whose_answer_was_lost_is_found_by_reading_the_step_again
 
 async def test_the_loser_of_a_race_answers_with_the_winners_step(tokenizer: HFTokenizer):
     store = MemoryStore()
-    replicas = [Sessions(store, max_live_episodes=8) for _ in range(2)]
+    replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
     engines = [HeldEngine(tokenizer) for _ in replicas]
     for replica, engine in zip(replicas, engines, strict=True):
         replica.serve(engine)
@@ -271,13 +272,13 @@ async def test_the_loser_of_a_race_answers_with_the_winners_step(tokenizer: HFTo
 async def test_a_streamed_act_that_loses_its_race_is_not_written_anew(tokenizer: HFTokenizer):
     """Its caller has heard words already; others behind them would make no sense."""
     store = MemoryStore()
-    replicas = [Sessions(store, max_live_episodes=8) for _ in range(2)]
+    replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
     for replica in replicas:
         replica.serve(ScriptedEngine(tokenizer))
     await replicas[0].create("e", {}, b"body")
     await replicas[1].act("e", call("zero"))  # replica 0 does not know of it
     heard: list[str] = []
-    streamed = replace(call("one"), emit=Listener(lambda _, delta: heard.append(delta)))
+    streamed = replace(call("one"), sink=TextSink(lambda _, delta: heard.append(delta)))
     with pytest.raises(Conflict) as conflict:
         await replicas[0].act("e", streamed)
     assert (conflict.value.code, conflict.value.context["expected_step"]) == ("step_conflict", 1)
@@ -288,7 +289,7 @@ async def test_a_streamed_act_that_loses_its_race_is_not_written_anew(tokenizer:
 async def test_an_act_without_a_step_never_takes_over_anothers_answer(tokenizer: HFTokenizer):
     """Equal words are no proof of a retry: two replicas' callers may both say "look"."""
     store = MemoryStore()
-    replicas = [Sessions(store, max_live_episodes=8) for _ in range(2)]
+    replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
     for replica in replicas:
         replica.serve(ScriptedEngine(tokenizer))
     await replicas[0].create("e", {}, b"body")
@@ -299,7 +300,7 @@ async def test_an_act_without_a_step_never_takes_over_anothers_answer(tokenizer:
 
 async def test_a_key_never_takes_over_the_answer_of_another_key(tokenizer: HFTokenizer):
     store = MemoryStore()
-    replicas = [Sessions(store, max_live_episodes=8) for _ in range(2)]
+    replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
     for replica in replicas:
         replica.serve(ScriptedEngine(tokenizer))
     await replicas[0].create("e", {}, b"body")
@@ -323,7 +324,7 @@ async def test_concurrent_touches_share_one_read(tokenizer: HFTokenizer):
             return await super().trajectory(episode_id)
 
     store = CountingStore()
-    sessions = Sessions(store, max_live_episodes=1)
+    sessions = Sessions(store, max_cached_episodes=1)
     sessions.serve(ScriptedEngine(tokenizer))
     await sessions.create("e", {}, b"body")
     await sessions.create("other", {}, b"body")
@@ -334,7 +335,7 @@ async def test_concurrent_touches_share_one_read(tokenizer: HFTokenizer):
 
 
 async def test_a_failed_read_is_not_remembered(tokenizer: HFTokenizer):
-    sessions = Sessions(MemoryStore(), max_live_episodes=4)
+    sessions = Sessions(MemoryStore(), max_cached_episodes=4)
     sessions.serve(ScriptedEngine(tokenizer))
     for _ in range(2):
         with pytest.raises(Exception, match="no episode"):
@@ -345,7 +346,7 @@ async def test_a_failed_read_is_not_remembered(tokenizer: HFTokenizer):
 
 async def test_an_act_in_flight_is_not_evicted(tokenizer: HFTokenizer):
     engine = HeldEngine(tokenizer)
-    sessions = Sessions(MemoryStore(), max_live_episodes=1)
+    sessions = Sessions(MemoryStore(), max_cached_episodes=1)
     sessions.serve(engine)
     await sessions.create("e", {}, b"body")
     acting = asyncio.create_task(sessions.act("e", call(step=0)))
@@ -373,14 +374,14 @@ async def test_no_task_is_left_behind(tmp_path: Path, tokenizer: HFTokenizer):
 async def test_a_conflict_names_the_step_that_is_next(tmp_path: Path, tokenizer: HFTokenizer, make_store: Any):
     store: Store = make_store(tmp_path)
     await store.open()
-    sessions = Sessions(store, max_live_episodes=4)
+    sessions = Sessions(store, max_cached_episodes=4)
     sessions.serve(ScriptedEngine(tokenizer))
     await sessions.create("e", {}, b"body")
     with pytest.raises(Conflict) as conflict:
         await sessions.act("e", call(step=5))
     assert (conflict.value.code, conflict.value.context["expected_step"]) == ("step_conflict", 0)
     with pytest.raises(StepTaken):
-        await store.commit(Commit((await _any_step(sessions)), (await sessions.get("e")).head))
+        await store.commit(Commit((await _any_step(sessions)), (await sessions.get("e")).state))
     await store.close()
 
 

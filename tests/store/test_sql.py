@@ -1,6 +1,7 @@
 """What a store that lasts adds, SQLite or PostgreSQL: durability, migrations, shared commits, replicas that race."""
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -10,14 +11,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, String, delete, func, insert, make_url, select, text, update
 
-from service.store.base import EVERY, EpisodeExists, EpisodeGone, Filter, StepTaken, StoreRefused, StoreUnavailable
+from service.store.base import EVERY, EpisodeExists, EpisodeGone, StepTaken, StoreRefused, StoreUnavailable
 from service.store.connections import Connections, Patience
 from service.store.group_commit import MAX_BATCH
 from service.store.migrations import migrate
 from service.store.schema import ancestors, episodes, metadata, ratings, step_row, steps
 from service.store.sql import SQLStore
 from service.store.sqlite import SQLiteConnections
-from service.trajectory import EpisodeRecord, Feedback, Message, StopReason
+from service.trajectory import Feedback, Message, StopReason, StoredEpisode
 from tests.store.test_stores import commit, fork, record, step
 
 _T = TypeVar("_T")
@@ -91,8 +92,10 @@ async def test_an_older_store_is_brought_up_to_date_with_its_labels(url: str):
     await in_database(url, older("0001", '{"policy": "p", "group": "g", "tags": ["x", "x", "y"]}'))
     store = SQLStore(url)
     await store.open()
-    for where in (Filter(tag="x"), Filter(tag="y"), Filter(group="g"), Filter(policy="p"), Filter(tenant="default")):
-        assert [row.config.episode_id for row in await store.episodes(limit=9, before=None, where=where)] == ["old"]
+    filters: list[Any] = [{"tag": "x"}, {"tag": "y"}, {"group": "g"}, {"policy": "p"}, {}]
+    for where in filters:
+        found = await store.episodes(limit=9, before=None, tenant="default", where=where)
+        assert [row.config.episode_id for row in found] == ["old"]
     await store.commit(commit(0, "old"))
     assert await store.steps("old") == [step(0, "old")]
     await store.close()
@@ -144,24 +147,33 @@ async def test_an_older_schema_is_gone_back_to_and_left_again_with_nothing_lost(
     await SQLStore(url).migrate(revision)
     assert await in_database(url, lambda connection: connection.execute(text(VERSION)).scalar()) == revision
     async with SQLStore(url) as store:
-        assert await store.trajectory("e") == (replace(record(), head=commit(0).head), [step(0)])
+        assert await store.trajectory("e") == (replace(record(), state=commit(0).state), [step(0)])
 
 
 @pytest.mark.parametrize(
     ("revision", "held"),
-    [("0002", "the tenant 'acme'"), ("0001", "the fork 'fork'"), ("0007", "this version knows 0001, 0002, 0003")],
+    [
+        ("0003", "the episode 'two-streams'"),
+        ("0002", "the tenant 'acme'"),
+        ("0001", "the fork 'fork'"),
+        ("0007", "this version knows 0001, 0002, 0003, 0004"),
+    ],
 )
 async def test_a_schema_that_would_lose_something_is_not_gone_back_to(url: str, revision: str, held: str):
     async with SQLStore(url) as store:
         await store.create(record())
         await store.commit(commit(0))
+        if revision == "0003":
+            await store.create(record("two-streams"))
+            span = replace(step(0).span, encoder_token_ids=array("i", [1, 2]))
+            await store.commit(commit(0, "two-streams", span=span))
         if revision == "0002":
             await store.create(record("acme:e"))
         fork = record("fork")
-        await store.fork([replace(fork, config=replace(fork.config, parent=("e", 1)), head=commit(0).head)])
+        await store.fork([replace(fork, config=replace(fork.config, parent=("e", 1)), state=commit(0).state)])
     with pytest.raises(StoreRefused, match=held):
         await SQLStore(url).migrate(revision)
-    assert await in_database(url, lambda connection: connection.execute(text(VERSION)).scalar()) == "0003"
+    assert await in_database(url, lambda connection: connection.execute(text(VERSION)).scalar()) == "0004"
     async with SQLStore(url) as store:
         assert await store.steps("fork") == [step(0)]
 
@@ -176,7 +188,7 @@ async def test_another_programs_tables_are_left_alone(url: str):
 async def test_a_lineage_may_be_deep(store: SQLStore, url: str):
     """Deeper than SQLite lets an expression be."""
     depth = 1_100
-    await store.create(replace(record("leaf"), head=replace(record().head, step=depth)))
+    await store.create(replace(record("leaf"), state=replace(record().state, step=depth)))
 
     def grow(connection: Connection) -> None:
         rows = [{"episode_id": "leaf", "ancestor_id": f"a{n}", "num_steps": n + 1} for n in range(depth)]
@@ -202,7 +214,7 @@ async def test_what_was_committed_is_there_after_opening_anew(url: str):
     assert [row.index for row in await again.steps("e")] == [0, 1]
     found = await again.episode("e")
     assert found is not None
-    assert found.head == commit(1, ends=StopReason.TERMINATED).head
+    assert found.state == commit(1, ends=StopReason.TERMINATED).state
     await again.close()
 
 
@@ -371,7 +383,7 @@ async def test_a_trajectory_is_of_one_moment(store: SQLStore, other: SQLStore):
     while not acting.done():
         found = await store.trajectory("e")
         assert found is not None
-        assert found[0].head.step == len(found[1])
+        assert found[0].state.step == len(found[1])
     await acting
 
 
@@ -381,7 +393,9 @@ async def test_a_deleted_parents_rows_that_no_fork_reads_are_gone(store: SQLStor
         await store.commit(commit(index))
     for name, at_step in (("f", 1), ("g", 3)):
         made = record(name)
-        await store.fork([EpisodeRecord(replace(made.config, parent=("e", at_step)), replace(made.head, step=at_step))])
+        await store.fork(
+            [StoredEpisode(replace(made.config, parent=("e", at_step)), replace(made.state, step=at_step))]
+        )
     for gone, kept in (("e", 3), ("g", 1), ("f", 0)):
         await store.delete(gone)
         assert await num_rows(url) == kept
@@ -398,7 +412,7 @@ async def test_a_failing_database_is_store_unavailable_and_heals(store: SQLStore
     await store.commit(commit(0))
     found = await store.episode("e")
     assert found is not None
-    assert found.head.step == 1, "the failed commit left nothing behind"
+    assert found.state.step == 1, "the failed commit left nothing behind"
 
 
 async def test_a_row_that_another_program_wrote_is_no_act(store: SQLStore, url: str):
@@ -436,7 +450,8 @@ async def test_a_filter_or_cursor_that_nothing_can_match_finds_nothing(store: SQ
     await store.create(record())
     for name in ("tenant", "tag", "group", "policy", "profile"):
         for value in ("a\0b", "\ud800"):
-            assert await store.episodes(limit=9, before=None, where=Filter(**{name: value})) == []
+            asked: Any = {"tenant": value} if name == "tenant" else {"where": {name: value}}
+            assert await store.episodes(limit=9, before=None, **asked) == []
     nowhere = [(float("nan"), "e"), (float("-inf"), "e"), (2.0, "a\0b"), (2.0, "\ud800")]
     assert [await store.episodes(limit=9, before=before) for before in nowhere] == [[]] * 4
     assert len(await store.episodes(limit=9, before=(float("inf"), "e"))) == 1

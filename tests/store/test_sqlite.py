@@ -220,5 +220,5 @@ async def test_a_backup_made_while_it_is_written_to_is_whole(store: SQLStore, tm
     async with SQLStore(f"sqlite:///{tmp_path / 'copy' / 'backup.db'}") as copy:
         found = await copy.trajectory("e")
         assert found is not None
-        assert 200 <= found[0].head.step == len(found[1]) <= num_steps
+        assert 200 <= found[0].state.step == len(found[1]) <= num_steps
         await copy.commit(commit(len(found[1])))

@@ -12,21 +12,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, Filter, StepTaken, Store
+from service.filters import EpisodeFilter
+from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, StepTaken, Store
 from service.store.schema import episode_record, episode_row, step_row, step_value
 from service.store.sql import SQLStore
 from service.testing.memory_store import MemoryStore
 from service.trajectory import (
     EpisodeConfig,
-    EpisodeHead,
-    EpisodeRecord,
+    EpisodeState,
     Feedback,
-    KeyRecord,
     Message,
-    PolicyRecord,
     Span,
     Step,
     StopReason,
+    StoredEpisode,
+    StoredKey,
+    StoredPolicy,
 )
 
 
@@ -42,9 +43,9 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     await opened.close()
 
 
-def record(name: str = "e", created_at: float = 1.0, **request: Any) -> EpisodeRecord:
+def record(name: str = "e", created_at: float = 1.0, **request: Any) -> StoredEpisode:
     config = EpisodeConfig(name, {"policy": "p", **request}, b"d" * 16, "v1", created_at)
-    return EpisodeRecord(config, EpisodeHead(updated_at=created_at))
+    return StoredEpisode(config, EpisodeState(updated_at=created_at))
 
 
 def step(index: int, name: str = "e", *, closing: bool = False, **fields: Any) -> Step:
@@ -64,7 +65,7 @@ def step(index: int, name: str = "e", *, closing: bool = False, **fields: Any) -
 
 
 def commit(index: int, name: str = "e", *, ends: StopReason | None = None, **fields: Any) -> Commit:
-    head = EpisodeHead(
+    state = EpisodeState(
         step=index + (not ends),
         status="ended" if ends else "active",
         stop_reason=ends,
@@ -74,7 +75,7 @@ def commit(index: int, name: str = "e", *, ends: StopReason | None = None, **fie
         updated_at=2.0 + index,
         ended_at=2.0 + index if ends else None,
     )
-    return Commit(step(index, name, closing=ends is not None, **fields), head)
+    return Commit(step(index, name, closing=ends is not None, **fields), state)
 
 
 async def test_what_was_created_is_found(store: Store):
@@ -111,7 +112,7 @@ async def test_commits_come_back_in_order_with_the_head(store: Store):
     assert await store.steps("e", 13) == []
     found = await store.episode("e")
     assert found is not None
-    assert found.head == commit(12, ends=StopReason.TERMINATED).head
+    assert found.state == commit(12, ends=StopReason.TERMINATED).state
     assert found.config == record().config
 
 
@@ -125,7 +126,7 @@ async def test_a_commit_needs_exactly_the_steps_before_it(store: Store, index: i
     assert [row.index for row in await store.steps("e")] == [0, 1]
     found = await store.episode("e")
     assert found is not None
-    assert found.head == commit(1).head
+    assert found.state == commit(1).state
 
 
 async def test_nothing_is_committed_behind_the_end(store: Store):
@@ -201,16 +202,16 @@ async def test_a_tenants_episodes_are_counted_and_listed_apart(store: Store):
         await store.create(record(name, at, group="g"))
     await store.commit(commit(0, "acme:a", ends=StopReason.TERMINATED))
     assert [await store.num_active(tenant) for tenant in ("default", "acme", "ac", "nobody", None)] == [1, 1, 1, 0, 3]
-    found = {
-        Filter(tenant="default"): ["a"],
-        Filter(tenant="acme"): ["acme:b", "acme:a"],
-        Filter(tenant="acme", status="ended", group="g"): ["acme:a"],
-        Filter(tenant="nobody"): [],
-    }
-    for where, names in found.items():
-        rows = await store.episodes(limit=10, before=None, where=where)
-        assert [row.config.episode_id for row in rows] == names, where
-    (older,) = await store.episodes(limit=10, before=(3.0, "acme:b"), where=Filter(tenant="acme"))
+    found: list[tuple[str, EpisodeFilter, list[str]]] = [
+        ("default", {}, ["a"]),
+        ("acme", {}, ["acme:b", "acme:a"]),
+        ("acme", {"status": "ended", "group": "g"}, ["acme:a"]),
+        ("nobody", {}, []),
+    ]
+    for tenant, where, names in found:
+        rows = await store.episodes(limit=10, before=None, tenant=tenant, where=where)
+        assert [row.config.episode_id for row in rows] == names, (tenant, where)
+    (older,) = await store.episodes(limit=10, before=(3.0, "acme:b"), tenant="acme")
     assert older.config.tenant == "acme"
     await store.delete("acme:b")
     assert await store.num_active("acme") == 0
@@ -218,8 +219,8 @@ async def test_a_tenants_episodes_are_counted_and_listed_apart(store: Store):
 
 async def test_keys_are_kept_and_revoked_once(store: Store):
     assert await store.keys() == []
-    first = KeyRecord("k2", b"\0" * 32, "acme", ("act", "read"), 1.0)
-    second = KeyRecord("k1", b"\1" * 32, "default", (), 2.0)
+    first = StoredKey("k2", b"\0" * 32, "acme", ("act", "read"), 1.0)
+    second = StoredKey("k1", b"\1" * 32, "default", (), 2.0)
     await store.add_key(first)
     await store.add_key(second)
     assert await store.keys() == [first, second]
@@ -231,7 +232,7 @@ async def test_keys_are_kept_and_revoked_once(store: Store):
 
 async def test_policies_are_kept_by_name(store: Store):
     for name, digest in (("b", "1"), ("a", "2"), ("b", "3")):
-        await store.put_policy(PolicyRecord(name, digest, "v", 8, 1.0))
+        await store.put_policy(StoredPolicy(name, digest, "v", 8, 1.0))
     assert [(kept.name, kept.digest) for kept in await store.policies()] == [("a", "2"), ("b", "3")]
     await store.delete_policy("a")
     await store.delete_policy("nobody")
@@ -242,7 +243,7 @@ async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Stor
     for number in range(25):
         await store.create(record(f"e{number:02}", created_at=float(number // 3)))  # several at one time
     await store.commit(commit(0, "e07", ends=StopReason.TRUNCATED))
-    found: list[EpisodeRecord] = []
+    found: list[StoredEpisode] = []
     before = None
     while page := await store.episodes(limit=4, before=before, where=EVERY):
         assert len(page) <= 4
@@ -252,9 +253,9 @@ async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Stor
     assert places == sorted(places, reverse=True)
     assert {name for _, name in places} == {f"e{number:02}" for number in range(25)}
     assert len(places) == 25
-    ended = await store.episodes(limit=100, before=None, where=Filter(status="ended"))
+    ended = await store.episodes(limit=100, before=None, where={"status": "ended"})
     assert [row.config.episode_id for row in ended] == ["e07"]
-    assert len(await store.episodes(limit=100, before=None, where=Filter(status="active"))) == 24
+    assert len(await store.episodes(limit=100, before=None, where={"status": "active"})) == 24
 
 
 JSON = st.recursive(
@@ -277,15 +278,25 @@ MESSAGES = st.builds(
     legal_actions=st.none() | st.lists(st.text(max_size=3, alphabet="ab'"), max_size=3).map(tuple),
 )
 FLOAT32 = st.floats(width=32, allow_nan=False, max_value=0)
+TOKENS = st.integers(0, 2**31 - 1)
+SPANS = st.builds(
+    lambda rows, encoder: Span(
+        array("i", [row[0] for row in rows]),
+        bytes(row[1] for row in rows),
+        array("f", [row[2] for row in rows]),
+        encoder,
+    ),
+    st.lists(st.tuples(TOKENS, st.integers(0, 1), FLOAT32), max_size=9),
+    st.none() | st.lists(TOKENS, max_size=9).map(lambda ids: array("i", ids)),
+)
+"""Of one stream or of two."""
 STEPS = st.builds(
     Step,
     episode_id=st.just("e"),
     index=st.just(0),
     message=MESSAGES,
     closing=st.booleans(),
-    span=st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1), FLOAT32), max_size=9).map(
-        lambda rows: Span(array("i", [r[0] for r in rows]), bytes(r[1] for r in rows), array("f", [r[2] for r in rows]))
-    ),
+    span=SPANS,
     window_start=st.integers(1, 10_000),
     answer=st.dictionaries(st.text("ab", max_size=2), JSON, max_size=3),
     digest=st.binary(min_size=16, max_size=16),
@@ -305,7 +316,7 @@ def test_a_step_survives_being_a_row(value: Step):
     st.none() | st.booleans(),
 )
 def test_an_episode_survives_being_a_row(request_: dict[str, Any], reason: StopReason | None, success: bool | None):
-    kept = replace(record(**request_), head=EpisodeHead(stop_reason=reason, success=success, episode_return=math.pi))
+    kept = replace(record(**request_), state=EpisodeState(stop_reason=reason, success=success, episode_return=math.pi))
     row: Any = {**episode_row(kept), "deleted_at": None}
     assert episode_record(row) == kept
 
@@ -318,13 +329,13 @@ async def test_a_step_survives_the_store(store: Store, value: Step, number: Any)
         return
     await store.create(record(name))
     value = replace(value, episode_id=name)
-    await store.commit(Commit(value, EpisodeHead(step=1)))
+    await store.commit(Commit(value, EpisodeState(step=1)))
     assert await store.steps(name) == [value]
 
 
-def fork(name: str, parent: str, at_step: int, **request: Any) -> EpisodeRecord:
+def fork(name: str, parent: str, at_step: int, **request: Any) -> StoredEpisode:
     config = EpisodeConfig(name, {"policy": "p", **request}, b"f" * 16, "v1", 5.0, (parent, at_step))
-    return EpisodeRecord(config, EpisodeHead(step=at_step, updated_at=5.0))
+    return StoredEpisode(config, EpisodeState(step=at_step, updated_at=5.0))
 
 
 async def _grown(store: Store, name: str, num_steps: int, start: int = 0) -> None:
@@ -387,28 +398,28 @@ async def test_forks_are_made_all_or_none(store: Store):
 async def test_episodes_are_found_by_their_labels(store: Store):
     await store.create(record("a", 1.0, tags=["x", "y", "x"], group="g", profile="p1"))
     await store.create(record("b", 2.0, tags=["y"], group="h"))
-    await store.create(EpisodeRecord(EpisodeConfig("c", {"policy": "q"}, b"d" * 16, "v1", 3.0)))
-    found = {
-        Filter(tag="y"): ["b", "a"],
-        Filter(tag="x"): ["a"],
-        Filter(tag="%"): [],
-        Filter(group="g"): ["a"],
-        Filter(policy="q"): ["c"],
-        Filter(profile="p1"): ["a"],
-        Filter(tag="y", group="h", status="active"): ["b"],
-        Filter(tag="y", status="ended"): [],
-    }
-    for where, names in found.items():
+    await store.create(StoredEpisode(EpisodeConfig("c", {"policy": "q"}, b"d" * 16, "v1", 3.0)))
+    found: list[tuple[EpisodeFilter, list[str]]] = [
+        ({"tag": "y"}, ["b", "a"]),
+        ({"tag": "x"}, ["a"]),
+        ({"tag": "%"}, []),
+        ({"group": "g"}, ["a"]),
+        ({"policy": "q"}, ["c"]),
+        ({"profile": "p1"}, ["a"]),
+        ({"tag": "y", "group": "h", "status": "active"}, ["b"]),
+        ({"tag": "y", "status": "ended"}, []),
+    ]
+    for where, names in found:
         rows = await store.episodes(limit=10, before=None, where=where)
         assert [row.config.episode_id for row in rows] == names, where
     await store.delete("a")
-    assert await store.episodes(limit=10, before=None, where=Filter(tag="x")) == []
+    assert await store.episodes(limit=10, before=None, where={"tag": "x"}) == []
 
 
 async def test_expiry_is_the_active_episodes(store: Store):
     assert await store.next_expiry() is None
     for name, at in (("late", 9.0), ("soon", 4.0), ("never", None)):
-        await store.create(EpisodeRecord(record(name).config, EpisodeHead(updated_at=1.0, expires_at=at)))
+        await store.create(StoredEpisode(record(name).config, EpisodeState(updated_at=1.0, expires_at=at)))
     assert await store.next_expiry() == 4.0
     assert await store.expired(3.9, 10) == []
     assert await store.expired(9.0, 10) == ["soon", "late"]
@@ -445,5 +456,5 @@ async def test_a_trajectory_is_the_episode_and_its_rows(store: Store):
     await store.commit(commit(0))
     found = await store.trajectory("e")
     assert found is not None
-    assert found[0].head == commit(0).head
+    assert found[0].state == commit(0).state
     assert found[1] == [step(0)]

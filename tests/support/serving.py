@@ -14,8 +14,9 @@ from fastapi import FastAPI
 
 from service.api.http import server as http_server
 from service.app import create_app
-from service.engine.base import Completion, Engine, Scores
-from service.engine.supervisor import Heard, Load
+from service.engine.base import Engine
+from service.engine.completion import Completion, Scores
+from service.engine.supervisor import Callback, Load
 from service.settings import Settings
 from service.store.base import Store
 from service.testing.memory_store import MemoryStore
@@ -61,7 +62,7 @@ class Served:
 
     @property
     def engine(self) -> Any:
-        return self.app.state.sessions.agent.engine
+        return self.app.state.services.sessions.agent.engine
 
     @property
     def path(self) -> str:
@@ -115,8 +116,8 @@ async def serve(
     *,
     store: Store | None = None,
     loading: bool = False,
-    on_ready: Heard = lambda: None,
-    on_fatal: Heard = lambda: None,
+    on_ready: Callback = lambda: None,
+    on_fatal: Callback = lambda: None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
@@ -132,7 +133,7 @@ async def serve(
     try:
         async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
             if not loading:
-                await until(lambda: app.state.sessions.unready_reason != "loading")
+                await until(lambda: app.state.services.lifecycle.unready_reason != "loading")
             yield Served(app, url, client)
     finally:
         server.should_exit = True

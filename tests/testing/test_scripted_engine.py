@@ -53,6 +53,6 @@ async def test_a_dead_engine_answers_nothing_and_its_watcher_returns(tokenizer: 
 
 async def test_it_refuses_one_pattern(tokenizer: HFTokenizer):
     engine = ScriptedEngine(tokenizer)
-    await engine.check(Constraint("regex", "a"))
+    await engine.check_constraint(Constraint("regex", "a"))
     with pytest.raises(ConstraintRefused):
-        await engine.check(Constraint("regex", "("))
+        await engine.check_constraint(Constraint("regex", "("))

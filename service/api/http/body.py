@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from service.api.http.services import services
 from service.errors import BadRequest, TooLarge, Unprocessable
 from service.validation import strict_json
 
@@ -49,8 +50,8 @@ async def read_bytes(request: Request) -> bytes:
     seconds than a request may."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise BadRequest("malformed_json", "The body is compressed (Content-Encoding); send it as it is.")
-    limit: int = request.app.state.settings.max_body_bytes
-    limit_s: float = request.app.state.settings.receive_limit_s
+    settings = services(request).settings
+    limit, limit_s = settings.max_body_bytes, settings.receive_limit_s
     if int(request.headers.get("content-length", 0)) > limit:
         raise _too_large(limit)
     body = bytearray()
@@ -87,6 +88,14 @@ def digest(document: dict[str, Any]) -> bytes:
     """Tells a retry from another call, 16 bytes. Raises BadRequest for what cannot be kept."""
     said = {key: value for key, value in document.items() if key not in _NOT_DIGESTED}
     return hashlib.blake2b(_canonical(said), digest_size=16).digest()
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The Idempotency-Key header. Raises Unprocessable."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= 255:
+        raise Unprocessable("Idempotency-Key must have 1 to 255 characters", "Idempotency-Key")
+    return key
 
 
 def _canonical(value: Any) -> bytes:

@@ -57,7 +57,7 @@ class RequestContext:
             raise
         finally:
             status = status or 499
-            metrics.record_request(getattr(scope.get("route"), "path", "-"), status)
+            metrics.count_request(getattr(scope.get("route"), "path", "-"), status)
             (_log.debug if _is_quiet(scope["path"], status) else _log.info)(
                 "request",
                 method=scope["method"],

@@ -26,6 +26,12 @@ _REQUESTS = (
     ForkRequest,
     RecordRequest,
 )
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+    "description": "Makes a retry safe, as `step` does.",
+}
 _REFERENCE = "#/components/schemas/{model}"
 
 

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.api.http.acting import ClientClosed
 from service.api.http.schemas import Problem
 from service.engine.base import EngineUnavailable
 from service.errors import EpisodicError, Unavailable, Unprocessable
@@ -17,6 +18,8 @@ from service.store.base import StoreUnavailable
 
 _log = logs.get(__name__)
 
+CLIENT_CLOSED = 499
+"""Nobody receives this status; the log shows it."""
 _RETRY_AFTER_S = 1
 _LOAD_S = 5
 """What an engine that has to be loaded first takes at least."""
@@ -57,6 +60,7 @@ def install(app: Starlette) -> None:
     """Every failure of the app is rendered here."""
     for kind in (EpisodicError, EngineUnavailable, StoreUnavailable):
         app.add_exception_handler(kind, _expected)
+    app.add_exception_handler(ClientClosed, _closed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
@@ -99,6 +103,10 @@ def response(request: Request, error: EpisodicError) -> Response:
 
 async def _expected(request: Request, error: Exception) -> Response:
     return response(request, expected(error))
+
+
+async def _closed(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

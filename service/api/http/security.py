@@ -7,11 +7,10 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.access.admission import Admission
 from service.access.keys import Keyring
-from service.api.http import problems
+from service.api.http import openai_errors, problems
 from service.api.http.caller import ANYBODY, Caller
-from service.api.routes import openai
+from service.api.http.services import services
 from service.errors import EpisodicError, Forbidden, Unauthenticated
 from service.store.base import StoreUnavailable
 
@@ -50,12 +49,12 @@ class Security:
         request = Request(scope)
         try:
             found = await self._caller(request, needed)
-            admission: Admission = request.app.state.sessions.admission
+            admission = services(request).admission
             admission.count_calls(found.tenant)
             if scope["path"] in _ACTS:
                 admission.check(found.tenant)  # before a flood's bodies are read
         except (EpisodicError, StoreUnavailable) as error:
-            refuse = openai.refusal if openai.owns(scope["path"]) else problems.response
+            refuse = openai_errors.refusal if openai_errors.owns(scope["path"]) else problems.response
             await refuse(request, problems.expected(error))(scope, receive, send)
             return
         scope["caller"] = found

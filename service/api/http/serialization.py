@@ -1,12 +1,13 @@
-"""Owns the faces of what is kept: an episode as a resource, a trajectory as steps, chat messages, or tokens."""
+"""Serialization: an episode as a resource; a trajectory as steps, chat messages, or tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
-from service.engine.prompt import observation_text, system_text
-from service.trajectory import EpisodeRecord, Feedback, JsonValue, Step, public_id
+from service.agent.options import system_text
+from service.engine.prompt import observation_text
+from service.trajectory import Feedback, JsonValue, Step, StoredEpisode, public_id
 
 Rendered = dict[str, JsonValue]
 
@@ -26,28 +27,28 @@ _RESOURCE_DEFAULTS: dict[str, JsonValue] = {
 }
 
 
-def resource(record: EpisodeRecord) -> dict[str, JsonValue]:
+def resource(record: StoredEpisode) -> dict[str, JsonValue]:
     """The episode resource of the HTTP contract."""
-    config, head = record.config, record.head
+    config, state = record.config, record.state
     return {
         **_RESOURCE_DEFAULTS,
         **config.request,
         "episode_id": public_id(config.episode_id),
-        "status": head.status,
-        "stop_reason": head.stop_reason,
-        "success": head.success,
-        "step": head.step,
-        "episode_return": head.episode_return,
-        "num_tokens": head.num_tokens,
+        "status": state.status,
+        "stop_reason": state.stop_reason,
+        "success": state.success,
+        "step": state.step,
+        "episode_return": state.episode_return,
+        "num_tokens": state.num_tokens,
         "policy_version": config.policy_version,
         "parent": config.parent and {"episode_id": public_id(config.parent[0]), "step": config.parent[1]},
         "created_at": config.created_at,
-        "updated_at": head.updated_at,
-        "ended_at": head.ended_at,
+        "updated_at": state.updated_at,
+        "ended_at": state.ended_at,
     }
 
 
-def as_steps(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
+def as_steps(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
     """Steps with the reward that came for each one's action, and the message that closed the episode, if any."""
     rewards = [row.message.reward for row in rows[1:]] + [None]
     steps = [_step(row, reward) for row, reward in zip(rows, rewards, strict=True) if not row.closing] if rows else []
@@ -55,7 +56,7 @@ def as_steps(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
     return {"steps": steps, "closing": closing}
 
 
-def as_messages(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
+def as_messages(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
     """The conversation as chat messages: system, then user (observation) and assistant (action) in turns; a thought is
     the assistant's `reasoning_content`, as the chat templates of models that think name it."""
     system = system_text(record.config.request)
@@ -71,25 +72,30 @@ def as_messages(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
     return {"messages": messages}
 
 
-def as_tokens(record: EpisodeRecord, rows: Sequence[Step]) -> Rendered:
-    """Segments of steps that share a window; a step whose thought later ones do not see ends its segment.
-    token_ids are all the policy saw and drew in it; loss_mask is 1 where it
-    drew a token in one of the segment's own steps; logprobs are those of the drawn tokens, else 0."""
+def as_tokens(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
+    """Segments of steps that share a window. A step whose thought later steps do not see ends its segment.
+
+    token_ids: all that the policy saw and drew in the segment. loss_mask: 1 if it drew the token in one of the
+    segment's own steps. logprobs: those of the drawn tokens, else 0. An encoder-decoder model has one segment for each
+    step, with `encoder_token_ids` beside the decoder's `token_ids`.
+    """
     decided = [row for row in rows if not row.closing]
+    if any(row.span.encoder_token_ids is not None for row in decided):
+        return {"segments": [_encoder_decoder_segment(row) for row in decided]}
     hiding = list(accumulate((row.dropped != (0, 0) for row in decided[:-1]), initial=0))
     groups = groupby(zip(decided, hiding, strict=False), key=lambda pair: (pair[0].window_start, pair[1]))
     return {"segments": [_segment(decided, key[0], [row for row, _ in members]) for key, members in groups]}
 
 
 Format = Literal["steps", "messages", "tokens"]
-_FORMATS: dict[Format, Callable[[EpisodeRecord, Sequence[Step]], Rendered]] = {
+_FORMATS: dict[Format, Callable[[StoredEpisode, Sequence[Step]], Rendered]] = {
     "steps": as_steps,
     "messages": as_messages,
     "tokens": as_tokens,
 }
 
 
-def document(record: EpisodeRecord, rows: Sequence[Step], feedback: Sequence[Feedback], format: Format) -> Rendered:
+def document(record: StoredEpisode, rows: Sequence[Step], feedback: Sequence[Feedback], format: Format) -> Rendered:
     """The trajectory in one of its faces; what people said of it goes with its steps."""
     said = {"feedback": [rating(item) for item in feedback]} if format == "steps" else {}
     return {"episode": resource(record), "format": format, **_FORMATS[format](record, rows), **said}
@@ -121,6 +127,18 @@ def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rende
         "token_ids": token_ids,
         "loss_mask": loss_mask,
         "logprobs": logprobs,
+    }
+
+
+def _encoder_decoder_segment(row: Step) -> Rendered:
+    return {
+        "steps": [row.index],
+        "window_start": row.window_start,
+        "policy_versions": [row.answer["policy_version"]],
+        "encoder_token_ids": list(row.span.encoder_token_ids or ()),
+        "token_ids": list(row.span.token_ids),
+        "loss_mask": list(row.span.loss_mask),
+        "logprobs": list(row.span.logprobs),
     }
 
 

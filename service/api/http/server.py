@@ -61,7 +61,7 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         app: Any = self.config.app
-        self._limit_s: float = app.state.settings.receive_limit_s
+        self._limit_s: float = app.state.services.settings.receive_limit_s
         self._deadline: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self._in_head = False

@@ -1,4 +1,4 @@
-"""Owns how the server ends: what the first and the second SIGTERM or SIGINT mean, and what acts in flight get."""
+"""Graceful shutdown: what the first and the second SIGTERM or SIGINT do, and what happens to in-flight acts."""
 
 import asyncio
 import contextlib
@@ -11,9 +11,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.http.services import Services
 from service.engine import orphan_guard
+from service.lifecycle import Phase
 from service.observability import logs
-from service.sessions.sessions import Sessions
 
 _log = logs.get(__name__)
 
@@ -58,16 +59,16 @@ class DrainingServer(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:
-        sessions: Sessions = self._app.state.sessions
-        sessions.leaving = True
-        if sessions.unready_reason is None:
+        services: Services = self._app.state.services
+        services.lifecycle.enter(Phase.LEAVING)
+        if services.lifecycle.unready_reason is None:
             await asyncio.sleep(self._drain_delay_s)
-        sessions.draining = True
+        services.lifecycle.enter(Phase.DRAINING)
         in_flight = set(self.server_state.tasks)
         _log.info("draining", num_requests=len(in_flight), at_most_s=self._drain_s)
         if in_flight:
             await asyncio.wait(in_flight, timeout=self._drain_s)
-        num_aborted = await sessions.abort_acts()
+        num_aborted = await services.sessions.abort_acts()
         if num_aborted:
             _log.warning("aborted what was not done in time", num_acts=num_aborted)
         if in_flight:

@@ -1,7 +1,6 @@
-"""Owns GET /export: trajectories as NDJSON, one a line, in memory one at a time."""
+"""GET /export: trajectories as NDJSON, one a line; only one is in memory at a time."""
 
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 
 import orjson
 from fastapi import APIRouter
@@ -9,12 +8,14 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from service.api.http import problems
+from service.api.http.caller import caller
+from service.api.http.query import FilterQuery
 from service.api.http.serialization import Format, document
-from service.api.routes.episodes import FilterQuery
+from service.api.http.services import services
 from service.errors import Gone
+from service.filters import EpisodeFilter
 from service.sessions.sessions import Sessions
-from service.store.base import Filter
-from service.trajectory import EpisodeRecord
+from service.trajectory import StoredEpisode
 
 router = APIRouter(tags=["episodes"])
 
@@ -32,21 +33,22 @@ async def export(request: Request, where: FilterQuery, format: Format = "steps")
 
     An export that fails midway ends without its last chunk, which every HTTP client reports.
     """
-    sessions: Sessions = request.app.state.sessions
-    where = replace(where, status=where.status or "ended")
-    first = await sessions.page(limit=_PAGE, before=None, where=where)
-    return StreamingResponse(_lines(sessions, where, first, format), media_type="application/x-ndjson")
+    sessions, tenant = services(request).sessions, caller(request).tenant
+    where["status"] = where.get("status", "ended")
+    first = await sessions.page(tenant, where, limit=_PAGE, before=None)
+    return StreamingResponse(_lines(sessions, tenant, where, first, format), media_type="application/x-ndjson")
 
 
-async def _lines(sessions: Sessions, where: Filter, page: list[EpisodeRecord], format: Format) -> AsyncGenerator[bytes]:
+async def _lines(
+    sessions: Sessions, tenant: str, where: EpisodeFilter, page: list[StoredEpisode], format: Format
+) -> AsyncGenerator[bytes]:
     while page:
         for listed in page:
             try:
-                record, steps = await sessions.steps(listed.config.episode_id)
+                stored, steps = await sessions.steps(listed.config.episode_id)
             except Gone:
                 continue  # deleted since its page was read
-            said = await sessions.feedback(record.config.episode_id) if format == "steps" else ()
-            yield orjson.dumps(document(record, steps, said, format), option=orjson.OPT_APPEND_NEWLINE)
+            feedback = await sessions.feedback(stored.config.episode_id) if format == "steps" else ()
+            yield orjson.dumps(document(stored, steps, feedback, format), option=orjson.OPT_APPEND_NEWLINE)
         last = page[-1].config
-        before = (last.created_at, last.episode_id)
-        page = await sessions.page(limit=_PAGE, before=before, where=where)
+        page = await sessions.page(tenant, where, limit=_PAGE, before=(last.created_at, last.episode_id))

@@ -1,4 +1,4 @@
-"""Owns what operators call: health, readiness, version, metrics."""
+"""What operators and orchestrators call: health, readiness, version, metrics."""
 
 import asyncio
 import dataclasses
@@ -6,17 +6,16 @@ import importlib.metadata
 import math
 from contextlib import suppress
 
-import orjson
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from service.agent.agent import Agent
+from service.api.http.answers import json_answer
 from service.api.http.schemas import Ready, Version
-from service.engine.base import EngineUnavailable
-from service.observability.metrics import ACTIVE_EPISODES, TASKS, record_state
-from service.sessions.sessions import Sessions
+from service.api.http.services import Services, services
+from service.engine.base import Engine, EngineUnavailable
+from service.observability.metrics import ACTIVE_EPISODES, TASKS, set_state
 from service.store.base import StoreUnavailable
 
 router = APIRouter(tags=["operations"])
@@ -29,73 +28,68 @@ _STORE_LIMIT_S = 2.0
 @router.get("/healthz", response_model=Ready)
 async def healthz() -> Response:
     """The process lives, the model loaded or not."""
-    return _json({"status": "ok"})
+    return json_answer({"status": "ok"})
 
 
 @router.get("/readyz", response_model=Ready, responses={503: {"description": "Not ready; `reason` says why."}})
 async def readyz(request: Request) -> Response:
     """200 when an act would be served, now and in a moment."""
-    sessions = request.app.state.sessions
-    reason = await _unready_reason(sessions)
+    reason = await _unready_reason(services(request))
     if reason:
-        return _json({"status": "unready", "reason": reason}, 503)
-    return _json({"status": "ready"})
+        return json_answer({"status": "unready", "reason": reason}, 503)
+    return json_answer({"status": "ready"})
 
 
 @router.get("/version", response_model=Version)
 async def version(request: Request) -> Response:
     """The service's version, the policy's, and how its chat template behaves; null while it loads."""
-    agent = _agent(request)
-    if agent is None:
+    engine = _engine(request)
+    if engine is None:
         policy: dict[str, object] = {name: None for name in ("policy", "policy_version", "max_model_len", "template")}
     else:
-        info = agent.engine.info
+        info = engine.info
         policy = {
             "policy": info.model,
             "policy_version": info.version,
             "max_model_len": info.max_model_len,
-            "template": dataclasses.asdict(agent.prompt.report),
+            "template": dataclasses.asdict(engine.template),
         }
-    return _json({"version": _VERSION, **policy})
+    return json_answer({"version": _VERSION, **policy})
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text: ours `agent_*`, the engine's `vllm:*`."""
-    sessions = request.app.state.sessions
-    reason = await _unready_reason(sessions)
+    behind = services(request)
+    reason = await _unready_reason(behind)
     num_active = math.nan
     if reason != "store_unavailable":
         with suppress(StoreUnavailable, TimeoutError):  # replicas open and end episodes, too: the store alone knows
             async with asyncio.timeout(_STORE_LIMIT_S):
-                num_active = await sessions.store.num_active()
+                num_active = await behind.sessions.store.num_active()
     ACTIVE_EPISODES.set(num_active)
-    agent = _agent(request)
-    info = agent and agent.engine.info
-    record_state(reason, _VERSION, info and info.model, info and info.version)
+    engine = _engine(request)
+    info = None if engine is None else engine.info
+    set_state(reason, _VERSION, info and info.model, info and info.version)
     TASKS.set(len(asyncio.all_tasks()))
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-async def _unready_reason(sessions: Sessions) -> str | None:
-    """Why what routes to it should look for another replica."""
-    if reason := "draining" if sessions.leaving else sessions.unready_reason:
+async def _unready_reason(behind: Services) -> str | None:
+    """Why a load balancer should choose another replica."""
+    if reason := behind.lifecycle.routing_reason:
         return reason
     try:
         async with asyncio.timeout(_STORE_LIMIT_S):
-            await sessions.store.episode("-")
+            await behind.sessions.store.episode("-")
     except (StoreUnavailable, TimeoutError):
         return "store_unavailable"
     return None
 
 
-def _agent(request: Request) -> Agent | None:
-    """None while the policy loads, whether the service drains meanwhile or not."""
+def _engine(request: Request) -> Engine | None:
+    """None while the first engine is loading."""
     try:
-        return request.app.state.sessions.agent
+        return services(request).sessions.agent.engine
     except EngineUnavailable:
         return None
-
-
-def _json(document: object, status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json")

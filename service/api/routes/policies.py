@@ -1,8 +1,7 @@
-"""Owns /policy: the policies that are served, and LoRA adapters that come and go."""
+"""/policy: the policies that are served; loading and removing LoRA adapters."""
 
 from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Path
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,8 +9,10 @@ from starlette.responses import Response
 from service.agent.policies import Policies
 from service.agent.policies import Policy as Served
 from service.api.http import body, problems
+from service.api.http.answers import json_answer
 from service.api.http.openapi import request_body
 from service.api.http.schemas import AdapterRequest, Policy, PolicyList
+from service.api.http.services import services
 
 router = APIRouter(prefix="/policy", tags=["policies"])
 
@@ -22,7 +23,7 @@ NamePath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 async def listing(request: Request) -> Response:
     """The base model, then its adapters."""
     policies = _policies(request)
-    return _json({"policies": [_resource(policies, policy) for policy in policies]})
+    return json_answer({"policies": [_resource(policies, policy) for policy in policies]})
 
 
 @router.put(
@@ -37,7 +38,7 @@ async def load(request: Request, name: NamePath) -> Response:
     asked, _ = await body.read(request, AdapterRequest)
     policies = _policies(request)
     policy, is_new = await policies.load(name, asked.path)
-    return _json(_resource(policies, policy), 201 if is_new else 200)
+    return json_answer(_resource(policies, policy), 201 if is_new else 200)
 
 
 @router.delete("/{name}", status_code=204, responses=problems.documented(404, 422, 503))
@@ -48,7 +49,7 @@ async def remove(request: Request, name: NamePath) -> Response:
 
 
 def _policies(request: Request) -> Policies:
-    return request.app.state.sessions.agent.policies
+    return services(request).sessions.agent.policies
 
 
 def _resource(policies: Policies, policy: Served) -> dict[str, object]:
@@ -60,7 +61,3 @@ def _resource(policies: Policies, policy: Served) -> dict[str, object]:
         "rank": policy.adapter.rank if policy.adapter else None,
         "loaded_at": policy.loaded_at,
     }
-
-
-def _json(document: object, status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json")

@@ -1,9 +1,9 @@
-"""Owns the engine protocol over vLLM: calls AsyncLLM with token ids, hears that it lives, kills and closes it."""
+"""The vLLM engine: AsyncLLM behind the engine seam."""
 
 import asyncio
 from collections.abc import Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any, TypeVar
 
@@ -13,18 +13,19 @@ from service.engine import orphan_guard
 from service.engine.adapters import AdapterRefused
 from service.engine.base import (
     Adapter,
-    Completion,
     Constraint,
     ConstraintRefused,
     EngineInfo,
     EngineUnavailable,
     OnText,
-    Scores,
 )
+from service.engine.completion import Completion, Scores
+from service.engine.decoder_only import DecoderOnlyEngine
 from service.engine.grammar import GrammarChecker
 from service.engine.tokenizer import HFTokenizer
 from service.engine.vllm import openai_app
-from service.engine.vllm.loading import Pulse, build, in_daemon_thread, model_info
+from service.engine.vllm.loading import Heartbeat, build, in_daemon_thread, model_info
+from service.engine.vllm.openai_app import OpenAIApp
 from service.trajectory import Sampling
 
 T = TypeVar("T")
@@ -36,45 +37,23 @@ _STATS_INTERVAL_S = 10.0
 _POLL_INTERVAL_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class FrontEnd:
-    """How /v1 serves: options of vLLM's front end, and the hosts that media may be fetched from."""
-
-    options: dict[str, Any]
-    media_hosts: tuple[str, ...]
-
-
-_PLAIN = FrontEnd({}, ())
-
-
-class VLLMEngine:
-    """AsyncLLM behind the Engine protocol. Build it with `VLLMEngine.load` on the running event loop."""
+class VLLMEngine(DecoderOnlyEngine):
+    """AsyncLLM behind the Engine protocol. `VLLMEngine.load` makes one, on the running event loop."""
 
     def __init__(
-        self,
-        llm: Any,
-        pulse: Pulse,
-        tasks: tuple[str, ...],
-        info: EngineInfo,
-        tokenizer: HFTokenizer,
-        grammar: GrammarChecker,
-        front_end: FrontEnd,
-        model: str,
+        self, llm: Any, info: EngineInfo, heartbeat: Heartbeat, grammar: GrammarChecker, openai: OpenAIApp
     ) -> None:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        self.info = info
-        self.tokenizer = tokenizer
+        super().__init__(info, HFTokenizer(llm.get_tokenizer()))
         self._llm = llm
-        self._pulse = pulse
-        self._tasks = tasks
+        self._heartbeat = heartbeat
         self._was_killed = False
         self._grammar = grammar
-        self._inference: asyncio.Task[ASGIApp] | None = None
-        self._front_end, self._model = front_end, model
+        self._openai = openai
         self._ids, self._lora_ids = count(), count(1)
         self._loras: dict[Adapter, Any] = {}
         self._served: dict[Adapter, Any] = {}
@@ -84,21 +63,33 @@ class VLLMEngine:
 
     @classmethod
     async def load(
-        cls, model: str, options: dict[str, Any], *, name: str, grammar_limit_s: float, front_end: FrontEnd = _PLAIN
+        cls,
+        model: str,
+        options: dict[str, Any],
+        *,
+        name: str,
+        grammar_limit_s: float,
+        openai_options: dict[str, Any] | None = None,
+        media_hosts: Sequence[str] = (),
     ) -> "VLLMEngine":
-        """Loads weights and starts the engine's processes; takes seconds to minutes, off the event loop.
+        """Loads the weights and starts the engine's processes. Takes seconds to minutes, off the event loop.
 
-        Raises EngineRefused for a model or an option that cannot be, else whatever vLLM raises. Cancelled, it leaves
-        the thread that loads to itself: nothing interrupts vLLM there, and the thread keeps no process from ending.
+        `name` is what callers call the model; `openai_options` and `media_hosts` are those of /v1. Raises EngineRefused
+        for a model or an option that cannot be served, otherwise whatever vLLM raises. If it is cancelled, the thread
+        that loads goes on by itself, because nothing interrupts vLLM; it does not keep the process from ending.
         """
-        openai_app.check_options(front_end.options)
-        pulse = Pulse()
-        llm, info_json = await in_daemon_thread(lambda: build(model, options, pulse))
-        tokenizer = HFTokenizer(llm.get_tokenizer())
-        tasks = tuple(await _answer(llm, llm.get_supported_tasks()))
-        info = replace(model_info(llm, model, name), generates="generate" in tasks)
-        grammar = GrammarChecker(info_json, limit_s=grammar_limit_s)
-        engine = cls(llm, pulse, tasks, info, tokenizer, grammar, front_end, model)
+        openai_app.check_options(openai_options or {})
+        heartbeat = Heartbeat()
+        llm, tokenizer_info = await in_daemon_thread(lambda: build(model, options, heartbeat))
+        grammar = GrammarChecker(tokenizer_info, limit_s=grammar_limit_s)
+        try:
+            tasks = tuple(await _answer(llm, llm.get_supported_tasks()))
+            info = replace(model_info(llm, model, name), generates="generate" in tasks)
+            served = openai_app.Served(model, name, openai_options or {}, tuple(media_hosts), tasks)
+            engine = cls(llm, info, heartbeat, grammar, OpenAIApp(llm, served, grammar.check))
+        except BaseException:
+            await asyncio.to_thread(llm.shutdown)
+            raise
         if info.generates:
             await engine._warm_up()
         return engine
@@ -109,7 +100,7 @@ class VLLMEngine:
 
     @property
     def heartbeat(self) -> int:
-        return self._pulse.num_beats
+        return self._heartbeat.num_beats
 
     async def generate(
         self,
@@ -159,17 +150,17 @@ class VLLMEngine:
             for start in range(0, len(candidates), MAX_CANDIDATES_A_CALL)
         ]
         if len(chunks) == 1:
-            return await self._score(prompt_token_ids, candidates, adapter, cache_salt)
+            return await self._score_chunk(prompt_token_ids, candidates, adapter, cache_salt)
         try:
             async with asyncio.TaskGroup() as group:
-                calls = [self._score(prompt_token_ids, chunk, adapter, cache_salt) for chunk in chunks]
+                calls = [self._score_chunk(prompt_token_ids, chunk, adapter, cache_salt) for chunk in chunks]
                 tasks = [group.create_task(call) for call in calls]
         except ExceptionGroup as failures:  # the chunks of one pass fail for one reason
             raise failures.exceptions[0] from failures
         parts = [task.result() for task in tasks]
         return Scores(tuple(value for part in parts for value in part.logprobs), parts[0].cached_tokens)
 
-    async def check(self, constraint: Constraint) -> None:
+    async def check_constraint(self, constraint: Constraint) -> None:
         from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
         await self._grammar.check(constraint)
@@ -196,7 +187,7 @@ class VLLMEngine:
             await self.generate([0], Sampling(temperature=0.0, max_tokens=1), None)
         else:
             await _answer(self._llm, self._llm.is_sleeping())
-            self._pulse.num_beats += 1
+            self._heartbeat.num_beats += 1
 
     def kill(self) -> None:
         self._was_killed = True
@@ -219,34 +210,16 @@ class VLLMEngine:
         if not loaded:
             raise AdapterRefused("vLLM did not load it")
         self._loras[adapter] = self._served[adapter] = request
-        self._show_adapters()
+        self._openai.set_adapters(self._served.values())
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         request = self._loras[adapter]  # kept: an act in flight names it again, and vLLM loads it from the same files
         self._served.pop(adapter, None)
         await _answer(self._llm, self._llm.remove_lora(request.lora_int_id))
-        self._show_adapters()
+        self._openai.set_adapters(self._served.values())
 
-    def _show_adapters(self) -> None:
-        """/v1 has the adapters as models, by their names."""
-        building = self._inference
-        if building and building.done() and not building.cancelled() and not building.exception():
-            openai_app.set_adapters(building.result(), self._served.values())
-
-    async def inference(self) -> ASGIApp:
-        if self._inference is None or (self._inference.done() and self._inference.exception()):
-            building = openai_app.build(
-                self._llm,
-                self._tasks,
-                model=self._model,
-                name=self.info.model,
-                options=self._front_end.options,
-                media_hosts=self._front_end.media_hosts,
-                check=self._grammar.check,
-            )
-            self._inference = asyncio.create_task(building)
-            self._inference.add_done_callback(lambda _: self._show_adapters())
-        return await asyncio.shield(self._inference)
+    async def openai_app(self) -> ASGIApp:
+        return await self._openai.get()
 
     async def close(self) -> None:
         await self._grammar.close()
@@ -272,7 +245,7 @@ class VLLMEngine:
         spec: dict[str, Any] = {constraint.kind: constraint.spec}
         return self._structured(**spec)
 
-    async def _score(
+    async def _score_chunk(
         self,
         prompt_token_ids: list[int],
         candidates: Sequence[int],

@@ -39,9 +39,9 @@ class EngineOptionError(EngineRefused):
     """An engine option that vLLM does not have, or not with this value."""
 
 
-class Pulse:
-    """Hears of every step that the engine takes, as a stat logger (vllm.v1.metrics.loggers.StatLoggerBase): a request
-    whose output is asked for at its end alone gives no other sign meanwhile."""
+class Heartbeat:
+    """Counts the steps that the engine takes, as a stat logger (vllm.v1.metrics.loggers.StatLoggerBase). A request that
+    asks for its final output only gives no other sign of life meanwhile."""
 
     def __init__(self) -> None:
         self.num_beats = 0
@@ -71,7 +71,7 @@ async def in_daemon_thread(function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(future)
 
 
-def build(model: str, options: dict[str, Any], pulse: Pulse) -> tuple[Any, str]:
+def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[Any, str]:
     """The engine, and its tokenizer as xgrammar serializes it."""
     on_cpu = prepare_environment(options)
     import xgrammar
@@ -100,7 +100,7 @@ def build(model: str, options: dict[str, Any], pulse: Pulse) -> tuple[Any, str]:
         raise EngineRefused(f"{model} is an encoder-decoder model; vLLM 0.32 would run its encoder alone")
 
     def listener(*_: Any) -> Any:
-        return pulse
+        return heartbeat
 
     llm = AsyncLLM.from_vllm_config(
         config,

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Any
@@ -116,35 +117,57 @@ def _salted(prompt: Any) -> Any:
     return {**prompt, "cache_salt": ":".join([salt, *filter(None, [prompt.get("cache_salt")])])}
 
 
-async def build(
-    llm: Any,
-    tasks: Any,
-    *,
-    model: str,
-    name: str,
-    options: dict[str, Any],
-    media_hosts: Sequence[str],
-    check: Check,
-) -> ASGIApp:
-    """An ASGI app with vLLM's routes for inference and none of those that steer the engine. `tasks`: what the engine
-    can do; `name`: what callers call the model; `check` raises ConstraintRefused for what must not be
-    compiled. Takes seconds: the serving classes are imported on the way."""
-    app = await asyncio.to_thread(_app, llm, model, name, options, media_hosts)
-    _add_routes(app, tasks, llm.model_config)
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the app serves. model: what the engine loaded. name: what callers call it. options: vLLM's front-end
+    options. media_hosts: hosts that media may be fetched from. tasks: what the engine can do."""
+
+    model: str
+    name: str
+    options: dict[str, Any]
+    media_hosts: Sequence[str]
+    tasks: Any
+
+
+class OpenAIApp:
+    """vLLM's OpenAI-compatible app over one engine, built at the first request."""
+
+    def __init__(self, llm: Any, served: Served, check: Check) -> None:
+        """`check` raises ConstraintRefused for a constraint that must not be compiled."""
+        self._llm, self._served, self._check = llm, served, check
+        self._building: asyncio.Task[Any] | None = None
+        self._adapters: dict[str, Any] = {}
+
+    async def get(self) -> ASGIApp:
+        """The app. The first call takes seconds, because it imports the serving classes; a failed one is repeated."""
+        if self._building is None or (self._building.done() and self._building.exception()):
+            self._building = asyncio.create_task(_build(self._llm, self._served, self._check))
+            self._building.add_done_callback(lambda _: self._show_adapters())
+        return await asyncio.shield(self._building)
+
+    def set_adapters(self, requests: Iterable[Any]) -> None:
+        """Callers may name these LoRA requests as models, from now on."""
+        self._adapters = {request.lora_name: request for request in requests}
+        self._show_adapters()
+
+    def _show_adapters(self) -> None:
+        building = self._building
+        if building and building.done() and not building.cancelled() and not building.exception():
+            building.result().state.openai_serving_models.lora_requests = self._adapters
+
+
+async def _build(llm: Any, served: Served, check: Check) -> Any:
+    """vLLM's routes for inference, and none of those that steer the engine."""
+    app = await asyncio.to_thread(_app, llm, served)
+    _add_routes(app, served.tasks, llm.model_config)
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
     client: Any = SaltedClient(CheckedClient(llm, check))
-    await init_app_state(client, app.state, app.state.args, tasks)
+    await init_app_state(client, app.state, app.state.args, served.tasks)
     return app
 
 
-def set_adapters(app: Any, requests: Iterable[Any]) -> None:
-    """The LoRA requests that callers may name as models."""
-    models = app.state.openai_serving_models
-    models.lora_requests = {request.lora_name: request for request in requests}
-
-
-def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: Sequence[str]) -> Any:
+def _app(llm: Any, served: Served) -> Any:
     from fastapi import FastAPI
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
@@ -154,12 +177,12 @@ def _app(llm: Any, model: str, name: str, options: dict[str, Any], media_hosts: 
 
     from service.engine.vllm import media
 
-    check_options(options)
-    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--served-model-name", name])
-    for option, value in {**_DEFAULTS, **options}.items():
+    parser: Any = make_arg_parser(FlexibleArgumentParser())
+    args: Any = parser.parse_args(["--model", served.model, "--served-model-name", served.name])
+    for option, value in {**_DEFAULTS, **served.options}.items():
         setattr(args, option, value)
     args.structured_outputs_config = llm.vllm_config.structured_outputs_config
-    media.guard(media_hosts)
+    media.guard(served.media_hosts)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.state.args = args
     app.state.server = SimpleNamespace()  # vLLM's handler of a dead engine ends its server; ours outlives the engine

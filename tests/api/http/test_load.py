@@ -28,7 +28,7 @@ async def fill(api: Served, headers: Any = None) -> "list[asyncio.Task[Any]]":
     for number in range(RUNNING + QUEUED):
         await api.client.post("/episode", json={"episode_id": f"e{number}"}, headers=headers)
         acting.append(asyncio.create_task(api.post_act(f"e{number}", headers=headers)))
-        await until(lambda number=number: api.app.state.sessions.admission._num_acts == number + 1)
+        await until(lambda number=number: api.app.state.services.sessions.admission._num_acts == number + 1)
     return acting
 
 
@@ -70,7 +70,7 @@ async def test_what_needs_no_engine_is_served_amid_the_flood(api: Served):
 async def test_a_deadline_in_the_queue_is_504_and_frees_its_place(api: Served):
     acting = await fill(api)
     acting.pop().cancel()
-    await until(lambda: api.app.state.sessions.admission._num_acts == RUNNING + QUEUED - 1)
+    await until(lambda: api.app.state.services.sessions.admission._num_acts == RUNNING + QUEUED - 1)
     await api.open("late")
     late = await api.post_act("late", timeout_s=0.05)
     assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
@@ -104,7 +104,7 @@ async def test_a_batch_is_more_than_the_queue_and_all_of_it_is_answered(api: Ser
 
 async def test_a_flood_of_one_tenants_leaves_another_its_turn(api: Served, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("service.access.keys._FRESH_S", 0.0)
-    store = api.app.state.sessions.store
+    store = api.app.state.services.sessions.store
     headers = []
     for tenant in ("flood", "calm"):
         key, record = new_key(tenant, SCOPES, 1.0)
@@ -113,7 +113,7 @@ async def test_a_flood_of_one_tenants_leaves_another_its_turn(api: Served, monke
     flooding = await fill(api, headers[0])
     assert (await api.client.post("/episode", json={"episode_id": "e"}, headers=headers[1])).status_code == 201
     calm = asyncio.create_task(api.post_act("e", headers=headers[1]))
-    await until(lambda: api.app.state.sessions.admission._num_acts == RUNNING + QUEUED + 1)
+    await until(lambda: api.app.state.services.sessions.admission._num_acts == RUNNING + QUEUED + 1)
     refused = await api.post_act("e0", headers=headers[0], observation="more", timeout_s=9)
     assert refused.json()["code"] == "overloaded"
     flooding[0].cancel()

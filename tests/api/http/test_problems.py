@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from service.engine.tokenizer import HFTokenizer
+from service.lifecycle import Phase
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
@@ -484,7 +485,7 @@ def _without_table(path: Path, table: str) -> Iterator[None]:
 async def test_while_draining(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
         await api.open()
-        api.app.state.sessions.draining = True
+        api.app.state.services.lifecycle.enter(Phase.DRAINING)
         assert_problem(await api.post_act(), 503, "draining")
         assert_problem(await api.client.post("/episode", json={}), 503, "draining")
         assert (await api.get())["step"] == 0

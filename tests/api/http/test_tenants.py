@@ -44,7 +44,7 @@ class Keyed(Served):
 
     async def headers(self, tenant: str, *scopes: Any) -> dict[str, str]:
         key, record = new_key(tenant, scopes or SCOPES, 1.0)
-        await self.app.state.sessions.store.add_key(record)
+        await self.app.state.services.sessions.store.add_key(record)
         return {"Authorization": f"Bearer {key}"}
 
 
@@ -165,7 +165,7 @@ async def test_each_tenants_prefix_cache_has_a_salt_of_its_own(api: Keyed):
 
 async def test_a_revoked_key_is_refused_and_the_door_stays_shut(api: Keyed):
     headers = await api.headers("acme")
-    store = api.app.state.sessions.store
+    store = api.app.state.services.sessions.store
     assert (await api.client.get("/episode", headers=headers)).status_code == 200
     key_id = headers["Authorization"].split("_")[1]
     assert await store.revoke_key(key_id, 2.0)

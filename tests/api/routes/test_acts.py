@@ -248,7 +248,7 @@ async def test_a_retry_of_the_step_that_ended_the_episode(api: Served):
 async def test_retries_in_flight_share_one_engine_call(held: Served, how: dict[str, Any]):
     await held.open()
     calls = [asyncio.create_task(held.post_act(reward=2.0, **how)) for _ in range(8)]
-    await until(lambda: held.app.state.sessions._live.peek("e").flight and _waiters(held) == 8)
+    await until(lambda: held.app.state.services.sessions._cache.peek("e").in_flight and _waiters(held) == 8)
     held.engine.release.set()
     answers = [(await call).json() for call in calls]
     assert held.engine.num_calls == 1
@@ -259,8 +259,8 @@ async def test_retries_in_flight_share_one_engine_call(held: Served, how: dict[s
 
 
 def _waiters(served: Served) -> int:
-    flight = served.app.state.sessions._live.peek("e").flight
-    return flight.num_waiters if flight else 0
+    act = served.app.state.services.sessions._cache.peek("e").in_flight
+    return act.num_waiters if act else 0
 
 
 async def test_ending_is_idempotent(api: Served):

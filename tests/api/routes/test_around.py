@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from service.api.http.schemas import EpisodeFields
-from service.api.profiles import PACKAGED, ProfileError, Profiles
 from service.engine.tokenizer import HFTokenizer
+from service.sessions.profiles import PACKAGED, ProfileError, Profiles
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
 
@@ -148,7 +148,7 @@ async def test_forks_survive_a_restart_and_their_parents_end(api: Served):
     await api.client.delete(api.path)
     await api.client.delete("/episode/f")
     for name in ("e", "f", "g"):
-        api.app.state.sessions._live.drop(name)
+        api.app.state.services.sessions._cache.drop(name)
     assert (await api.act("g", "on", step=3))["step"] == 3
     assert [step["observation"] for step in (await api.trajectory("g"))["steps"]] == ["o0", "o1", "mine", "on"]
     replay = await api.act("g", "o0", step=0, reward=0.0)
@@ -339,9 +339,9 @@ async def test_an_idle_episode_ends_and_an_active_one_does_not(api: Served):
     await api.open("idle", idle_ttl_s=0.2)
     await api.open("busy", idle_ttl_s=30.0)
     await api.open("free")
-    idle = api.app.state.sessions._live.peek("idle")
-    await until(lambda: idle.head.status == "ended")
-    assert idle.head.ended_at - idle.config.created_at >= 0.2
+    idle = api.app.state.services.sessions._cache.peek("idle")
+    await until(lambda: idle.state.status == "ended")
+    assert idle.state.ended_at - idle.config.created_at >= 0.2
     ended = await api.get("idle")
     assert (ended["status"], ended["stop_reason"], ended["success"]) == ("ended", "idle_ttl", None)
     assert (await api.get("busy"))["status"] == (await api.get("free"))["status"] == "active"
@@ -349,11 +349,11 @@ async def test_an_idle_episode_ends_and_an_active_one_does_not(api: Served):
 
 
 async def test_each_act_gives_the_whole_time_again(api: Served):
-    store = api.app.state.sessions.store
+    store = api.app.state.services.sessions.store
     await api.open(idle_ttl_s=60.0)
     opened = await store.next_expiry()
     await api.act()
-    acted = (await store.episode("e")).head
+    acted = (await store.episode("e")).state
     assert acted.expires_at == acted.updated_at + 60.0 > opened
     assert await store.next_expiry() == acted.expires_at
 
@@ -470,14 +470,14 @@ def test_the_toy_text_profiles_are_what_the_environments_say():
         ("blackjack", "Blackjack-v1"),
     ):
         text = describe(gymnasium.make(env_id))
-        fields = next(profile for profile in Profiles() if profile.name == name).fields
+        fields = next(profile for profile in Profiles(EpisodeFields) if profile.name == name).fields
         assert (fields["instructions"], fields["action_space"]) == (text.instructions, text.action_space)
 
 
 def test_the_template_is_a_profile_once_its_comments_are_taken_off(tmp_path: Path):
     lines = (PACKAGED / "_template.toml").read_text().split("\n\n", 1)[1].splitlines()
     (tmp_path / "mine.toml").write_text("\n".join(line.removeprefix("# ") for line in lines))
-    mine = next(profile for profile in Profiles(tmp_path) if profile.name == "mine")
+    mine = next(profile for profile in Profiles(EpisodeFields, tmp_path) if profile.name == "mine")
     assert set(mine.fields) == set(EpisodeFields.model_fields)
 
 
@@ -497,13 +497,13 @@ def test_a_profile_that_cannot_be_names_its_file(tmp_path: Path, files: dict[str
     for name, text in files.items():
         (tmp_path / f"{name}.toml").write_text(text)
     with pytest.raises(ProfileError) as refusal:
-        Profiles(tmp_path)
+        Profiles(EpisodeFields, tmp_path)
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 def test_a_profile_extends_another(tmp_path: Path):
     (tmp_path / "terse.toml").write_text("extends = 'assistant'\n[sampling]\nmax_tokens = 9")
-    terse = next(profile for profile in Profiles(tmp_path) if profile.name == "terse")
+    terse = next(profile for profile in Profiles(EpisodeFields, tmp_path) if profile.name == "terse")
     assert terse.fields["sampling"] == {"temperature": 0.7, "top_p": 0.95, "max_tokens": 9}
     assert "helpful" in terse.fields["instructions"]
 
@@ -548,11 +548,11 @@ async def test_an_episode_that_is_deleted_meanwhile_is_left_out(api: Served, mon
     for name in ("a", "b"):
         await api.open(name)
         await api.act(name, None, terminated=True)
-    sessions = api.app.state.sessions
+    sessions = api.app.state.services.sessions
     page = sessions.page
 
-    async def stale(**options: Any) -> Any:
-        found = await page(**options)
+    async def stale(*args: Any, **options: Any) -> Any:
+        found = await page(*args, **options)
         if any(record.config.episode_id == "b" for record in found):
             await sessions.delete("b")
         return found
@@ -566,7 +566,7 @@ async def test_an_export_that_fails_midway_is_cut_off(api: Served, monkeypatch: 
     for name in ("a", "b"):
         await api.open(name)
         await api.act(name, None, terminated=True)
-    store = api.app.state.sessions.store
+    store = api.app.state.services.sessions.store
     trajectory = store.trajectory
 
     async def broken(episode_id: str) -> Any:
@@ -585,12 +585,12 @@ async def test_an_act_in_flight_keeps_no_other_episode_from_its_end(tmp_path: Pa
         acting = asyncio.create_task(api.post_act("busy"))
         await until(lambda: api.engine.num_held)
         await api.open("idle", idle_ttl_s=1.0)
-        live = api.app.state.sessions._live
-        await until(lambda: live.peek("idle").head.status == "ended")
-        assert live.peek("busy").head.status == "active"
+        live = api.app.state.services.sessions._cache
+        await until(lambda: live.peek("idle").state.status == "ended")
+        assert live.peek("busy").state.status == "active"
         api.engine.release.set()
         assert (await acting).status_code == 200
-        await until(lambda: live.peek("busy").head.status == "ended")
+        await until(lambda: live.peek("busy").state.status == "ended")
 
 
 async def test_an_episode_that_is_not_accepted_any_more_ends_all_the_same(tmp_path: Path, tokenizer: HFTokenizer):

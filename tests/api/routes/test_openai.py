@@ -7,6 +7,7 @@ import pytest
 
 from service.engine.tokenizer import HFTokenizer
 from service.engine.vllm.openai_app import InferenceOptionError, check_options
+from service.lifecycle import Phase
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import Served, serve
 
@@ -16,7 +17,7 @@ CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}
 class EchoEngine(ScriptedEngine):
     """Its /v1 reads the whole body and answers with its length."""
 
-    async def inference(self) -> Any:
+    async def openai_app(self) -> Any:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             length, more = 0, True
             while more:
@@ -39,7 +40,7 @@ async def _refused(api: Served, status: int, code: str) -> None:
 async def test_an_engine_without_it_says_so(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
         await _refused(api, 501, "not_implemented")
-        api.app.state.sessions.draining = True
+        api.app.state.services.lifecycle.enter(Phase.DRAINING)
         await _refused(api, 503, "draining")
 
 

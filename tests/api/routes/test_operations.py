@@ -7,6 +7,7 @@ from typing import Any
 
 from service.api.http import problems
 from service.engine.tokenizer import HFTokenizer
+from service.lifecycle import Phase
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import Served, serve
@@ -38,7 +39,7 @@ async def test_ready_then_each_reason_not_to_be(tmp_path: Path, tokenizer: HFTok
         assert await ready(api) == (200, None)
         engine.die()
         assert await ready(api) == (503, "engine_unavailable")
-        api.app.state.sessions.leaving = True
+        api.app.state.services.lifecycle.enter(Phase.LEAVING)
         assert await ready(api) == (503, "draining")
         assert (await api.client.get("/healthz")).status_code == 200
 

@@ -128,7 +128,7 @@ async def test_adapters_are_off_unless_a_folder_is_named(tmp_path: Path, tokeniz
 
 async def test_an_adapter_that_could_not_be_kept_is_not_served(api: Served, monkeypatch: pytest.MonkeyPatch):
     await load(api)
-    store = api.app.state.sessions.store
+    store = api.app.state.services.sessions.store
     with monkeypatch.context() as broken:
 
         async def fail(_: Any) -> None:

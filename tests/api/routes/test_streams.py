@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.api.routes import acts
+from service.api.http.acting import while_connected
 from service.engine.tokenizer import HFTokenizer
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
@@ -106,7 +106,7 @@ async def test_what_fails_later_is_an_error_event(api: Served, monkeypatch: pyte
 
 async def test_nothing_is_sent_before_the_commit(api: Served, monkeypatch: pytest.MonkeyPatch):
     await api.open()
-    store, at_commit = api.app.state.sessions.store, asyncio.Event()
+    store, at_commit = api.app.state.services.sessions.store, asyncio.Event()
     commit, go = store.commit, asyncio.Event()
 
     async def slow(change: Any) -> None:
@@ -154,14 +154,14 @@ async def test_a_client_that_leaves_between_deltas_aborts(api: Served, monkeypat
             break
     async with asyncio.timeout(5):
         await aborted.wait()
-    await until(lambda: api.app.state.sessions._live.peek("e").flight is None)
+    await until(lambda: api.app.state.services.sessions._cache.peek("e").in_flight is None)
     assert (await api.get())["step"] == 0
 
 
 async def test_a_caller_that_leaves_as_its_answer_comes_cancels_nothing_else():
     left = asyncio.Event()
     request: Any = SimpleNamespace(receive=left.wait)
-    async with acts._while_connected(request):
+    async with while_connected(request):
         left.set()
         await asyncio.sleep(0)
     for _ in range(3):

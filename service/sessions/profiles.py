@@ -1,15 +1,14 @@
-"""Owns the profiles: presets for POST /episode in TOML files, the packaged ones and those of a folder of the user's."""
+"""Profiles: presets for POST /episode in TOML files, the packaged ones and those in a folder of the operator's."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from service.api.http.schemas import EpisodeFields
 from service.errors import Unprocessable
 from service.validation import strict_json
 
@@ -32,18 +31,19 @@ class Profile:
 
 
 class Profiles:
-    """The profiles of the packaged folder and `folder`, whose files win. A file whose name begins with _ is none.
-    Raises ProfileError."""
+    """The profiles in the packaged folder and in `folder`, whose files win. Files that begin with _ are ignored."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, fields: type[BaseModel], folder: Path | None = None) -> None:
+        """`fields`: the model that a profile's fields must be valid under. Raises ProfileError."""
         if folder is not None and not folder.is_dir():
             raise ProfileError(f"there is no folder {folder}")
         folders = [PACKAGED, folder] if folder else [PACKAGED]
         files = {path.stem: path for place in folders for path in sorted(place.glob("[!_]*.toml"))}
+        self._fields = fields
         self._read = {name: _read(path) for name, path in files.items()}
         self._profiles = {name: self._resolved(name) for name in sorted(files)}
 
-    def __iter__(self) -> "Any":
+    def __iter__(self) -> Iterator[Profile]:
         return iter(self._profiles.values())
 
     def fill(self, document: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Profiles:
         for link in reversed(chain):
             fields = _merged(fields, {k: v for k, v in self._read[link].items() if k not in ("description", "extends")})
         try:
-            EpisodeFields.model_validate(fields)
+            self._fields.model_validate(fields)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             where = ".".join(str(part) for part in first["loc"])

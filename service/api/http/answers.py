@@ -1,0 +1,10 @@
+"""Answers in JSON."""
+
+from collections.abc import Mapping
+
+import orjson
+from starlette.responses import Response
+
+
+def json_answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(document, default=str), status, headers, media_type="application/json")

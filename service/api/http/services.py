@@ -1,0 +1,27 @@
+"""The services behind the routes, and the one typed way to reach them from a request."""
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from service.access.admission import Admission
+from service.lifecycle import Lifecycle
+from service.sessions.profiles import Profiles
+from service.sessions.sessions import Sessions
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that a route may use."""
+
+    settings: Settings
+    lifecycle: Lifecycle
+    admission: Admission
+    sessions: Sessions
+    profiles: Profiles
+
+
+def services(request: Request) -> Services:
+    """The services of the app that the request came to."""
+    return request.app.state.services

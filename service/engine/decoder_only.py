@@ -1,0 +1,249 @@
+"""Deciding with a decoder-only model: turn, window, thought, and then a choice or a written action.
+
+The span of a step is its turn, what the policy drew, and the terminator. The prompt of a decision is the concatenated
+spans of the window and the new turn.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from service.engine.base import (
+    ActionSpace,
+    Adapter,
+    Constraint,
+    EngineInfo,
+    OnText,
+    Overflow,
+    Recorded,
+    TemplateReport,
+    Transcript,
+    Wanted,
+)
+from service.engine.completion import Completion, Scores
+from service.engine.decision_trie import DecisionTrie
+from service.engine.prompt import Prompt
+from service.engine.reasoning import Thought, closed_thought
+from service.engine.token_log import TokenLog, closed_span, joined
+from service.engine.tokenizer import Tokenizer
+from service.trajectory import Decision, JsonValue, ParseFailure, Sampling, Span, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """An action as it was drawn or recorded. `drawn`: its tokens, logprobs, and which of them the policy chose."""
+
+    action: JsonValue
+    text: str
+    drawn: Span
+    logprob: float | None
+    finish_reason: str
+    usage: Usage
+    action_probs: dict[str, float] | None = None
+    parse_failure: ParseFailure | None = None
+
+
+class DecoderOnlyEngine(ABC):
+    """An engine whose model continues a sequence of tokens. A subclass says how: `generate` and `score`."""
+
+    def __init__(self, info: EngineInfo, tokenizer: Tokenizer) -> None:
+        """Raises EngineRefused for a chat template that cannot carry an episode."""
+        self.info = info
+        self.tokenizer = tokenizer
+        self.prompt = Prompt(tokenizer, info.think_tags)
+        self.trie = lru_cache(maxsize=128)(self._build_trie)
+
+    @abstractmethod
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling: Sampling,
+        constraint: Constraint | None,
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
+        on_text: OnText | None = None,
+    ) -> Completion:
+        """Draws a completion. The prefix cache is shared with calls of the same `cache_salt` only. `on_text` receives
+        the text as it is drawn. Raises EngineUnavailable."""
+
+    @abstractmethod
+    async def score(
+        self,
+        prompt_token_ids: list[int],
+        candidates: Sequence[int],
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
+    ) -> Scores:
+        """Scores each candidate as the next token, in one forward pass. Raises EngineUnavailable."""
+
+    @abstractmethod
+    async def check_constraint(self, constraint: Constraint) -> None:
+        """Compiles the constraint off the event loop, within limits. Raises ConstraintRefused."""
+
+    @property
+    def template(self) -> TemplateReport:
+        return self.prompt.report
+
+    def history(self) -> TokenLog:
+        return TokenLog()
+
+    async def check(self, space: ActionSpace) -> None:
+        if space.choices is not None:
+            self.trie(space.choices)
+        elif space.constraint is not None:
+            await self.check_constraint(space.constraint)
+
+    async def decide(self, transcript: Transcript, space: ActionSpace, wanted: Wanted) -> Decision | Overflow:
+        log = transcript.history
+        assert isinstance(log, TokenLog)  # `history` made it
+        thinks = wanted.reasoning is not None and wanted.recorded is None
+        turn = self._turn(transcript, log, thinks=thinks)
+        limit = transcript.max_tokens - self._reserve(space, wanted)
+        start = log.fit(len(turn), limit, slides=transcript.slides)
+        if start is None:
+            return Overflow()
+        prompt = log.window(start) + turn
+        if not thinks:
+            return self._decision(turn, start, await self._draw(prompt, space, wanted), wanted)
+        thought = await self._think(prompt, wanted)
+        reply = await self._draw([*prompt, *thought.span.token_ids], space, wanted)
+        return self._decision(turn, start, reply, wanted, thought)
+
+    def _turn(self, transcript: Transcript, log: TokenLog, *, thinks: bool) -> list[int]:
+        if log.num_steps:
+            return self.prompt.next_turn(transcript.observation, thinks=thinks)
+        return self.prompt.first_turn(transcript.system, transcript.observation, thinks=thinks)
+
+    def _reserve(self, space: ActionSpace, wanted: Wanted) -> int:
+        """Tokens that the reply may take, its thought and its terminator included."""
+        if wanted.recorded:
+            return len(self.tokenizer.encode(wanted.recorded.text)) + 1
+        tags = self.prompt.think_tags
+        thought = wanted.reasoning.max_tokens + len(tags.end) + len(tags.separator) if wanted.reasoning else 0
+        reply = wanted.sampling.max_tokens + 1 if space.choices is None else self.trie(space.choices).max_len
+        return thought + reply
+
+    async def _think(self, prompt: list[int], wanted: Wanted) -> Thought:
+        """Draws a thought behind a turn that opened one."""
+        assert wanted.reasoning is not None
+        tags = self.prompt.think_tags
+        sampling = replace(
+            _seeded(wanted, "thought"),
+            max_tokens=wanted.reasoning.max_tokens,
+            stop=tags.stop,
+            stop_token_ids=tags.stop_token_ids,
+        )
+        on_text = wanted.sink and wanted.sink.of("reasoning")
+        async with wanted.slot():
+            drawn = await self.generate(
+                prompt, sampling, None, adapter=wanted.adapter, cache_salt=wanted.cache_salt, on_text=on_text
+            )
+        return closed_thought(self.prompt, len(prompt), drawn)
+
+    async def _draw(self, prompt: list[int], space: ActionSpace, wanted: Wanted) -> _Reply:
+        if wanted.recorded is not None:
+            return self._recorded(wanted.recorded)
+        if space.choices is not None:
+            return await self._choose(prompt, space, space.choices, wanted)
+        return await self._write(prompt, space, wanted)
+
+    def _recorded(self, recorded: Recorded) -> _Reply:
+        """Somebody else's action, written as the policy would have written it. The policy drew none of its tokens."""
+        ids = self.tokenizer.encode(recorded.text)
+        drawn = Span(array("i", ids), bytes(len(ids)), array("f", bytes(4 * len(ids))))
+        return _Reply(recorded.action, recorded.text, drawn, None, "recorded", Usage())
+
+    async def _choose(self, prompt: list[int], space: ActionSpace, choices: tuple[str, ...], wanted: Wanted) -> _Reply:
+        """One forward pass for each branch of the trie. If the first tokens are distinct, that is one in all."""
+        trie = self.trie(choices)
+        passes = [self._score_branch([*prompt, *branch.path], branch.children, wanted) for branch in trie.branches]
+        scores = [await passes[0]] if len(passes) == 1 else await _together(passes)
+        chosen = trie.draw([score.logprobs for score in scores], wanted.sampling, wanted.generator(""))
+        action, failure = space.parse(chosen.action, "stop")
+        return _Reply(
+            action=action,
+            text=chosen.action,
+            drawn=Span(array("i", chosen.token_ids), chosen.drawn, array("f", chosen.logprobs)),
+            logprob=chosen.logprob,
+            finish_reason="stop",
+            usage=Usage(len(prompt), scores[0].cached_tokens if scores else 0, len(chosen.token_ids)),
+            action_probs={choice: chosen.probs[choice] for choice in choices},
+            parse_failure=failure,
+        )
+
+    async def _score_branch(self, prompt: list[int], children: Sequence[int], wanted: Wanted) -> Scores:
+        async with wanted.slot():
+            return await self.score(prompt, children, adapter=wanted.adapter, cache_salt=wanted.cache_salt)
+
+    async def _write(self, prompt: list[int], space: ActionSpace, wanted: Wanted) -> _Reply:
+        """Free or constrained text: the engine draws token by token."""
+        on_text = wanted.sink and wanted.sink.of("text")
+        async with wanted.slot():
+            drawn = await self.generate(
+                prompt,
+                _seeded(wanted, ""),
+                space.constraint,
+                adapter=wanted.adapter,
+                cache_salt=wanted.cache_salt,
+                on_text=on_text,
+            )
+        action, failure = space.parse(drawn.text, drawn.finish_reason)
+        num_drawn = len(drawn.token_ids)
+        return _Reply(
+            action=action,
+            text=drawn.text,
+            drawn=Span(array("i", drawn.token_ids), b"\x01" * num_drawn, array("f", drawn.logprobs)),
+            logprob=sum(drawn.logprobs),
+            finish_reason=drawn.finish_reason,
+            usage=Usage(len(prompt), drawn.cached_tokens, num_drawn),
+            parse_failure=failure,
+        )
+
+    def _decision(
+        self, turn: list[int], start: int, reply: _Reply, wanted: Wanted, thought: Thought | None = None
+    ) -> Decision:
+        completion, usage, dropped = reply.drawn, reply.usage, (0, 0)
+        if thought is not None:
+            completion = joined(thought.span, reply.drawn)
+            num_drawn = thought.usage.completion_tokens + usage.completion_tokens
+            usage = replace(thought.usage, completion_tokens=num_drawn)
+            if wanted.reasoning and not wanted.reasoning.keep:
+                dropped = (len(turn) + thought.dropped[0], len(turn) + thought.dropped[1])
+        return Decision(
+            action=reply.action,
+            text=reply.text,
+            span=closed_span(turn, completion, self.prompt.terminator),
+            window_start=start,
+            policy_version=wanted.adapter.version if wanted.adapter else self.info.version,
+            logprob=reply.logprob,
+            finish_reason=reply.finish_reason,
+            usage=usage,
+            action_probs=reply.action_probs,
+            parse_failure=reply.parse_failure,
+            reasoning=thought.text if thought else None,
+            dropped=dropped,
+        )
+
+    def _build_trie(self, choices: tuple[str, ...]) -> DecisionTrie:
+        return DecisionTrie(choices, self.tokenizer.encode, self.prompt.terminator)
+
+
+def _seeded(wanted: Wanted, purpose: str) -> Sampling:
+    """The sampling with a seed of this step's own, if the episode has a seed."""
+    if wanted.sampling.seed is None:
+        return wanted.sampling
+    return replace(wanted.sampling, seed=wanted.generator(purpose).getrandbits(32))
+
+
+async def _together(calls: Iterable[Coroutine[None, None, Scores]]) -> list[Scores]:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as failures:  # the passes of one decision fail for the same reason
+        raise failures.exceptions[0] from failures
+    return [task.result() for task in tasks]

@@ -1,0 +1,28 @@
+"""Chooses the engine for a model and loads it. A new kind of engine is added here."""
+
+import dataclasses
+
+from service.engine.base import Engine
+from service.observability import logs
+from service.settings import Settings
+
+_log = logs.get(__name__)
+
+
+async def load_engine(settings: Settings) -> Engine:
+    """The engine that serves `settings.model`. Takes seconds to minutes. Raises EngineRefused."""
+    from service.engine.vllm.engine import VLLMEngine  # takes seconds; only a process that serves vLLM pays for it
+
+    _log.info("loading", model=settings.model)
+    engine = await VLLMEngine.load(
+        settings.model_path,
+        settings.engine_options,
+        name=settings.model,
+        grammar_limit_s=settings.constraint_limit_s,
+        openai_options=settings.openai,
+        media_hosts=settings.media_hosts,
+    )
+    if settings.max_tokens:
+        sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)
+        engine.info = dataclasses.replace(engine.info, default_sampling=sampling)
+    return engine
