@@ -280,11 +280,11 @@ MESSAGES = st.builds(
 FLOAT32 = st.floats(width=32, allow_nan=False, max_value=0)
 TOKENS = st.integers(0, 2**31 - 1)
 SPANS = st.builds(
-    lambda rows, encoder: Span(
-        array("i", [row[0] for row in rows]),
-        bytes(row[1] for row in rows),
-        array("f", [row[2] for row in rows]),
-        encoder,
+    lambda rows, encoder_ids: Span(
+        array("i", [token for token, _, _ in rows]),
+        bytes(drawn for _, drawn, _ in rows),
+        array("f", [logprob for _, _, logprob in rows]),
+        encoder_ids,
     ),
     st.lists(st.tuples(TOKENS, st.integers(0, 1), FLOAT32), max_size=9),
     st.none() | st.lists(TOKENS, max_size=9).map(lambda ids: array("i", ids)),
