@@ -16,6 +16,7 @@ COPY requirements requirements
 COPY deploy deploy
 RUN --mount=type=cache,target=/root/.cache/pip python deploy/image.py tools
 COPY LICENSE README.md ./
+COPY episodic episodic
 COPY service service
 RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /dist .
 

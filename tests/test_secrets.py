@@ -102,7 +102,7 @@ async def test_the_admin_key_is_told_nowhere(
     assert settings.admin_key.get_secret_value() == key
     texts = [repr(settings), str(settings.model_dump()), settings.model_dump_json(), settings.markdown()]
     texts.append(CliRunner().invoke(app, ["settings"]).output)
-    monkeypatch.setattr("service.cli.main._serve", lambda settings: 0)
+    monkeypatch.setattr("service.cli.serve._serve", lambda settings: 0)
     started = await asyncio.to_thread(CliRunner().invoke, app, ["serve", "--host", "0.0.0.0"])  # noqa: S104
     assert started.exit_code == 0
     texts.append(started.output)

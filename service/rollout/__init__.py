@@ -3,6 +3,7 @@
 from service.rollout.environment import EnvironmentFactory, RewardNotFinite, UnusableEnvironment
 from service.rollout.play import rollout
 from service.rollout.report import Failure, Report, Summary
+from service.rollout.vector import play_vector
 
 __all__ = [
     "EnvironmentFactory",
@@ -11,5 +12,6 @@ __all__ = [
     "RewardNotFinite",
     "Summary",
     "UnusableEnvironment",
+    "play_vector",
     "rollout",
 ]

@@ -98,7 +98,7 @@ async def test_the_last_keys_serve_while_the_store_cannot(clock: list[float]):
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs `serve` for all addresses, up to where it would listen."""
-    monkeypatch.setattr("service.cli.main._serve", lambda settings: 0)
+    monkeypatch.setattr("service.cli.serve._serve", lambda settings: 0)
     monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
     monkeypatch.setenv("EPISODIC_HOST", "0.0.0.0")  # noqa: S104
 

@@ -274,7 +274,7 @@ def test_an_id_that_would_change_the_path_is_refused(client: Client, fake: FakeS
 
 def test_importing_the_client_imports_no_server() -> None:
     heavy = ["vllm", "torch", "fastapi", "sqlalchemy", "gymnasium", "numpy"]
-    code = f"import sys, service.client; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, episodic; print([m for m in {heavy} if m in sys.modules])"
     code += "; print(sorted(m for m in sys.modules if m.startswith('service') and not m.startswith('service.client')))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split("\n")[:2] == ["[]", "['service', 'service.filters']"]

@@ -1,0 +1,14 @@
+"""Episodic's Python client.
+
+    from episodic import Client
+
+    with Client("http://127.0.0.1:8000") as client:
+        episode = client.episode(profile="frozen-lake")
+        print(episode.act("0: S F\\n1: H G\\nrow 0, column 0").action)
+
+This package is the public name of `service.client`; `episodic.environments` and `episodic.rollout` are those of
+`service.environments` and `service.rollout`.
+"""
+
+from service.client import *  # noqa: F403 - `__all__` says what
+from service.client import __all__ as __all__

@@ -1,0 +1,24 @@
+"""`episodic migrate`: the schema of the store."""
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from service.cli.options import Store, read_settings
+from service.store.base import StoreRefused, StoreUnavailable
+from service.store.sql import SQLStore
+
+
+def migrate_command(
+    store: Store = None,
+    to: Annotated[str, typer.Option(help="A schema's number: go back to it before an older version serves.")] = "head",
+) -> None:
+    """Brings the store's schema up to date; serve does so too."""
+    settings = read_settings({"store": store}, {})
+    try:
+        asyncio.run(SQLStore(settings.store_url).migrate(to))
+    except (StoreRefused, StoreUnavailable) as error:
+        typer.secho(f"store: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
+    typer.echo("The store's schema is up to date." if to == "head" else f"The store has schema {to}.")
