@@ -141,11 +141,6 @@ class Settings(BaseSettings):
             "postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE"
         )
 
-    @property
-    def engine_options(self) -> dict[str, Any]:
-        lora = {"enable_lora": True, "max_loras": 4} if self.adapters else {}
-        return {**lora, **self.engine}
-
     def quota_of(self, tenant: str) -> Quota:
         return self.tenants.get(tenant, self.quota)
 

@@ -52,9 +52,9 @@ class Admission:
         self._num_running = 0
         self._ends: deque[float] = deque(maxlen=_MEASURED)
 
-    def set_num_slots(self, max_num_seqs: int) -> None:
+    def set_num_slots(self, num_slots: int) -> None:
         """The engine batches this many requests at once."""
-        self._slots = self._max_running or max_num_seqs
+        self._slots = self._max_running or num_slots
 
     @property
     def limit(self) -> int:

@@ -192,7 +192,7 @@ class EngineInfo:
     """The shapes that an adapter must fit, if they are known."""
     max_lora_rank: int = 0
     """0 if the engine takes no adapters."""
-    max_num_seqs: int = 256
+    num_slots: int = 256
     """Requests that it batches at once."""
     generates: bool = True
     """False for a model that embeds or classifies: it serves /v1 and no episodes."""

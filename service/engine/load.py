@@ -14,9 +14,10 @@ async def load_engine(settings: Settings) -> Engine:
     from service.engine.vllm.engine import VLLMEngine  # takes seconds; only a process that serves vLLM pays for it
 
     _log.info("loading", model=settings.model)
+    lora = {"enable_lora": True, "max_loras": 4} if settings.adapters else {}
     engine = await VLLMEngine.load(
         settings.model_path,
-        settings.engine_options,
+        {**lora, **settings.engine},
         name=settings.model,
         grammar_limit_s=settings.constraint_limit_s,
         openai_options=settings.openai,

@@ -54,7 +54,7 @@ class Sessions:
 
     def serve(self, engine: Engine, policies: Policies | None = None) -> None:
         """From now on this engine decides."""
-        self.admission.set_num_slots(engine.info.max_num_seqs)
+        self.admission.set_num_slots(engine.info.num_slots)
         self._agent = Agent(policies or Policies(engine, self.store), engine)
         self.lifecycle.engine_serves(lambda: engine.healthy)
 

@@ -165,7 +165,7 @@ def model_info(llm: Any, model: str, name: str) -> EngineInfo:
         think_tags=_think_tags(llm),
         weight_shapes=base_shapes(_model_folder(model)) if lora else None,
         max_lora_rank=lora.max_lora_rank if lora else 0,
-        max_num_seqs=llm.vllm_config.scheduler_config.max_num_seqs * llm.vllm_config.parallel_config.data_parallel_size,
+        num_slots=llm.vllm_config.scheduler_config.max_num_seqs * llm.vllm_config.parallel_config.data_parallel_size,
     )
 
 
