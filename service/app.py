@@ -111,9 +111,9 @@ async def _serving(services: Services, on_ready: Callback, engine: Engine) -> As
 def _log_ready(engine: Engine, template: TemplateReport) -> None:
     _log.info("ready", policy=engine.info.model, policy_version=engine.info.version, **dataclasses.asdict(template))
     if not template.append_only:
-        _log.warning("the chat template rewrites earlier turns; episodes keep them as the policy saw them")
+        _log.warning("chat_template_rewrites_turns")
     if not template.canonical:
-        _log.warning("the chat template's own tokenization differs from the episode's")
+        _log.warning("chat_template_tokenization_differs")
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -57,7 +57,7 @@ async def make_known(store: Store, record: StoredKey) -> None:
     if not hmac.compare_digest(known.digest, record.digest):
         raise KeyRefused(f"another key has the public id {record.key_id}")
     if known.revoked_at is not None:
-        _log.warning("the admin key was revoked, and stays so", key_id=record.key_id)
+        _log.warning("admin_key_revoked", key_id=record.key_id)
 
 
 async def _kept(store: Store, key_id: str) -> StoredKey | None:
@@ -107,5 +107,5 @@ class Keyring:
         except StoreUnavailable as error:
             if self._keys is None:
                 raise
-            _log.warning("the API keys cannot be read again", reason=str(error))
+            _log.warning("api_keys_refresh_failed", reason=str(error))
         self._read_at = time.monotonic()

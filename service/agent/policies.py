@@ -64,13 +64,13 @@ class Policies:
         """Loads the adapters that were there when the service was last up; one that cannot be is logged and left."""
         for record in await self._store.policies():
             if self._source is None:
-                _log.warning("an adapter is not served: adapters are off", policy=record.name)
+                _log.warning("adapter_not_served", policy=record.name)
                 continue
             try:
                 checked = await self._adopted(record.name, self._kept / record.digest, record.loaded_at)
                 self._adapters[record.name] = await self._load(checked)
             except AdapterRefused as error:
-                _log.error("an adapter cannot be loaded again", policy=record.name, reason=str(error))
+                _log.error("adapter_load_failed", policy=record.name, reason=str(error))
 
     async def load(self, name: str, path: str) -> tuple[Policy, bool]:
         """Loads or replaces an adapter from a folder below the source; returns it and whether its name is new. Acts in

@@ -13,7 +13,7 @@ async def load_engine(settings: Settings) -> Engine:
     """The engine that serves `settings.model`. Takes seconds to minutes. Raises EngineRefused."""
     from service.engine.vllm.engine import VLLMEngine  # takes seconds; only a process that serves vLLM pays for it
 
-    _log.info("loading", model=settings.model)
+    _log.info("engine_loading", model=settings.model)
     lora = {"enable_lora": True, "max_loras": 4} if settings.adapters else {}
     engine = await VLLMEngine.load(
         settings.model_path,

@@ -52,11 +52,11 @@ class Supervisor:
             metrics.ENGINE_FAILURES.inc()
             num_failures = self._num_recent_failures()
             if not self._lifecycle.has_served or num_failures >= self._settings.engine_max_failures:
-                _log.critical("no engine: giving up", num_failures=num_failures)
+                _log.critical("engine_gave_up", num_failures=num_failures)
                 self._on_fatal()
                 return
             pause_s = min(self._settings.engine_backoff_s * 2 ** (num_failures - 1), _LONGEST_BACKOFF_S)
-            _log.warning("the engine will be loaded again", num_failures=num_failures, in_s=pause_s)
+            _log.warning("engine_reload_scheduled", num_failures=num_failures, pause_s=pause_s)
             await asyncio.sleep(pause_s)
 
     def _num_recent_failures(self) -> int:
@@ -73,16 +73,16 @@ class Supervisor:
         try:
             engine = await self._load()
         except EngineRefused as refusal:
-            _log.critical("the engine cannot be loaded", model=self._settings.model, reason=str(refusal))
+            _log.critical("engine_load_failed", model=self._settings.model, reason=str(refusal))
             return
         except Exception:  # noqa: BLE001 - whatever it is, the next attempt or the end of the process follows
-            _log.exception("the engine cannot be loaded", model=self._settings.model)
+            _log.exception("engine_load_failed", model=self._settings.model)
             return
         self._lifecycle.is_loading_engine = False
         try:
             await self._serve(engine)
         except Exception:  # noqa: BLE001 - as above
-            _log.exception("the engine cannot be served", model=self._settings.model)
+            _log.exception("engine_serve_failed", model=self._settings.model)
         finally:
             await engine.close()
 
@@ -102,9 +102,9 @@ class Supervisor:
         try:
             await asyncio.wait([dying, hanging], return_when=asyncio.FIRST_COMPLETED)
             if dying.done():
-                _log.critical("the engine died")
+                _log.critical("engine_died")
                 return
-            _log.critical("the engine hangs", silent_s=self._settings.engine_canary_s)
+            _log.critical("engine_hung", silent_s=self._settings.engine_canary_s)
             engine.kill()
         finally:
             await stop(dying, hanging)

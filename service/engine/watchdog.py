@@ -37,4 +37,4 @@ async def _ask(engine: Engine) -> None:
     except EngineUnavailable:
         pass  # dead, not hung: who watches it knows
     except Exception as failure:  # noqa: BLE001 - no answer, whatever the reason
-        _log.warning("the engine does not answer", reason=repr(failure))
+        _log.warning("engine_probe_failed", reason=repr(failure))

@@ -44,7 +44,7 @@ class Expiry:
                         await asyncio.sleep(_RETRY_S)
                     continue
             except StoreUnavailable as error:
-                _log.warning("idle episodes cannot be ended yet", reason=str(error))
+                _log.warning("expiry_delayed", reason=str(error))
                 await asyncio.sleep(_RETRY_S)
                 continue
             wait_s = min(self._next - time.time(), _LONGEST_SLEEP_S)
@@ -64,6 +64,6 @@ class Expiry:
                 except Conflict:
                     left.add(episode_id)
                 except Exception as failure:  # noqa: BLE001 - one that cannot end keeps no other from it
-                    _log.warning("an idle episode cannot be ended", episode_id=episode_id, reason=repr(failure))
+                    _log.warning("episode_expiry_failed", episode_id=episode_id, reason=repr(failure))
                     left.add(episode_id)
         return True

@@ -109,7 +109,7 @@ async def test_an_unexpected_failure_is_told_with_its_trace_and_request(
     assert "a secret word" not in text, "the trace shows no local variables"
     if log_format == "json":
         events = [json.loads(line) for line in written]
-        (failure,) = [event for event in events if event["event"] == "unexpected failure"]
+        (failure,) = [event for event in events if event["event"] == "unexpected_failure"]
         assert failure["request_id"] == "find-me"
         assert "ZeroDivisionError" in failure["exception"]
         assert [event["status"] for event in events if event["event"] == "request"][-1] == 500
@@ -172,7 +172,7 @@ def test_outside_of_a_request_a_failure_is_told_whole_and_on_lines_of_its_own(lo
     try:
         raise OSError("no such model\n2026-01-01 [critical] forged")
     except OSError:
-        logs.get("service").exception("the engine cannot be loaded")
+        logs.get("service").exception("engine_load_failed")
     logging.getLogger("some.library").error("first\n2026-01-01 [critical] forged\x1b[2J")
     written = lines()
     text = "\n".join(written)

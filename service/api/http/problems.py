@@ -72,14 +72,14 @@ def expected(error: Exception) -> EpisodicError:
         case EpisodicError():
             return error
         case EngineUnavailable():
-            _log.warning("engine unavailable", reason=str(error))
+            _log.warning("engine_unavailable", reason=str(error))
             return Unavailable("engine_unavailable", str(error), retry_after_s=_LOAD_S)
         case StoreUnavailable():
-            _log.error("store unavailable", reason=str(error))
+            _log.error("store_unavailable", reason=str(error))
             detail = "The store cannot be used now."  # its own words may name files and hosts
             return Unavailable("store_unavailable", detail, retry_after_s=_RETRY_AFTER_S)
         case _:
-            _log.error("unexpected failure", exc_info=error)
+            _log.error("unexpected_failure", exc_info=error)
             metrics.UNEXPECTED_FAILURES.inc()
             return EpisodicError("internal_error", "An unexpected failure; the log has it by request_id.")
 

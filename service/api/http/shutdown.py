@@ -54,7 +54,7 @@ class DrainingServer(uvicorn.Server):
 
     def _on_signal(self, number: int) -> None:
         if self._draining:
-            _log.warning("ending at once", signal=signal.Signals(number).name)
+            _log.warning("forced_exit", signal=signal.Signals(number).name)
             end(128 + number)
         self._draining = asyncio.create_task(self._drain(), name="drain")
 
@@ -65,12 +65,12 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(self._drain_delay_s)
         services.lifecycle.enter(Phase.DRAINING)
         in_flight = set(self.server_state.tasks)
-        _log.info("draining", num_requests=len(in_flight), at_most_s=self._drain_s)
+        _log.info("drain_started", num_requests=len(in_flight), timeout_s=self._drain_s)
         if in_flight:
             await asyncio.wait(in_flight, timeout=self._drain_s)
         num_aborted = await services.sessions.abort_acts()
         if num_aborted:
-            _log.warning("aborted what was not done in time", num_acts=num_aborted)
+            _log.warning("drain_timeout_reached", num_acts=num_aborted)
         if in_flight:
             await asyncio.wait(in_flight, timeout=LAST_ANSWERS_S)
         self.should_exit = True
