@@ -69,8 +69,8 @@ lab: install ## Build the image, run the compose stack on Docker, play, hurt and
 policy: install ## Train the packaged policy anew
 	$(BIN)/python -m training.toy_text
 
-lock: ## Resolve the dependencies anew into requirements/
-	$(PYTHON) deploy/lock.py
+lock: install ## Resolve the dependencies again and write requirements/*.lock
+	@$(BIN)/python deploy/lock.py
 
 clean: ## Remove the environments and every cache
 	rm -rf .venv .venv-deploy .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist

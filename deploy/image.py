@@ -8,14 +8,17 @@ out, stays out. Runs on the interpreter that will serve; `tools` in place of a d
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from install import install_cpu_torch, pip
+from install import TORCH_CPU, TORCH_CPU_INDEX
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -25,11 +28,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = Path(sys.executable)
+PIP_INSTALL = [
+    *(sys.executable, "-m", "pip", "install", "--require-hashes", "--no-deps", "--only-binary", ":all:"),
+    *("--disable-pip-version-check", "--requirement"),
+]
 ENGINE = "vllm"  # the image's own: neither installed nor looked into
 
 
 def main(what: str) -> None:
     lock = read_lock(ROOT / "requirements" / ("gpu.lock" if what == "gpu" else "cpu.lock"))
+    if what == "cpu":
+        lock |= read_lock(TORCH_CPU)
     roots = read_roots(what)
     if importlib.util.find_spec("packaging") is None:  # which reads requirements, and is one itself
         install(["packaging"], lock)
@@ -42,10 +51,11 @@ def main(what: str) -> None:
 
 
 def read_lock(path: Path) -> dict[str, list[str]]:
-    """The lines of each name; of several pip takes the one whose marker holds."""
+    """The requirements of each name, with their hashes. If there are several, pip takes the one whose marker holds."""
     lock: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        lock.setdefault(line.partition("==")[0], []).append(line)
+    text = re.sub("^#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for requirement in re.split(r"\n(?=\w)", text.strip()):
+        lock.setdefault(requirement.partition("==")[0], []).append(requirement)
     return lock
 
 
@@ -61,9 +71,19 @@ def install(names: list[str], lock: dict[str, list[str]]) -> None:
     if ENGINE in names:
         sys.exit(f"{PYTHON} has no {ENGINE}: it comes with the image that this one is built on")
     if "torch" in names:
-        install_cpu_torch(lock["torch"][0], PYTHON)
-    pip(*[line for name in names if name != "torch" for line in lock[name]], python=PYTHON)
+        install_torch_cpu()
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write("\n".join(requirement for name in names if name != "torch" for requirement in lock[name]))
+        file.flush()
+        subprocess.run([*PIP_INSTALL, file.name], check=True)  # noqa: S603
     importlib.invalidate_caches()
+
+
+def install_torch_cpu() -> None:
+    """Installs torch's CPU build from where pip is configured to look, or from PyTorch's index of CPU wheels."""
+    command = [*PIP_INSTALL, str(TORCH_CPU)]
+    if subprocess.run(command, stderr=subprocess.PIPE, check=False).returncode != 0:  # noqa: S603
+        subprocess.run([*command, "--index-url", TORCH_CPU_INDEX], check=True)  # noqa: S603
 
 
 def lacking(roots: list[str], lock: dict[str, list[str]]) -> list[str]:

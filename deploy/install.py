@@ -1,8 +1,7 @@
-"""Owns the set-up behind `make install`: .venv, built from the lock of one device, left alone when it is up to date.
-.venv-deploy is made likewise, for the tools of `make check-deploy`: their dependencies would not fit into .venv.
+"""`make install`: sets up .venv from the lock of one device, or .venv-deploy for the tools of `make check-deploy`.
 
-Runs on the bare interpreter, before anything is installed, so it uses the standard library alone. Torch comes first and
-by itself: its CPU build is not on the default index, and an extra index slows pip down for every package asked of it.
+Runs on the bare interpreter and uses the standard library only. pip brings uv into the environment, and uv installs the
+lock there. Every file is checked against its hash in the lock. Nothing happens if the environment is up to date.
 """
 
 from __future__ import annotations
@@ -13,63 +12,52 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+from run_uv import TORCH_CPU_INDEX, uv
+
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-VENV_PYTHON = VENV / "bin" / "python"
-TOOLS = ROOT / ".venv-deploy"
-DEVICES = ("cpu", "gpu")
+REQUIREMENTS = ROOT / "requirements"
+BOOTSTRAP = REQUIREMENTS / "bootstrap.lock"
+TORCH_CPU = REQUIREMENTS / "torch-cpu.lock"
+LOCKS = {
+    "cpu": [REQUIREMENTS / "cpu.lock", TORCH_CPU],
+    "gpu": [REQUIREMENTS / "gpu.lock"],
+    "deploy": [REQUIREMENTS / "deploy.lock"],
+}
 OLDEST_PYTHON = (3, 11)
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def main(what: str) -> None:
-    if what not in (*DEVICES, "deploy"):
-        sys.exit(f"DEVICE is {' or '.join(DEVICES)}, not {what!r}.")
+    if what not in LOCKS:
+        sys.exit(f"DEVICE is cpu or gpu, not {what!r}.")
     started = time.monotonic()
-    lock = ROOT / "requirements" / f"{what}.lock"
-    venv = TOOLS if what == "deploy" else VENV
-    # The two builds of the engine share one import name, and scripts hold the folder's path: neither survives a change.
-    stages: dict[str, Callable[[], None]] = {
-        f"{what} {ROOT}": lambda: create_venv(venv),
-        checksum(lock): lambda: install_lock(venv, lock, what),
-    }
-    if venv == VENV:
-        itself = ("--quiet", "--no-build-isolation", "--editable", str(ROOT))
-        stages[checksum(ROOT / "pyproject.toml")] = lambda: pip(*itself)
-    if set_up(venv, stages):
-        for_what = "checks of deploy/" if what == "deploy" else what.upper()
-        say(f"Set up for the {for_what} in {time.monotonic() - started:.0f} s.")
-
-
-def set_up(venv: Path, stages: dict[str, Callable[[], None]]) -> bool:
-    """Runs the stages, by their marks, from the first one that is not done. Returns whether there was any to run."""
-    stamp = venv / ".installed"  # a line a finished stage
-    wanted = list(stages)
-    done = stamp.read_text(encoding="utf-8").splitlines() if stamp.exists() and python_of(venv).exists() else []
-    if done == wanted:
-        return False
-    first = next((i for i, mark in enumerate(wanted) if done[i : i + 1] != [mark]), 0)
-    for i in range(first, len(wanted)):
-        if i:
-            stamp.write_text("\n".join(wanted[:i]), encoding="utf-8")
-        stages[wanted[i]]()
-    stamp.write_text("\n".join(wanted), encoding="utf-8")
-    return True
+    venv = ROOT / (".venv-deploy" if what == "deploy" else ".venv")
+    stamp = venv / ".installed"
+    # The two builds of the engine share one import name, and scripts contain the folder's path: neither can be changed.
+    place = f"{what} {ROOT}"
+    wanted = f"{place}\n{checksum([*LOCKS[what], BOOTSTRAP, ROOT / 'pyproject.toml'])}\n"
+    installed = stamp.read_text(encoding="utf-8") if stamp.exists() and python_of(venv).exists() else ""
+    if installed == wanted:
+        return
+    if not installed.startswith(f"{place}\n"):
+        create(venv)
+    stamp.unlink(missing_ok=True)
+    install(venv, what)
+    stamp.write_text(wanted, encoding="utf-8")
+    say(f"Set up {venv.name} in {time.monotonic() - started:.0f} s.")
 
 
 def python_of(venv: Path) -> Path:
     return venv / "bin" / "python"
 
 
-def checksum(path: Path) -> str:
-    """The sha256 of the file's bytes, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def checksum(files: list[Path]) -> str:
+    """The sha256 of the files' bytes, in hex."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def create_venv(venv: Path) -> None:
+def create(venv: Path) -> None:
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(
             f"Episodic needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}.\n"
@@ -77,46 +65,52 @@ def create_venv(venv: Path) -> None:
         )
     if importlib.util.find_spec("ensurepip") is None:
         sys.exit(
-            f"{sys.executable} cannot make a virtual environment: its ensurepip module is missing.\n"
-            "On Debian and Ubuntu it is a package of its own: apt install python3-venv"
+            f"{sys.executable} cannot create a virtual environment: its ensurepip module is missing.\n"
+            "On Debian and Ubuntu, install it: apt install python3-venv"
         )
-    say(f"Creating {venv} with Python {sys.version.split()[0]}")
-    python = Path(sys.executable).resolve()  # an activated .venv names its own link, which is about to go
+    say(f"Creating {venv.name} with Python {sys.version.split()[0]}")
+    python = Path(sys.executable).resolve()  # an activated .venv names its own link, which is removed here
     shutil.rmtree(venv, ignore_errors=True)
     run(str(python), "-m", "venv", str(venv))
 
 
-def install_lock(venv: Path, lock: Path, device: str) -> None:
-    """Installs what the lock names and nothing else."""
-    requirements = lock.read_text(encoding="utf-8").splitlines()
-    say(f"Installing {len(requirements)} locked packages")
-    if device == "cpu":
-        install_cpu_torch(next(line for line in requirements if line.startswith("torch==")))
-    pip("--requirement", str(lock), python=python_of(venv))
+def install(venv: Path, what: str) -> None:
+    """Installs what the locks name, and removes everything else."""
+    python = python_of(venv)
+    run(
+        str(python), "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "--requirement", str(BOOTSTRAP)
+    )
+    if what == "cpu":
+        install_torch_cpu(python)
+    say(f"Installing the packages of {LOCKS[what][0].relative_to(ROOT)}")
+    locks = [str(lock) for lock in (*LOCKS[what], BOOTSTRAP)]
+    # Bytecode is compiled now, by all cores, so that the first start is as fast as every other.
+    check(uv(python, "pip", "sync", "--python", str(python), *HASHED, "--compile-bytecode", *locks))
+    if what != "deploy":
+        itself = ("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        check(uv(python, "pip", "install", "--quiet", "--python", str(python), *itself))
 
 
-def install_cpu_torch(requirement: str, python: Path = VENV_PYTHON) -> None:
-    """From the indexes and find-links pip is configured with, or else from PyTorch's index of CPU wheels."""
-    command = pip_command(requirement, python=python)
-    if subprocess.run(command, stderr=subprocess.PIPE, check=False).returncode != 0:  # noqa: S603
-        say(f"{requirement} is not where pip is configured to look: trying {TORCH_CPU_INDEX}")
-        pip("--extra-index-url", TORCH_CPU_INDEX, requirement, python=python)
+# A missing wheel is an error at once, instead of a failed build later: no compiler is needed.
+HASHED = ("--quiet", "--require-hashes", "--no-build")
 
 
-def pip(*arguments: str, python: Path = VENV_PYTHON) -> None:
-    run(*pip_command(*arguments, python=python))
-
-
-def pip_command(*arguments: str, python: Path) -> list[str]:
-    # Wheels alone: no compiler is needed, and a missing wheel is an error at once instead of a failed build later.
-    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check"]
-    return [str(python), "-m", "pip", "install", *options, *arguments]
+def install_torch_cpu(python: Path) -> None:
+    """Installs torch's CPU build from where pip is configured to look, or from PyTorch's index of CPU wheels."""
+    command = ("pip", "install", "--python", str(python), *HASHED, "--no-deps", "--requirement", str(TORCH_CPU))
+    say("Installing torch")
+    if uv(python, *command, quiet=True) != 0:
+        say(f"The configured package indexes have no CPU build of torch: trying {TORCH_CPU_INDEX}")
+        check(uv(python, *command, "--default-index", TORCH_CPU_INDEX))
 
 
 def run(*command: str) -> None:
-    finished = subprocess.run(command, check=False)  # noqa: S603
-    if finished.returncode != 0:
-        sys.exit(finished.returncode)
+    check(subprocess.run(command, check=False).returncode)  # noqa: S603
+
+
+def check(status: int) -> None:
+    if status != 0:
+        sys.exit(status)
 
 
 def say(line: str) -> None:

@@ -1,81 +1,46 @@
-"""Owns the locks behind `make lock`: pyproject.toml resolved to exact versions for every Python the project supports.
+"""`make lock`: resolves pyproject.toml to exact versions with hashes, for every Python that the project supports.
 
-Runs uv in a scratch environment. uv does not read pip's configuration, so the places where pip looks for packages are
-handed over from `pip config`; none of them is written to a lock.
+Runs uv from .venv. The locks name no package index.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from run_uv import TORCH_CPU_INDEX, uv
+
 ROOT = Path(__file__).resolve().parent.parent
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# The CPU engine asks for these and runs without them: the default index has CUDA builds alone, and torchvision's breaks
-# the import of transformers under a CPU torch.
-CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
+REQUIREMENTS = ROOT / "requirements"
+PYTHON = Path(sys.executable)
+# The CPU engine requires these and runs without them. The default index has CUDA builds only, and torchvision's breaks
+# the import of transformers under a CPU torch. torch itself is in torch-cpu.lock.
+NOT_FROM_THE_DEFAULT_INDEX = ("torch", "torchvision", "torchaudio", "torchcodec", "triton")
+PROJECT = str(ROOT / "pyproject.toml")
 
 
 def main() -> None:
-    pip = pip_settings()
-    omitted = repeat("--no-emit-package", CUDA_ONLY)
-    with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run([sys.executable, "-m", "venv", scratch], check=True)  # noqa: S603
-        subprocess.run([f"{scratch}/bin/python", "-m", "pip", "install", "--quiet", "uv"], check=True)  # noqa: S603
-        uv = f"{scratch}/bin/uv"
-        environment = {**os.environ, **uv_environment(pip)}
-        # As in install.py: PyTorch's index is asked only for what pip's own places do not have.
-        cpu, gpu = (["pyproject.toml", "--extra", device, "--group", "dev"] for device in ("cpu", "gpu"))
-        find_links = repeat("--find-links", pip.get("find-links", []))
-        locked = compile_lock(uv, environment, "cpu", [*cpu, *omitted, *find_links])
-        locked = locked or compile_lock(uv, environment, "cpu", [*cpu, *omitted, "--index", TORCH_CPU_INDEX])
-        locked = compile_lock(uv, environment, "gpu", gpu) and locked
-        locked = compile_lock(uv, environment, "deploy", ["--group", "deploy"]) and locked
+    omitted = [word for name in NOT_FROM_THE_DEFAULT_INDEX for word in ("--no-emit-package", name)]
+    cpu = [PROJECT, "--extra", "cpu", "--group", "dev", *omitted]
+    locked = compile_lock("cpu", cpu) or compile_lock("cpu", [*cpu, "--index", TORCH_CPU_INDEX])
+    # A folder of wheels may hold a CPU build of torch.
+    locked &= compile_lock("gpu", [PROJECT, "--extra", "gpu", "--group", "dev"], find_links=False)
+    locked &= compile_lock("deploy", ["--group", "deploy"])
+    locked &= compile_lock("bootstrap", [str(REQUIREMENTS / "bootstrap.in")])
     sys.exit(not locked)
 
 
-def pip_settings() -> dict[str, list[str]]:
-    """What pip is configured with, {option: words}: a word set in the environment stands before one from a file."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
-    settings: dict[str, list[str]] = {}
-    for line in listing.stdout.splitlines():
-        name, _, value = line.partition("=")
-        option = name.rpartition(".")[2]
-        words = value.strip("'\"").replace("\\n", " ").split()
-        settings[option] = list(dict.fromkeys(settings.get(option, []) + words))
-    return settings
-
-
-def uv_environment(pip: dict[str, list[str]]) -> dict[str, str]:
-    """uv's names for pip's indexes and certificates."""
-    environment: dict[str, str] = {}
-    if "index-url" in pip:
-        environment["UV_DEFAULT_INDEX"] = pip["index-url"][0]
-    if "extra-index-url" in pip:
-        environment["UV_INDEX"] = " ".join(pip["extra-index-url"])
-    if "cert" in pip:
-        environment["SSL_CERT_FILE"] = pip["cert"][0]
-    return environment
-
-
-def compile_lock(uv: str, environment: dict[str, str], name: str, options: list[str]) -> bool:
-    """Writes requirements/<name>.lock anew, or leaves it as it is and returns False."""
-    lock = ROOT / "requirements" / f"{name}.lock"
-    command = [uv, "pip", "compile", "--output-file", str(lock)]
-    command += ["--upgrade", "--universal", "--python-version", "3.11", "--fork-strategy", "fewest"]
-    command += ["--index-strategy", "unsafe-best-match", "--no-header", "--no-annotate", "--quiet", *options]
-    if subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode != 0:  # noqa: S603
+def compile_lock(name: str, options: list[str], *, find_links: bool = True) -> bool:
+    """Writes requirements/<name>.lock, or leaves it unchanged and returns False."""
+    lock = REQUIREMENTS / f"{name}.lock"
+    command = ["pip", "compile", "--output-file", str(lock), "--upgrade", "--generate-hashes", "--universal"]
+    command += ["--python-version", "3.11", "--fork-strategy", "fewest", "--index-strategy", "unsafe-best-match"]
+    command += ["--no-header", "--no-annotate", "--quiet", *options]
+    if uv(PYTHON, *command, find_links=find_links) != 0:
         return False
-    print(f"{lock.relative_to(ROOT)}: {len(lock.read_text(encoding='utf-8').splitlines())} lines")
+    num_packages = sum("==" in line for line in lock.read_text(encoding="utf-8").splitlines())
+    sys.stdout.write(f"{lock.relative_to(ROOT)}: {num_packages} packages\n")
     return True
-
-
-def repeat(option: str, values: tuple[str, ...] | list[str]) -> list[str]:
-    return [word for value in values for word in (option, value)]
 
 
 if __name__ == "__main__":
