@@ -1,11 +1,11 @@
-# The service as an image, for the CPU (target `cpu`, the last) or for NVIDIA GPUs (target `gpu`):
+# Builds the service's image, for CPUs (target `cpu`, the default) or for NVIDIA GPUs (target `gpu`):
 #   docker build -t episodic:cpu .
 #   docker build -t episodic:gpu --target gpu .
-# PIP_FIND_LINKS and PIP_TRUSTED_HOST hand pip a place of wheels, PIP_INDEX_URL another index.
+# Build arguments for pip: PIP_INDEX_URL is the package index, PIP_FIND_LINKS and PIP_TRUSTED_HOST a place of wheels.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
-# The project's wheel; the same for both.
+# Builds the project's wheel, which both images install.
 FROM ${PYTHON_IMAGE} AS wheel
 ARG PIP_FIND_LINKS
 ARG PIP_TRUSTED_HOST
@@ -20,13 +20,13 @@ COPY episodic episodic
 COPY service service
 RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /dist .
 
-# An environment with all that the CPU build needs at run time.
+# Builds the virtual environment of the CPU image, with the runtime dependencies only.
 FROM ${PYTHON_IMAGE} AS environment
 ARG PIP_FIND_LINKS
 ARG PIP_TRUSTED_HOST
 ARG PIP_INDEX_URL
 WORKDIR /src
-# venv's setuptools goes: the lock has another.
+# Remove the setuptools that venv installed: the lock pins another version.
 RUN python -m venv /opt/episodic && /opt/episodic/bin/pip uninstall --quiet --yes setuptools
 COPY pyproject.toml ./
 COPY requirements requirements
@@ -41,7 +41,7 @@ ARG PIP_FIND_LINKS
 ARG PIP_TRUSTED_HOST
 ARG PIP_INDEX_URL
 USER 0
-# Debian keeps one version of a package: a pinned one is gone with the next.
+# Versions are not pinned, because Debian's archive keeps only the latest version of a package.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends tini \
@@ -51,13 +51,13 @@ WORKDIR /src
 COPY pyproject.toml ./
 COPY requirements requirements
 COPY deploy deploy
-# Into the engine's own environment, and only what is not there: what is there, stays as it is.
+# Installs into vLLM's environment. Installed packages stay, unless pyproject.toml requires another version.
 RUN --mount=type=cache,target=/root/.cache/pip PIP_BREAK_SYSTEM_PACKAGES=1 python3 deploy/image.py gpu
 COPY deploy/health.py /opt/health.py
 COPY --from=wheel /dist /dist
 RUN PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --no-cache-dir --no-deps /dist/*.whl \
  && rm -rf /src /dist
-# Home is /tmp: nothing else need be writable but the two volumes. What is compiled for a GPU is kept with the models.
+# HOME is /tmp, so that only /tmp and the two volumes must be writable. Kernels compiled for the GPU stay in /models.
 ENV HOME=/tmp \
     USER=episodic \
     LOGNAME=episodic \
@@ -89,7 +89,7 @@ ENTRYPOINT ["tini", "--", "episodic"]
 CMD ["serve"]
 
 FROM ${PYTHON_IMAGE} AS cpu
-# libnuma1: the engine's CPU kernels are linked against it.
+# The engine's CPU kernels are linked against libnuma1.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends libnuma1 tini \
@@ -97,7 +97,7 @@ RUN apt-get update \
  && install -d -o 10001 -g 0 -m 0775 /data /models
 COPY --from=environment /opt/episodic /opt/episodic
 COPY deploy/health.py /opt/health.py
-# Home and caches are below /tmp: nothing else need be writable but the two volumes.
+# HOME and the caches are in /tmp, so that only /tmp and the two volumes must be writable.
 ENV PATH=/opt/episodic/bin:$PATH \
     HOME=/tmp \
     USER=episodic \

@@ -1,4 +1,4 @@
-"""Owns the health check of an image: exit 0 if the service of this container is ready. No http_proxy comes between."""
+"""The health check of the images: exits with 0 if the service in this container is ready. Ignores http_proxy."""
 
 import http.client
 import os
