@@ -1,5 +1,7 @@
-"""Owns `make audit`: the locks against the published advisories. Exit code 0: none applies; 1: some do; 3: not told, as
-the advisories cannot be reached from here."""
+"""`make audit`: checks the locked packages against the published security advisories.
+
+Exit code 0: no advisory applies. 1: at least one applies. 3: unknown, because the advisory database cannot be reached.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NONE, SOME, NOT_TOLD = 0, 1, 3
+NONE, SOME, UNKNOWN = 0, 1, 3
 
 
 def main() -> None:
@@ -19,30 +21,35 @@ def main() -> None:
 
 
 def audit(lock: Path) -> int:
-    """Prints what applies to a lock. Returns the exit code for it."""
+    """Prints the advisories that apply to the packages of a lock. Returns the exit code for this lock."""
     quiet = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
     command = [str(Path(sys.executable).parent / "pip-audit"), *quiet, "--requirement", str(lock)]
     ran = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
     try:
         packages: list[dict[str, Any]] = json.loads(ran.stdout)["dependencies"]
-    except ValueError:  # it says in prose that it reaches nothing
+    except ValueError:  # without a connection pip-audit prints plain text instead of JSON
         packages = []
     return report(lock.name, packages, ran.stderr)
 
 
-def report(name: str, packages: list[dict[str, Any]], said: str) -> int:
-    """`packages` as pip-audit lists them: with `vulns`, or with `skip_reason` where the database knows none by name."""
-    told = [package for package in packages if "vulns" in package]
+def report(name: str, packages: list[dict[str, Any]], errors: str) -> int:
+    """Prints the result for one lock and returns its exit code.
+
+    `packages` is pip-audit's list. Each has `vulns`, or a `skip_reason` if the database has no package of this name.
+    `errors` is what pip-audit printed on stderr.
+    """
+    audited = [package for package in packages if "vulns" in package]
     skipped = [package["name"] for package in packages if "vulns" not in package]
-    if not told:
-        last = said.strip().splitlines()[-1:] if not packages else ["it answers for no package"]
+    if not audited:
+        last = errors.strip().splitlines()[-1:] if not packages else ["it has none of the packages"]
         show(f"{name}: not audited, the advisory database cannot be reached: {''.join(last)[:200]}")
-        return NOT_TOLD
-    found = [(package, advisory) for package in told for advisory in package["vulns"]]
+        return UNKNOWN
+    found = [(package, advisory) for package in audited for advisory in package["vulns"]]
     for package, advisory in found:
         fixed = ", ".join(advisory["fix_versions"]) or "no version"
         show(f"{name}: {package['name']} {package['version']}: {advisory['id']}, fixed in {fixed}")
-    show(f"{name}: {len(found)} advisories for {len(told)} packages; not known there: {', '.join(skipped) or 'none'}")
+    unknown = ", ".join(skipped) or "none"
+    show(f"{name}: {len(found)} advisories for {len(audited)} packages; not in the database: {unknown}")
     return SOME if found else NONE
 
 

@@ -1,7 +1,7 @@
-"""Owns `make check-deploy`: what can be told of the deployment's files without a daemon or a cluster, a line a check.
+"""`make check-deploy`: checks the deployment's files without a Docker daemon or a cluster.
 
-Runs on .venv-deploy, which install.py makes. A check that finds something fails, the others run all the same; one whose
-tool is not to be had here says that it was not run. Exit code 1 if any failed.
+Runs in .venv-deploy, which install.py creates. Each check prints one line: `ok`, `FAILED` with what it found, or
+`not run` if its tool is not available. All checks run, even if one fails. Exit code 1 if any failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 COMPOSE = (["docker-compose.yml"], ["docker-compose.yml", "docker-compose.gpu.yml"])
 OLDEST_KUBERNETES = (1, 30)
-# What users put together, in an order they may name it in; each component alone is put on the replicated overlay too.
+# Overlays with components, as users may combine and order them. Also, each single component is tried on `replicated`.
 COMBINATIONS = [
     ("replicated", "gpu", "monitoring", "queue-autoscaling"),
     ("replicated", "shared-models", "model-hub", "shared-data", "gpu"),
@@ -35,7 +35,7 @@ COMBINATIONS = [
     ("gpu", "gateway", "monitoring"),
     ("cpu", "gateway", "monitoring", "model-hub"),
 ]
-# Kinds of other programs: there is no schema of them here. Any other kind without a schema is an error.
+# Kinds that other programs define, without a schema here. Any other kind without a schema is an error.
 CUSTOM = {
     "gateway.networking.k8s.io/v1 Gateway",
     "gateway.networking.k8s.io/v1 HTTPRoute",
@@ -48,17 +48,17 @@ Rendered = dict[str, list[Object]]
 
 
 class Failed(Exception):
-    """What a check found, over as many lines as it takes."""
+    """A check failed. The message has one line for each problem."""
 
 
 class NotRun(Exception):
-    """Why a check cannot be made here."""
+    """A check cannot run here. The message says why."""
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max_workers=2) as workers:
         folder, rendered = Path(scratch), dict[str, list[Object]]()
-        kustomize = result("kustomize", partial(render, folder, rendered))  # the others read what it writes
+        kustomize = result("kustomize", partial(render, folder, rendered))  # runs first: the others read its output
         checks: dict[str, Callable[[], str]] = {
             "checkov": partial(checkov, folder),
             "kubernetes-validate": partial(kubernetes_validate, rendered),
@@ -73,34 +73,38 @@ def main() -> None:
 
 
 def result(name: str, check: Callable[[], str]) -> str:
+    """Runs a check and prints its result. Returns "ok", "FAILED" or "not run"."""
     started = time.monotonic()
     try:
-        how, said = "ok", check()
+        status, message = "ok", check()
     except Failed as failed:
-        how, said = "FAILED", str(failed).replace("\n", "\n    ")
-    except NotRun as why:
-        how, said = "not run", str(why)
-    except Exception as error:  # noqa: BLE001 - a check that breaks must not keep the others from being made
-        how, said = "FAILED", f"{type(error).__name__}: {error}"
-    sys.stdout.write(f"{how:8}{name:21}{time.monotonic() - started:4.1f} s  {said}\n")
+        status, message = "FAILED", str(failed).replace("\n", "\n    ")
+    except NotRun as reason:
+        status, message = "not run", str(reason)
+    except Exception as error:  # noqa: BLE001 - the other checks run even if this one crashes
+        status, message = "FAILED", f"{type(error).__name__}: {error}"
+    sys.stdout.write(f"{status:8}{name:21}{time.monotonic() - started:4.1f} s  {message}\n")
     sys.stdout.flush()
-    return how
+    return status
 
 
 def render(folder: Path, rendered: Rendered) -> str:
-    """Fills `rendered`, and `folder`/rendered for tools that read files: each overlay, example and combination, and the
-    Job that one_off.py makes of each. The examples' secrets are made up, in a copy."""
+    """Renders each overlay, example and combination with kustomize, and adds the Job that one_off.py makes of each.
+
+    The objects go into `rendered` and, for tools that read files, into `folder`/rendered. The examples are rendered in
+    a copy, with placeholder secrets.
+    """
     copy = folder / "kubernetes"
     shutil.copytree(KUBERNETES, copy, ignore=shutil.ignore_patterns("secrets"))
     examples = sorted(copy.glob("example*"))
     for example in examples:
         (example / "secrets").mkdir()
         for name in ("episodic_admin_key", "episodic_store"):
-            (example / "secrets" / name).write_text("made up", encoding="utf-8")
+            (example / "secrets" / name).write_text("placeholder", encoding="utf-8")
     sites = {path.name: path for path in (*copy.glob("overlays/*"), *examples)}
     example = yaml.safe_load((copy / "example" / "kustomization.yaml").read_text(encoding="utf-8"))
     head = {field: example[field] for field in ("apiVersion", "kind", "namespace", "labels")}
-    alone = {path.name for path in copy.glob("components/*")} - {"single"}  # the other overlays have that one
+    alone = {path.name for path in copy.glob("components/*")} - {"single"}  # overlays/cpu and overlays/gpu include it
     for overlay, *components in [*COMBINATIONS, *(("replicated", name) for name in alone)]:
         site = sites["+".join((overlay, *components))] = copy / "+".join((overlay, *components))
         site.mkdir()
@@ -121,17 +125,16 @@ def render(folder: Path, rendered: Rendered) -> str:
         rendered[name].append(job(deployment, ["episodic", "migrate"]))
         text = yaml.safe_dump_all(rendered[name])
         (folder / "rendered" / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return told(problems, f"{len(sites)} installations: overlays, examples, combinations with components")
+    return fail_on(problems, f"{len(sites)} installations: overlays, examples, combinations with components")
 
 
 def kubernetes_validate(rendered: Rendered) -> str:
-    """Every object against the strict schema of every minor version from the oldest supported one."""
-    import kubernetes_validate as schemas  # the fast tests import this module without it
+    """Validates every object with the strict schema of every Kubernetes version, from the oldest supported one."""
+    import kubernetes_validate as schemas  # if this import fails, the other checks still run
 
     versions = [version for version in schemas.utils.all_versions() if minor(version) >= OLDEST_KUBERNETES]
-    first: dict[
-        str, str
-    ] = {}  # where each problem is met first: overlays share most objects, versions most of a schema
+    # Each problem is reported once, because overlays share most objects and versions share most of a schema.
+    first: dict[str, str] = {}
     custom = set[str]()
     distinct: dict[str, tuple[str, Object]] = {}
     for site, things in rendered.items():
@@ -148,94 +151,97 @@ def kubernetes_validate(rendered: Rendered) -> str:
                 place = ".".join(str(step) for step in error.path)
                 first.setdefault(f"{name_of(thing)}: {place}: {error.message}", f"{site}, {version}")
             except schemas.SchemaNotFoundError:
-                first.setdefault(f"{name_of(thing)}: there is no such kind: {kind_of(thing)}", f"{site}, {version}")
+                first.setdefault(f"{name_of(thing)}: unknown kind {kind_of(thing)}", f"{site}, {version}")
     span = " to ".join(version.rpartition(".")[0] for version in (versions[0], versions[-1]))
     left_out = ", ".join(sorted(kind.split()[1] for kind in custom))
-    return told(first, f"{len(distinct)} objects, {span}; without a schema: {left_out}")
+    return fail_on(first, f"{len(distinct)} objects, {span}; without a schema: {left_out}")
 
 
 def objects(rendered: Rendered) -> str:
-    """What a schema does not tell: that they are one namespace's, labelled, and refer to what is there."""
+    """Checks what no schema covers: namespaces, labels, and references to objects that exist."""
     first: dict[str, str] = {}
     for site, things in rendered.items():
         for problem in in_kubernetes(things):
             first.setdefault(problem, site)
-    return told(first, f"{sum(map(len, rendered.values()))} in {len(rendered)} installations")
+    return fail_on(first, f"{sum(map(len, rendered.values()))} objects in {len(rendered)} installations")
 
 
 def checkov(folder: Path) -> str:
-    """Policies for images and pods; deploy/checkov.yaml says which are left out, and why."""
-    files = [str(there(ROOT / "Dockerfile")), *map(str, sorted((folder / "rendered").glob("*.yaml")))]
+    """Checks security policies for images and pods. deploy/checkov.yaml lists the skipped ones, with reasons."""
+    files = [str(existing(ROOT / "Dockerfile")), *map(str, sorted((folder / "rendered").glob("*.yaml")))]
     config = ROOT / "deploy" / "checkov.yaml"
-    said = run(str(BIN / "checkov"), "--config-file", str(config), "--file", *files)
-    passed = re.findall(r"Passed checks: (\d+)", said)
-    return f"{sum(map(int, passed))} policies hold, {len(yaml.safe_load(config.read_text())['skip-check'])} left out"
+    output = run(str(BIN / "checkov"), "--config-file", str(config), "--file", *files)
+    passed = re.findall(r"Passed checks: (\d+)", output)
+    return f"{sum(map(int, passed))} checks passed, {len(yaml.safe_load(config.read_text())['skip-check'])} skipped"
 
 
 def yamllint() -> str:
     files = [*ROOT.glob("*.yml"), *ROOT.glob(".*.yaml"), ROOT / "deploy"]
     run(str(BIN / "yamllint"), "--strict", *map(str, files))
-    return f"{len(files) - 1} files at the top, and deploy/"
+    return f"{len(files) - 1} files in the root folder, and deploy/"
 
 
 def hadolint() -> str:
-    run(str(BIN / "hadolint"), "--no-color", str(there(ROOT / "Dockerfile")))
+    run(str(BIN / "hadolint"), "--no-color", str(existing(ROOT / "Dockerfile")))
     return "Dockerfile"
 
 
 def promtool() -> str:
-    """Rules, their unit tests and the configuration, by Prometheus's own tool."""
-    rules, tests, config = (str(there(PROMETHEUS / name)) for name in ("rules.yml", "rules_test.yml", "prometheus.yml"))
+    """Checks the rules and the configuration of Prometheus, and runs the unit tests of the rules."""
+    rules, tests, config = (
+        str(existing(PROMETHEUS / name)) for name in ("rules.yml", "rules_test.yml", "prometheus.yml")
+    )
     from promtools import Missing, program
 
     try:
         tool = str(program("promtool"))
-    except Missing as why:
-        raise NotRun(str(why)) from why
-    said = run(tool, "check", "rules", rules)
+    except Missing as reason:
+        raise NotRun(str(reason)) from reason
+    output = run(tool, "check", "rules", rules)
     run(tool, "test", "rules", tests)
-    run(tool, "check", "config", "--syntax-only", config)  # the files it names are where it is deployed
-    found = re.search(r"(\d+) rules found", said)
+    run(tool, "check", "config", "--syntax-only", config)  # the files that it refers to exist only where it is deployed
+    found = re.search(r"(\d+) rules found", output)
     return f"{found[1] if found else 'no'} rules, their tests, prometheus.yml"
 
 
 def compose() -> str:
-    """By Compose itself where it is installed; else what it would look up is looked up here."""
+    """Checks the compose files with Compose if it is installed. Otherwise checks that all references resolve."""
     for files in COMPOSE:
         for name in files:
-            there(ROOT / name)
+            existing(ROOT / name)
     if has_compose():
         for files in COMPOSE:
             run("docker", "compose", *(word for name in files for word in ("--file", name)), "config", "--quiet")
-        return "read by docker compose config"
+        return "checked by docker compose config"
     problems = {problem: files[-1] for files in COMPOSE for problem in in_compose(ROOT, files)}
-    return told(problems, "names and files are there; Compose is not here to read them itself")
+    return fail_on(problems, "all referenced names and files exist; not checked by Compose, which is not installed")
 
 
 def has_compose() -> bool:
-    """Whether docker is here and knows Compose, which is a plugin of it."""
+    """Whether docker and its plugin Compose are installed."""
     version = ["docker", "compose", "version"]
     return bool(shutil.which("docker")) and subprocess.run(version, check=False, capture_output=True).returncode == 0  # noqa: S603
 
 
-def told(problems: dict[str, str], summary: str) -> str:
-    """The summary if there are no problems. Raises Failed with each, and where it was met."""
+def fail_on(problems: dict[str, str], summary: str) -> str:
+    """Returns the summary if there are no problems. Otherwise raises Failed with each problem and where it occurs."""
     if problems:
         raise Failed("\n".join(f"{problem} ({where})" for problem, where in problems.items()))
     return summary
 
 
 def run(*command: str) -> str:
-    """Runs a tool and returns what it printed. Raises Failed with that."""
+    """Runs a tool and returns its output. Raises Failed with the output if the tool fails."""
     ran = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)  # noqa: S603
     if ran.returncode != 0:
         raise Failed("\n".join(line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()))
     return ran.stdout + ran.stderr
 
 
-def there(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """Returns the path. Raises Failed if it does not exist."""
     if not path.exists():
-        raise Failed(f"there is no {path.relative_to(ROOT)}")
+        raise Failed(f"{path.relative_to(ROOT)} does not exist")
     return path
 
 

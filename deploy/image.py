@@ -1,8 +1,11 @@
-"""Owns the packages of an image: what the service needs to run and its environment lacks, at the versions of a lock.
+"""Installs the packages that an image needs to run the service, at the versions of a lock.
 
-A lock holds the developers' tools too, and the image for GPUs brings the engine along. So requirements are followed
-from pyproject.toml through the metadata of what is installed, as pip does, until none is open. What the lock leaves
-out, stays out. Runs on the interpreter that will serve; `tools` in place of a device installs what builds the wheel.
+    python deploy/image.py cpu|gpu|tools
+
+A lock also contains the developers' tools, and the GPU image already contains the engine with its packages. So this
+script starts with the requirements in pyproject.toml and follows the metadata of the installed packages, as pip does,
+until nothing is missing. It installs nothing that the lock does not name. Run it with the interpreter of the image.
+`tools` installs the packages that build the wheel.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
     Found = tuple[str, Requirement, str | None]
-    """A requirement, with its name as locks have it and the version that is installed."""
+    """The normalized name of a package, a requirement on it, and its installed version if any."""
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = Path(sys.executable)
@@ -32,7 +35,7 @@ PIP_INSTALL = [
     *(sys.executable, "-m", "pip", "install", "--require-hashes", "--no-deps", "--only-binary", ":all:"),
     *("--disable-pip-version-check", "--requirement"),
 ]
-ENGINE = "vllm"  # the image's own: neither installed nor looked into
+ENGINE = "vllm"  # comes with the GPU image: never installed, and its dependencies are not checked
 
 
 def main(what: str) -> None:
@@ -40,9 +43,9 @@ def main(what: str) -> None:
     if what == "cpu":
         lock |= read_lock(TORCH_CPU)
     roots = read_roots(what)
-    if importlib.util.find_spec("packaging") is None:  # which reads requirements, and is one itself
+    if importlib.util.find_spec("packaging") is None:  # this script needs it to parse requirements
         install(["packaging"], lock)
-    if others := unlike(roots):  # an image's own, of another version than the service is written for
+    if others := unlike(roots):  # packages of the base image that the service needs in another version
         install(others, lock)
     while missing := lacking(roots, lock):
         install(missing, lock)
@@ -60,6 +63,7 @@ def read_lock(path: Path) -> dict[str, list[str]]:
 
 
 def read_roots(what: str) -> list[str]:
+    """Returns the requirements in pyproject.toml of the service on a device, or of the build tools."""
     document: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     if what == "tools":
         return document["build-system"]["requires"]
@@ -68,8 +72,9 @@ def read_roots(what: str) -> list[str]:
 
 
 def install(names: list[str], lock: dict[str, list[str]]) -> None:
+    """Installs the packages with these names at their locked versions, without dependencies."""
     if ENGINE in names:
-        sys.exit(f"{PYTHON} has no {ENGINE}: it comes with the image that this one is built on")
+        sys.exit(f"{PYTHON} has no {ENGINE}: build the GPU image on an image of vLLM, which contains it")
     if "torch" in names:
         install_torch_cpu()
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
@@ -87,32 +92,32 @@ def install_torch_cpu() -> None:
 
 
 def lacking(roots: list[str], lock: dict[str, list[str]]) -> list[str]:
-    """The locked names that are required and not installed, as far as the metadata of what is installed tells."""
+    """Returns the locked packages that are required, directly or by an installed package, and not installed."""
     return sorted({name for name, _, version in required(roots) if version is None and name in lock})
 
 
 def unlike(roots: list[str]) -> list[str]:
-    """Those of the roots that are installed in a version that they do not ask for; the engine is the image's."""
+    """Returns the names of roots that are installed in a version that they do not allow, except the engine."""
     return [name for name, _, _ in unsatisfied(required(roots, follow=False)) if name != ENGINE]
 
 
 def conflicts(roots: list[str]) -> list[str]:
-    """Versions that are installed and are not what somebody asks for."""
+    """Returns a message for each installed version that violates a requirement."""
     return [
-        f"{requirement} is required, and {version} is installed"
+        f"{requirement} is required, but version {version} is installed"
         for _, requirement, version in unsatisfied(required(roots))
     ]
 
 
 def unsatisfied(requirements: Iterable[Found]) -> Iterator[Found]:
-    """Those that are installed in another version."""
+    """Yields the requirements whose package is installed in a version that they do not allow."""
     for name, requirement, version in requirements:
         if version is not None and not requirement.specifier.contains(version, prereleases=True):
             yield name, requirement, version
 
 
 def required(roots: list[str], *, follow: bool = True) -> Iterator[Found]:
-    """The roots, and unless told otherwise what they require in turn."""
+    """Yields the roots and, with `follow`, the requirements of the installed packages that they lead to."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

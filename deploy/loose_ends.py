@@ -1,4 +1,4 @@
-"""Owns what no schema tells of the deployment's files: objects that belong to nothing, names of what is not there."""
+"""Checks references in the Kubernetes objects and the compose files: everything that they name must exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-BY_REFERENCE = {"episodic", "episodic-metrics", "episodic-tls"}  # Secrets that the operator makes
+BY_REFERENCE = {"episodic", "episodic-metrics", "episodic-tls"}  # Secrets that the administrator creates
 LABELS = {f"app.kubernetes.io/{name}" for name in ("name", "component", "part-of")}
 
 Object = dict[str, Any]
@@ -18,20 +18,20 @@ ByKind = dict[str, dict[str, Object]]
 
 
 def in_kubernetes(things: list[Object]) -> Iterator[str]:
-    """Yields what is wrong among the objects of one installation."""
+    """Yields a message for each problem in the objects of one installation."""
     by_kind: ByKind = {}
     for thing in things:
         by_kind.setdefault(thing["kind"], {})[thing["metadata"]["name"]] = thing
     for thing in things:
-        yield from astray(thing, by_kind)
+        yield from metadata_problems(thing, by_kind)
     for deployment in by_kind["Deployment"].values():
-        yield from unmet(deployment["spec"]["template"]["spec"], by_kind)
-        yield from ill_matched(deployment["spec"])
-    yield from led_nowhere(by_kind)
+        yield from pod_problems(deployment["spec"]["template"]["spec"], by_kind)
+        yield from spec_problems(deployment["spec"])
+    yield from target_problems(by_kind)
 
 
-def astray(thing: Object, by_kind: ByKind) -> Iterator[str]:
-    """All are in the one namespace and labelled, and what they select are the service's pods."""
+def metadata_problems(thing: Object, by_kind: ByKind) -> Iterator[str]:
+    """Checks that the object is in the namespace, has the labels, and selects the service's pods if it selects any."""
     (namespace,) = by_kind["Namespace"]
     (deployment,) = by_kind["Deployment"].values()
     pod_labels = deployment["spec"]["template"]["metadata"]["labels"]
@@ -43,51 +43,53 @@ def astray(thing: Object, by_kind: ByKind) -> Iterator[str]:
     selector = spec.get("podSelector") or spec.get("selector") or {}
     selected = selector if thing["kind"] == "Service" else selector.get("matchLabels", {})
     if not selected.items() <= pod_labels.items():
-        yield f"{name_of(thing)} selects {selected}, which the pods are not"
+        yield f"{name_of(thing)} selects {selected}, but the service's pods have no such labels"
 
 
-def unmet(pod: Object, by_kind: ByKind) -> Iterator[str]:
-    """What a pod names is there, and what is there it uses."""
-    there = {
+def pod_problems(pod: Object, by_kind: ByKind) -> Iterator[str]:
+    """Checks that all that a pod refers to exists, and that it uses every claim and volume."""
+    existing = {
         "secretName": BY_REFERENCE | by_kind.get("Secret", {}).keys(),
         "claimName": set(by_kind.get("PersistentVolumeClaim", {})),
         "serviceAccountName": set(by_kind["ServiceAccount"]),
     }
-    for field, names in there.items():
+    for field, names in existing.items():
         for named in sorted(set(values(pod, field)) - names):
-            yield f"the pods name {field} {named}, which is not there"
-    for unused in sorted(there["claimName"] - set(values(pod, "claimName"))):
+            yield f"the pods refer to {field} {named}, which does not exist"
+    for unused in sorted(existing["claimName"] - set(values(pod, "claimName"))):
         yield f"no pod uses the claim {unused}"
     mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
     for odd in sorted(mounted ^ {volume["name"] for volume in pod["volumes"]}):
-        yield f"the volume {odd} is not mounted, or mounted and not there"
+        yield f"the volume {odd} is declared but not mounted, or mounted but not declared"
 
 
-def ill_matched(spec: Object) -> Iterator[str]:
-    """Pods that ask for a GPU run the image for one, and no others do; a Deployment that recreates rolls nothing."""
+def spec_problems(spec: Object) -> Iterator[str]:
+    """Checks that a Deployment's GPU requests match its image, and that its strategy is consistent."""
     for container in spec["template"]["spec"]["containers"]:
         asks = "nvidia.com/gpu" in container.get("resources", {}).get("limits", {})
         if asks != ("gpu" in container["image"].rpartition(":")[2]):
             yield f"the image {container['image']} runs with{'' if asks else 'out'} a GPU"
     strategy = spec.get("strategy", {})
     if strategy.get("type") == "Recreate" and "rollingUpdate" in strategy:
-        yield "the strategy is Recreate and has rollingUpdate, which the API server refuses"
+        yield "the strategy is Recreate and has rollingUpdate, which the API server rejects"
 
 
-def led_nowhere(by_kind: ByKind) -> Iterator[str]:
-    """Autoscalers and routes have their ends here."""
+def target_problems(by_kind: ByKind) -> Iterator[str]:
+    """Checks that the targets of autoscalers and routes exist."""
     for autoscaler in by_kind.get("HorizontalPodAutoscaler", {}).values():
         if autoscaler["spec"]["scaleTargetRef"]["name"] not in by_kind["Deployment"]:
-            yield f"{name_of(autoscaler)} scales what is not there"
-    ends = {(name, port["port"]) for name, service in by_kind["Service"].items() for port in service["spec"]["ports"]}
+            yield f"{name_of(autoscaler)} scales a Deployment that does not exist"
+    targets = {
+        (name, port["port"]) for name, service in by_kind["Service"].items() for port in service["spec"]["ports"]
+    }
     for route in by_kind.get("HTTPRoute", {}).values():
         for backend in (backend for rule in route["spec"]["rules"] for backend in rule["backendRefs"]):
-            if (backend["name"], backend["port"]) not in ends:
-                yield f"{name_of(route)} leads to {backend['name']}:{backend['port']}, which is not there"
+            if (backend["name"], backend["port"]) not in targets:
+                yield f"{name_of(route)} routes to {backend['name']}:{backend['port']}, which does not exist"
 
 
 def in_compose(root: Path, files: list[str]) -> Iterator[str]:
-    """Yields what compose files, read together, name that is not there."""
+    """Yields a message for each reference in the merged compose files to something that does not exist."""
     documents = [read_compose((root / name).read_text(encoding="utf-8")) for name in files]
     keys = ("services", "volumes", "secrets", "configs", "networks")
     declared = {key: {name for document in documents for name in document.get(key) or {}} for key in keys}
@@ -100,7 +102,7 @@ def in_compose(root: Path, files: list[str]) -> Iterator[str]:
 
 
 class ComposeLoader(yaml.SafeLoader):
-    """Takes !override and !reset, which say how files are merged, for what stands behind them."""
+    """Ignores the tags !override and !reset, which say how Compose merges files, and keeps their values."""
 
 
 def untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
@@ -115,16 +117,16 @@ ComposeLoader.add_multi_constructor("!", untagged)
 
 
 def read_compose(text: str) -> Object:
-    """With every ${NAME:-default} as its default."""
+    """Parses a compose file. Every ${NAME:-default} becomes its default."""
     plain = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
     return yaml.load(plain, ComposeLoader)  # noqa: S506 - a safe loader
 
 
 def missing_for(root: Path, name: str, service: Object, declared: dict[str, set[str]]) -> Iterator[str]:
-    """Yields what one service of a compose file names that is not there."""
+    """Yields a message for each reference of one service to something that does not exist."""
     for key, named in references(service).items():
         for unknown in sorted(named - declared[key]):
-            yield f"{name}: there is no {unknown} under {key}"
+            yield f"{name}: {unknown} is not declared under {key}"
     for source in map(source_of, service.get("volumes") or []):
         if source.startswith("."):
             yield from missing_file(root, name, source)
@@ -133,7 +135,7 @@ def missing_for(root: Path, name: str, service: Object, declared: dict[str, set[
 
 
 def references(service: Object) -> dict[str, set[str]]:
-    """What a service of a compose file names of the file's other parts."""
+    """Returns the names that a service refers to in the other sections of the compose files, by section."""
     mounts = set(map(source_of, service.get("volumes") or []))
     return {
         "services": set(service.get("depends_on") or ()),
@@ -145,22 +147,23 @@ def references(service: Object) -> dict[str, set[str]]:
 
 
 def source_of(item: str | Object) -> str:
-    """What a mount, secret or config of a service comes from; "" for a volume without a name."""
+    """Returns the source of a mount, secret or config of a service; "" for an anonymous volume."""
     return str(item.get("source", "")) if isinstance(item, dict) else item.partition(":")[0]
 
 
 def missing_file(root: Path, what: str, path: str) -> Iterator[str]:
-    """Whoever deploys makes the secrets, so git does not have them: what it ignores need not be there."""
+    """Yields a message if a file does not exist. Files that git ignores (the secrets) may be missing."""
     ignored = subprocess.run(["git", "check-ignore", "--quiet", path], cwd=root, check=False).returncode == 0  # noqa: S603, S607
     if not ignored and not (root / path).exists():
-        yield f"{what}: there is no {path}"
+        yield f"{what}: {path} does not exist"
 
 
 def missing_stage(root: Path, what: str, build: str | Object) -> Iterator[str]:
+    """Yields a message if the Dockerfile or its stage does not exist."""
     given = build if isinstance(build, dict) else {"context": build}
     dockerfile = root / given.get("context", ".") / given.get("dockerfile", "Dockerfile")
     if not dockerfile.exists():
-        yield f"{what}: there is no {dockerfile.name} in {given.get('context', '.')}"
+        yield f"{what}: {dockerfile.name} does not exist in {given.get('context', '.')}"
     elif "target" in given:
         stages = re.findall(r"^FROM .* AS (\S+)$", dockerfile.read_text(encoding="utf-8"), re.MULTILINE | re.IGNORECASE)
         if given["target"] not in stages:
@@ -172,7 +175,7 @@ def name_of(thing: Object) -> str:
 
 
 def values(document: Any, field: str) -> Iterator[str]:
-    """Every value of a field, however deep."""
+    """Yields every value of a field, at any depth."""
     if isinstance(document, dict):
         for name, value in document.items():
             if name == field:

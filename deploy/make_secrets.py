@@ -1,8 +1,7 @@
-"""Owns the secrets of the compose stack: made once, into a folder that nobody else can enter. Runs on the bare
-interpreter.
+"""`make secrets`: creates the secrets of the compose stack, once. Uses the standard library only.
 
-A container has its secrets as files with the mode that they have here, whoever it runs as; so they are readable by all,
-and the folder keeps others on this machine away from them.
+Compose mounts the secret files with the mode that they have on the host, and each container runs as another user. So
+every user may read the files, and the mode of the folder keeps other users of this machine out.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(folder: Path) -> None:
-    """Adds what is missing; what is there stays."""
+    """Creates the secret files that are missing in `folder`. Existing files stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     password = keep(folder / "postgres_password", secrets.token_hex(32))
@@ -25,11 +24,11 @@ def main(folder: Path) -> None:
 
 
 def keep(path: Path, value: str) -> str:
-    """The file's text, which is `value` if there was no file."""
+    """Writes `value` to the file if it does not exist. Returns the text of the file."""
     if not path.exists():
         path.write_text(value + "\n", encoding="utf-8")
         path.chmod(0o444)
-        print(f"made {path}")
+        print(f"created {path}")
     return path.read_text(encoding="utf-8").strip()
 
 

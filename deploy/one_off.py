@@ -1,8 +1,9 @@
-"""Owns the Job that runs one command in place of the service, in its cluster: a Deployment in, a Job out.
+"""Makes a Kubernetes Job from the service's Deployment. The Job runs one command with the service's configuration.
 
     kubectl get deployment episodic -o json | python3 deploy/one_off.py episodic migrate | kubectl create -f -
 
-It has what a replica has: the image, the Secret, the volumes, the ways out. The Service does not lead to it.
+Reads the Deployment from stdin and prints the Job, both as JSON. The Job's pod has the image, the Secret, the volumes
+and the outgoing network access of a replica. The Service sends no calls to it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ OF_SERVING = ("startupProbe", "readinessProbe", "livenessProbe", "lifecycle", "p
 
 
 def job(deployment: dict[str, Any], command: list[str]) -> dict[str, Any]:
+    """Returns a Job that runs `command` in a pod like those of `deployment`."""
     labels = {**deployment["metadata"]["labels"], "app.kubernetes.io/component": "one-off"}
     pod = copy.deepcopy(deployment["spec"]["template"]["spec"])
     pod["restartPolicy"] = "Never"

@@ -1,6 +1,6 @@
-"""Owns where Prometheus's programs come from: PATH, or else Debian's `prometheus` package, unpacked and not installed.
+"""Finds Prometheus's programs: on PATH, or in Debian's `prometheus` package, which is unpacked and not installed.
 
-For the tests and for checks of deploy/ that run in another environment, so it uses the standard library alone.
+Both the tests and deploy/check.py use it, in different environments, so it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "prometheus"
 
 
 class Missing(Exception):
-    """The program is not here and cannot be had; the message says why."""
+    """The program is not installed and cannot be downloaded. The message says why."""
 
 
 def program(name: str) -> Path:
-    """Where `prometheus` or `promtool` is. Raises Missing."""
+    """Returns the path of `prometheus` or `promtool`. Raises Missing."""
     if found := shutil.which(name):
         return Path(found)
     if not (CACHE / "usr" / "bin" / name).exists():
@@ -28,7 +28,7 @@ def program(name: str) -> Path:
 
 
 def _unpack() -> None:
-    """Puts the package's files under CACHE, all of them or none: others may be at it at the same moment."""
+    """Unpacks the package into CACHE in one atomic step, because another process may do the same at the same time."""
     CACHE.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE.parent) as scratch:
         folder = Path(scratch)
@@ -42,7 +42,7 @@ def _run(*command: str, folder: Path) -> None:
     try:
         ran = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)  # noqa: S603
     except OSError as error:
-        raise Missing(f"Prometheus is not on PATH, and there is no {command[0]}") from error
+        raise Missing(f"Prometheus is not on PATH. To download it, install {command[0]}") from error
     if ran.returncode != 0:
         last = ran.stderr.strip().splitlines()[-1:]
-        raise Missing(f"Prometheus is not on PATH, and {command[0]} cannot fetch Debian's package: {''.join(last)}")
+        raise Missing(f"Prometheus is not on PATH, and {command[0]} failed on Debian's package: {''.join(last)}")

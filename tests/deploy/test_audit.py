@@ -1,4 +1,4 @@
-"""`make audit`: what it makes of pip-audit's answer."""
+"""`make audit`: the report and the exit code for each kind of result of pip-audit."""
 
 import importlib.util
 from pathlib import Path
@@ -20,10 +20,10 @@ UNKNOWN = {"name": "c", "skip_reason": "not found"}
 @pytest.mark.parametrize(
     ("packages", "code", "words"),
     [
-        ([SAFE], 0, "0 advisories for 1 packages; not known there: none"),
-        ([SAFE, UNKNOWN], 0, "not known there: c"),
+        ([SAFE], 0, "0 advisories for 1 packages; not in the database: none"),
+        ([SAFE, UNKNOWN], 0, "not in the database: c"),
         ([SAFE, BAD, UNKNOWN], 1, "b 2: X-1, fixed in 3"),
-        ([UNKNOWN], 3, "cannot be reached: it answers for no package"),
+        ([UNKNOWN], 3, "cannot be reached: it has none of the packages"),
         ([], 3, "cannot be reached: no route"),
     ],
 )

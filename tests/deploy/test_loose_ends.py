@@ -1,4 +1,4 @@
-"""What deploy/loose_ends.py finds: each mistake alone, and none where there is none."""
+"""deploy/loose_ends.py finds each kind of mistake, and reports none for correct files."""
 
 import copy
 from pathlib import Path
@@ -59,8 +59,8 @@ def test_a_whole_installation_has_none() -> None:
         ("deployment", "spec.template.spec.containers.0.image", "episodic:1-gpu", "runs without a GPU"),
         ("deployment", "spec.template.spec.containers.0.resources.limits", {"nvidia.com/gpu": 1}, "runs with a GPU"),
         ("deployment", "spec.strategy", {"type": "Recreate", "rollingUpdate": {"maxSurge": 0}}, "strategy is Recreate"),
-        ("autoscaler", "spec.scaleTargetRef.name", "other", "scales what is not there"),
-        ("route", "spec.rules.0.backendRefs.0.port", 80, "leads to episodic:80"),
+        ("autoscaler", "spec.scaleTargetRef.name", "other", "scales a Deployment that does not exist"),
+        ("route", "spec.rules.0.backendRefs.0.port", 80, "routes to episodic:80"),
     ],
 )
 def test_a_mistake_is_found(which: str, path: str, value: Any, words: str) -> None:
@@ -98,11 +98,11 @@ COMPOSE = {
     [
         ("", "", None),
         ("target: cpu", "target: gpu", "has no stage gpu"),
-        ("- db:/var", "- other:/var", "there is no other under volumes"),
-        ("- password", "- other", "there is no other under secrets"),
-        ("      db:\n        condition", "      other:\n        condition", "there is no other under services"),
-        ("- ./file:", "- ./other:", "service: there is no ./other"),
-        ("file: ./file", "file: ./other", "secrets.password: there is no ./other"),
+        ("- db:/var", "- other:/var", "other is not declared under volumes"),
+        ("- password", "- other", "other is not declared under secrets"),
+        ("      db:\n        condition", "      other:\n        condition", "other is not declared under services"),
+        ("- ./file:", "- ./other:", "service: ./other does not exist"),
+        ("file: ./file", "file: ./other", "secrets.password: ./other does not exist"),
     ],
 )
 def test_what_a_compose_file_names_is_there(tmp_path: Path, before: str, after: str, words: str | None) -> None:
