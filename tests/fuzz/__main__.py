@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: hostile inputs to every parser, from a seed. Ends at the first that fails, and says which."""
+"""`python -m tests.fuzz`: feeds hostile inputs to every parser, from a seed. Stops at the first failure."""
 
 import argparse
 import random
@@ -10,9 +10,12 @@ from tests.fuzz.targets import TARGETS, prepare
 
 
 def fuzz(num_inputs: int, seed: int) -> dict[str, int]:
-    """Gives each target its share. Returns how many inputs it refused; raises AssertionError for a failure."""
+    """Feeds each target its share of the inputs.
+
+    Returns the number of rejected inputs by target. Raises AssertionError at the first failure.
+    """
     prepare()
-    refused = dict.fromkeys(TARGETS, 0)
+    rejected = dict.fromkeys(TARGETS, 0)
     for name, target in TARGETS.items():
         for number in range(-(-num_inputs // len(TARGETS))):
             generator = random.Random(f"{seed}/{name}/{number}")
@@ -20,10 +23,10 @@ def fuzz(num_inputs: int, seed: int) -> dict[str, int]:
             try:
                 target.run(data, generator)
             except target.allowed:
-                refused[name] += 1
-            except BaseException as error:  # a library's panic is no Exception
+                rejected[name] += 1
+            except BaseException as error:  # a panic in a Rust library is a BaseException
                 raise AssertionError(f"{name}, seed {seed}, input {number}: {data!r}") from error
-    return refused
+    return rejected
 
 
 def main() -> None:
@@ -32,10 +35,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     warnings.simplefilter("error")
-    refused = fuzz(given.inputs, given.seed)
+    rejected = fuzz(given.inputs, given.seed)
     num_inputs = len(TARGETS) * -(-given.inputs // len(TARGETS))
-    shares = ", ".join(f"{name} {count}" for name, count in refused.items())
-    sys.stdout.write(f"{num_inputs} inputs, seed {given.seed}: none failed; refused were {shares}\n")
+    shares = ", ".join(f"{name} {count}" for name, count in rejected.items())
+    sys.stdout.write(f"{num_inputs} inputs, seed {given.seed}: none failed; rejected: {shares}\n")
 
 
 if __name__ == "__main__":

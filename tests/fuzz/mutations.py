@@ -1,4 +1,4 @@
-"""Hostile bytes made of good ones: cut, doubled, crossed, nested, and salted with what parsers trip over."""
+"""Mutates valid inputs into hostile ones: cuts, repeats, splices, deep nesting, and tokens that break parsers."""
 
 import json
 import random
@@ -16,15 +16,15 @@ _SALT = (
 
 
 def mutated(generator: random.Random, corpus: Sequence[bytes]) -> bytes:
-    """One of the corpus after one to four changes; at most a few kilobytes."""
+    """Returns an input of the corpus after one to four mutations, cut to 4,096 bytes."""
     data = generator.choice(corpus)
-    change = _regrown if generator.random() < 0.5 else _changed
+    change = _changed_json if generator.random() < 0.5 else _changed_bytes
     for _ in range(generator.choice((1, 1, 2, 2, 3, 4))):
         data = change(generator, data, corpus)
     return data[:4096]
 
 
-def _changed(generator: random.Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
+def _changed_bytes(generator: random.Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
     at, end = sorted((generator.randrange(len(data) + 1), generator.randrange(len(data) + 1)))
     match generator.randrange(8):
         case 0:
@@ -69,8 +69,8 @@ _VALUES: tuple[Any, ...] = (
 )
 
 
-def _regrown(generator: random.Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
-    """A value of the document replaced, taken out, or put in: it stays JSON."""
+def _changed_json(generator: random.Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
+    """Replaces, removes, copies or adds a value of a JSON document. Mutates the bytes if `data` is not JSON."""
     try:
         places = _places(root := [json.loads(data)])
         holder, key = generator.choice(places)
@@ -86,11 +86,11 @@ def _regrown(generator: random.Random, data: bytes, corpus: Sequence[bytes]) -> 
                 holder[key] = generator.choice(_VALUES)
         return json.dumps(root[0] if root else None).encode()
     except (ValueError, RecursionError):
-        return _changed(generator, data, corpus)
+        return _changed_bytes(generator, data, corpus)
 
 
 def _places(root: list[Any]) -> list[tuple[Any, Any]]:
-    """Each value of the document, as what holds it and its key or index there."""
+    """Returns each value's container, and its key or index in it."""
     found: list[tuple[Any, Any]] = []
     pending: list[Any] = [root]
     while pending:

@@ -1,4 +1,4 @@
-"""What is fuzzed: each target reads hostile bytes and raises nothing but errors of our own trees."""
+"""The fuzz targets. Each reads hostile bytes, and may raise only the error classes that it lists."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ _MODELS = (
 
 @dataclass(frozen=True)
 class Target:
-    """`run` gets the bytes, and a generator for the choices it makes itself."""
+    """`run` receives the bytes, and a generator for its random choices. It may raise only the `allowed` errors."""
 
     run: Callable[[bytes, random.Random], None]
     allowed: tuple[type[Exception], ...]
@@ -42,7 +42,7 @@ def _bytes(*documents: Any) -> list[bytes]:
 
 
 def read_body(data: bytes, generator: random.Random) -> None:
-    """The way of a body: JSON, digest, schema."""
+    """Reads a request body: JSON parsing, digest, validation."""
     document = body._parse(data)
     body.digest(document if isinstance(document, dict) else {"value": document})
     if isinstance(document, dict):
@@ -50,7 +50,7 @@ def read_body(data: bytes, generator: random.Random) -> None:
 
 
 def build_space(data: bytes, generator: random.Random) -> None:
-    """A schema as a caller gives it, as an action space and as a tool's parameters; then an action under it."""
+    """Uses a schema as an action space and as a tool's parameters, and parses an action with it."""
     value = _json(data)
     if not isinstance(value, dict):
         RegexSpace.of({"pattern": str(value)})
@@ -68,7 +68,7 @@ def build_space(data: bytes, generator: random.Random) -> None:
 
 
 def build_trie(data: bytes, generator: random.Random) -> None:
-    """Actions cut from the bytes; each can be drawn, and their probabilities sum to 1."""
+    """Splits the bytes into actions. A legal action must be drawn, and the probabilities must sum to 1."""
     actions = tuple(data.decode(errors="replace").split(generator.choice((",", '"', " "))))
     trie = DecisionTrie(DiscreteSpace.of({"actions": actions}).actions, lambda text: list(text.encode()), 256)
     scores = [[generator.choice((0.0, -1.0, float("-inf"))) for _ in branch.children] for branch in trie.branches]
@@ -92,7 +92,7 @@ def read_cursor(data: bytes, generator: random.Random) -> None:
 
 
 def read_headers(data: bytes, generator: random.Random) -> None:
-    """Any header that we look at, with and without keys."""
+    """Reads each header that the service uses, with API keys in the store and without."""
     name = generator.choice((b"authorization", b"host", b"origin", b"x-request-id", b"x-episode-id"))
     scope = {"type": "http", "method": "GET", "path": "/episode", "headers": [(name, data)]}
     assert all(found is None or found.isascii() for found in _ids(scope))
@@ -121,7 +121,7 @@ async def _nothing(*_: Any) -> None: ...
 
 
 class _Store:
-    """Has these keys."""
+    """A store that contains only these keys."""
 
     def __init__(self, *records: Any) -> None:
         self._records = list(records)
@@ -131,12 +131,12 @@ class _Store:
 
 
 def _now(awaited: Coroutine[Any, Any, Any]) -> Any:
-    """Runs what waits for nothing."""
+    """Runs a coroutine that never suspends, and returns its result."""
     try:
         awaited.send(None)
     except StopIteration as end:
         return end.value
-    raise AssertionError("it waits")
+    raise AssertionError("the coroutine suspended")
 
 
 _KEY, _RECORD = new_key("tenant", ("read",), 0.0)
@@ -217,7 +217,7 @@ TARGETS = {
 
 
 def prepare() -> None:
-    """Has the keyrings read their stores, so that the targets wait for nothing."""
+    """Makes the keyrings read their stores, so that the targets never suspend."""
     for keyring in (_KEYS, _NO_KEYS):
         asyncio.run(keyring.exists())
         keyring._read_at = float("inf")

@@ -1,4 +1,4 @@
-"""Acts below HTTP: the agent decides, and the episode takes the step over as a commit would."""
+"""Acts without HTTP and without a store: the agent decides, and the episode advances as after a commit."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -18,7 +18,7 @@ async def slot() -> AsyncGenerator[None]:
 
 
 async def take(agent: Agent, episode: Episode, observation: str | None = "look", **message: Any) -> Step:
-    """The next step of the episode, taken over."""
+    """Plays one act, and returns the step that was added to the episode."""
     request = ActRequest(Message(observation, **message), b"")
     if stop_reason := episode.ends_with(request.message):
         step = episode.closing_step(request)

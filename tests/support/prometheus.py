@@ -1,4 +1,4 @@
-"""A real Prometheus for tests, over the configuration and the rules of deploy/prometheus."""
+"""A real Prometheus for tests, with the configuration and the rules of deploy/prometheus."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ START_LIMIT_S = 60.0
 
 
 def missing() -> str | None:
-    """Why there is no Prometheus here, if so."""
+    """Returns why Prometheus cannot run here, or None if it can."""
     try:
         promtools.program("prometheus")
         promtools.program("promtool")
@@ -30,42 +30,41 @@ def missing() -> str | None:
 
 
 def rules() -> list[dict[str, Any]]:
-    """Every rule of rules.yml, in order."""
+    """Returns every rule of rules.yml, in order."""
     return [rule for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"] for rule in group["rules"]]
 
 
 def configuration(target: str, key_file: Path | None = None, rule_files: Sequence[Path] = ()) -> dict[str, Any]:
-    """prometheus.yml, but for one target in place of discovery, a key where the test keeps it, and a second for each
-    interval."""
-    read = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-    read["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s")
-    read["rule_files"] = [str(path) for path in rule_files]
-    (scraped,) = read["scrape_configs"]
+    """Returns prometheus.yml with changes for a test: one target, its API key file, and intervals of one second."""
+    document = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    document["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s")
+    document["rule_files"] = [str(path) for path in rule_files]
+    (scraped,) = document["scrape_configs"]
     del scraped["dns_sd_configs"]
     scraped["static_configs"] = [{"targets": [target]}]
     if key_file is None:
         del scraped["authorization"]
     else:
         scraped["authorization"]["credentials_file"] = str(key_file)
-    return read
+    return document
 
 
 def always(rule: dict[str, Any]) -> dict[str, Any]:
-    """The alert as it would fire if each of its comparisons held: it fires where its query finds data to compare."""
-    left_alone = r'"[^"]*"|\{[^}]*\}'  # texts and selectors
-    expr = re.sub(rf"({left_alone})|([<>=!]=|[<>])", lambda m: m[1] or f"{m[2]} bool", rule["expr"])
-    kept = {name: value for name, value in rule.items() if name != "for"}
-    return {**kept, "alert": f"{rule['alert']}Always", "expr": expr.replace("absent(", "count(")}
+    """Returns the alert with comparisons that are always true: it fires wherever its query finds data."""
+    literals = r'"[^"]*"|\{[^}]*\}'  # strings and selectors stay unchanged
+    expr = re.sub(rf"({literals})|([<>=!]=|[<>])", lambda m: m[1] or f"{m[2]} bool", rule["expr"])
+    fields = {name: value for name, value in rule.items() if name != "for"}
+    return {**fields, "alert": f"{rule['alert']}Always", "expr": expr.replace("absent(", "count(")}
 
 
 class Prometheus:
-    """A client of one that runs."""
+    """A client of a running Prometheus."""
 
     def __init__(self, url: str) -> None:
         self._http = httpx.Client(base_url=url, timeout=30)
 
     def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
-        """The labels and the value of each series, now."""
+        """Returns the labels and the current value of each series."""
         return [(series["metric"], float(series["value"][1])) for series in self.get("query", query=expr)["result"]]
 
     def get(self, call: str, **parameters: str) -> Any:
@@ -85,7 +84,7 @@ class Prometheus:
 
 @contextmanager
 def running(folder: Path, configured: dict[str, Any]) -> Iterator[Prometheus]:
-    """One over `configured`, with its data in `folder`."""
+    """Starts a Prometheus with this configuration and its data in `folder`."""
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configured))
     port = free_port()
     options = {
@@ -101,9 +100,9 @@ def running(folder: Path, configured: dict[str, Any]) -> Iterator[Prometheus]:
     try:
         deadline = time.monotonic() + START_LIMIT_S
         while not client.is_ready():
-            said = (folder / "prometheus.log").read_text()[-2000:]
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
+            log_tail = (folder / "prometheus.log").read_text()[-2000:]
+            assert process.poll() is None, log_tail
+            assert time.monotonic() < deadline, log_tail
             time.sleep(0.05)
         yield client
     finally:
