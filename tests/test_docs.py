@@ -1,4 +1,4 @@
-"""The README and docs/ name what there is: every setting, error code and metric, and no module that is gone."""
+"""The README and docs/ are complete and current: settings, error codes, metrics, links, and the names of tests."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,9 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 def test_the_settings_table_is_the_generated_one() -> None:
     table = re.search(r"<!-- settings -->\n(.*)<!-- /settings -->", REFERENCE, re.DOTALL)
     assert table is not None
-    assert table[1].strip() == Settings.markdown().strip(), "paste the output of `episodic settings`"
+    assert table[1].strip() == Settings.markdown().strip(), (
+        "docs/reference.md: replace the table with the output of `episodic settings`"
+    )
 
 
 def test_every_error_code_is_in_the_reference() -> None:
@@ -35,7 +37,7 @@ def test_every_metric_of_ours_is_in_the_reference() -> None:
 def test_the_files_that_the_docs_point_to_exist() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
 
 
 def test_architecture_stays_under_80_lines_and_names_tests_that_exist() -> None:
@@ -47,16 +49,16 @@ def test_architecture_stays_under_80_lines_and_names_tests_that_exist() -> None:
 
 @pytest.mark.parametrize("page", ["security.md", "reliability.md"])
 def test_what_holds_a_promise_exists(page: str) -> None:
-    """Each row of a table names its tests, and each test is there."""
+    """Each row of the tables names its tests, and each of these tests exists."""
     text = (ROOT / "docs" / page).read_text()
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert named
     for path, name in named:
         found = re.search(rf"^ *(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
-        assert found, f"{page}: {path}::{name}"
+        assert found, f"{page}: the test {path}::{name} does not exist"
     headings = re.findall(r"^\|.*\| test \|\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
     for row in "".join(headings).splitlines():
-        assert "::" in row.split("|")[-2], f"{page}: no test: {row}"
+        assert "::" in row.split("|")[-2], f"{page}: this row names no test: {row}"
 
 
 def test_the_page_on_deploying_names_what_there_is() -> None:
@@ -65,7 +67,7 @@ def test_the_page_on_deploying_names_what_there_is() -> None:
     rows = set(re.findall(r"^\| `([\w/-]+)` \|", text, re.MULTILINE))
     overlays = {f"overlays/{path.name}" for path in kubernetes.glob("overlays/*")}
     components = {path.name for path in kubernetes.glob("components/*")}
-    assert rows == overlays | components - {"single"}  # a part of two overlays
+    assert rows == overlays | components - {"single"}  # `single` is part of two overlays
     for path in re.findall(r"`((?:deploy|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
     for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):

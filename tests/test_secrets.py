@@ -1,4 +1,4 @@
-"""Passwords and keys: in no argument, no message, no log line and no answer."""
+"""Passwords and API keys never appear in arguments, messages, log lines or responses."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from service.settings import Settings, holds_password
 from service.testing.memory_store import MemoryStore
 from tests.support.serving import serve
 
-PASSWORD = "0pen-sesame"  # noqa: S105 - a made-up one
+PASSWORD = "0pen-sesame"  # noqa: S105 - not a real password
 URL = f"postgresql+asyncpg://user:{PASSWORD}@db.invalid:1/episodic"
 
 
@@ -48,7 +48,7 @@ def test_a_password_among_the_arguments_is_refused(command: str):
 def test_a_failure_does_not_say_the_password(command: str, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("EPISODIC_STORE", url)
     monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
-    monkeypatch.setenv("EPISODIC_PORT", "many")  # so that serve fails over its settings
+    monkeypatch.setenv("EPISODIC_PORT", "many")  # an invalid value, so that serve fails
     ran = CliRunner().invoke(app, [command])
     assert ran.exit_code == 2
     assert PASSWORD not in ran.output
@@ -106,9 +106,9 @@ async def test_the_admin_key_is_told_nowhere(
     started = await asyncio.to_thread(CliRunner().invoke, app, ["serve", "--host", "0.0.0.0"])  # noqa: S104
     assert started.exit_code == 0
     texts.append(started.output)
-    kept = MemoryStore()
-    await kept.add_key(record)
-    async with serve(tmp_path, ScriptedEngine(tokenizer), store=kept, admin_key=key) as api:
+    store = MemoryStore()
+    await store.add_key(record)
+    async with serve(tmp_path, ScriptedEngine(tokenizer), store=store, admin_key=key) as api:
         for headers in ({}, {"Authorization": f"Bearer {key}"}):
             for path in ("/version", "/readyz", "/metrics", "/openapi.json", "/nowhere", "/policy"):
                 answer = await api.client.get(path, headers=headers)
@@ -134,8 +134,8 @@ async def test_neither_answers_nor_log_lines_hold_them(
     from service.testing.scripted_engine import ScriptedEngine
 
     caplog.set_level(logging.DEBUG)
-    kept = MemoryStore()
-    async with serve(tmp_path, ScriptedEngine(tokenizer), store=kept, openai={"chat_template": PASSWORD}) as api:
+    store = MemoryStore()
+    async with serve(tmp_path, ScriptedEngine(tokenizer), store=store, openai={"chat_template": PASSWORD}) as api:
         api.app.state.services.settings.store = URL
         headers = {"Authorization": f"Bearer {PASSWORD}"}
         texts = []

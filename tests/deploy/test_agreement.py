@@ -1,4 +1,4 @@
-"""The Dockerfile, the compose files and deploy/ agree with the service and with each other."""
+"""The Dockerfile, the compose files and deploy/ are consistent with the service and with each other."""
 
 import json
 import re
@@ -31,20 +31,22 @@ DOCKERFILE = ROOT / "Dockerfile"
 COMPOSE = ROOT / "docker-compose.yml"
 PROMETHEUS = DEPLOY / "prometheus"
 NOT_SETTINGS = {
-    *("EPISODIC_API_KEY", "EPISODIC_URL"),  # of commands that call a service
-    *("EPISODIC_TAG", "EPISODIC_MEMORY"),  # of the compose files alone
+    *("EPISODIC_API_KEY", "EPISODIC_URL"),  # read by the commands that call a service
+    *("EPISODIC_TAG", "EPISODIC_MEMORY"),  # read by the compose files only
 }
 NESTED = {"engine", "openai", "quota", "tenants"}
-LAST_S = 2 * LAST_ANSWERS_S  # the server's, then uvicorn's own
-CLOSE_S = 10  # vLLM gives its process 5 s to end before it kills it
+LAST_S = 2 * LAST_ANSWERS_S  # first the server waits for the last answers, then uvicorn does
+CLOSE_S = 10  # vLLM waits 5 s for its process to end, and then kills it
 
 
 def documents(*folders: Path) -> list[dict[str, Any]]:
+    """Returns all YAML documents in these folders and their subfolders."""
     files = [path for folder in folders for path in sorted(folder.rglob("*.yaml"))]
     return [document for path in files for document in yaml.safe_load_all(path.read_text()) if document]
 
 
 def one(kind: str, folder: Path = KUBERNETES / "base") -> dict[str, Any]:
+    """Returns the only object of this kind in the folder."""
     (found,) = [document for document in documents(folder) if document["kind"] == kind]
     return found
 
@@ -69,6 +71,7 @@ def compose_service() -> dict[str, Any]:
 
 
 def texts() -> list[Path]:
+    """Returns all deployment files."""
     files = [path for path in DEPLOY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return sorted([DOCKERFILE, *ROOT.glob("docker-compose*.yml"), *files])
 
@@ -108,7 +111,7 @@ def test_a_container_of_compose_has_time_to_end() -> None:
 def test_a_rollout_waits_as_long_as_a_model_may_load(patch: dict[str, Any]) -> None:
     probe = {**CONTAINER["startupProbe"], **container_of(patch)["startupProbe"]}
     load_s = probe["periodSeconds"] * probe["failureThreshold"]
-    assert patch["spec"]["progressDeadlineSeconds"] >= 1.5 * load_s  # the image is pulled before
+    assert patch["spec"]["progressDeadlineSeconds"] >= 1.5 * load_s  # leaves time to pull the image first
 
 
 def test_ports_agree() -> None:
@@ -169,7 +172,7 @@ def test_an_examples_secret_has_settings_and_a_key_that_is_one(example: str, fil
 
 
 def test_the_variables_of_service_links_would_be_taken_for_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a Service named episodic every pod would get EPISODIC_PORT=tcp://..., so they are off."""
+    """Because of the Service named episodic, every pod would get EPISODIC_PORT=tcp://... So service links are off."""
     assert one("Service")["metadata"]["name"] == "episodic"
     assert POD["enableServiceLinks"] is False
     monkeypatch.setenv("EPISODIC_PORT", "tcp://10.0.0.1:8000")
@@ -195,20 +198,20 @@ def test_the_gateway_hashes_what_the_client_sends() -> None:
 
 def test_the_gateway_sends_nothing_twice_and_ejects_nobody_for_an_answer() -> None:
     spec = one("BackendTrafficPolicy", KUBERNETES / "components" / "gateway")["spec"]
-    assert set(spec["retry"]["retryOn"]["triggers"]) == {"connect-failure", "refused-stream"}  # before it arrived
+    assert set(spec["retry"]["retryOn"]["triggers"]) == {"connect-failure", "refused-stream"}  # nothing was sent yet
     passive = spec["healthCheck"]["passive"]
-    assert passive["splitExternalLocalOriginErrors"]  # else a connection that fails counts as a 503
+    assert passive["splitExternalLocalOriginErrors"]  # otherwise a failed connection counts as a 503
     assert (passive["consecutive5XxErrors"], passive["consecutiveGatewayErrors"]) == (0, 0)
 
 
 def test_the_operators_rules_are_those_of_prometheus() -> None:
     rules, written = (PROMETHEUS / "rules.yml").read_text(), prometheus_rule.OBJECT.read_text()
-    assert written == prometheus_rule.prometheus_rule(rules), "make rules"
+    assert written == prometheus_rule.prometheus_rule(rules), "run `make rules`"
     assert yaml.safe_load(written)["spec"] == yaml.safe_load(rules)
 
 
 def test_the_operators_scrape_has_the_job_that_the_rules_ask_for() -> None:
-    """Without a jobLabel the operator takes the Service's name."""
+    """Without a jobLabel the operator uses the Service's name as the job."""
     assert "jobLabel" not in one("ServiceMonitor", KUBERNETES / "components" / "monitoring")["spec"]
     name = one("Service")["metadata"]["name"]
     assert set(re.findall(r'job="([^"]+)"', (PROMETHEUS / "rules.yml").read_text())) == {name}
@@ -241,7 +244,7 @@ def test_a_one_off_pod_gets_the_ways_out_and_no_calls() -> None:
 
 
 def in_the_pod(words: str, data: Path, stdin: bytes = b"") -> bytes:
-    """Runs what the line of docs/deploy.md with these words runs in a pod, with `data` as /data."""
+    """Takes the line of docs/deploy.md with these words, and runs its command here, with `data` in place of /data."""
     (line,) = [line for line in (ROOT / "docs" / "deploy.md").read_text().splitlines() if words in line]
     inner = re.sub(r" [<>] backup\.db$", "", line.partition(" -- ")[2]).replace("/data/", f"{data}/")
     return subprocess.run(["sh", "-c", inner], input=stdin, capture_output=True, check=True).stdout
@@ -253,7 +256,7 @@ def test_the_lines_that_back_up_a_claim_and_restore_it_do(tmp_path: Path) -> Non
         store.execute("PRAGMA journal_mode = WAL")
         store.execute("CREATE TABLE kept AS SELECT 1 AS step")
         store.commit()
-        in_the_pod("-- python3 -c", tmp_path)  # while it is open
+        in_the_pod("-- python3 -c", tmp_path)  # while the database is open
         backup = in_the_pod("-- cat /data/backup.db", tmp_path)
         in_the_pod("-- rm /data/backup.db", tmp_path)
         store.execute("INSERT INTO kept VALUES (2)")

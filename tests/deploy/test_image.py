@@ -1,4 +1,4 @@
-"""What the image and the compose stack are made from: the packages, the secrets, and figures that must agree."""
+"""The image and the compose stack: their packages, their secrets, and values that must be consistent."""
 
 import json
 import re
@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.fixture
 def image(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """deploy/image.py as it is run: by itself, beside the scripts that it imports."""
+    """The module deploy/image.py, imported as when it runs as a script, next to the scripts that it imports."""
     monkeypatch.syspath_prepend(ROOT / "deploy")
     import image
 
@@ -100,7 +100,7 @@ def test_the_proxy_hashes_what_the_client_sends_and_sends_nothing_twice():
     (header,) = re.findall(r"var\(txn\.episode_id\) req\.hdr\(([\w-]+)\)", PROXY)
     assert f'headers["{header}"] = self.episode_id' in Path(calls.__file__).read_text()
     assert "balance hash var(txn.episode_id)" in PROXY
-    assert "retry-on" not in PROXY  # by itself it tries again where the connection failed, and nowhere else
+    assert "retry-on" not in PROXY  # without retry-on, HAProxy retries only if the connection failed
 
 
 def test_the_proxys_own_answers_are_problem_documents():
