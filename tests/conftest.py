@@ -9,6 +9,8 @@ import pytest
 import service
 from service.engine.tokenizer import HFTokenizer
 
+pytest_plugins = ["tests.support.databases"]
+
 POLICY = Path(service.__file__).parent / "packaged" / "policies" / "toy-text"
 
 

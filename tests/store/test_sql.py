@@ -9,17 +9,16 @@ from typing import Any, TypeVar
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, String, delete, func, insert, make_url, select, text, update
+from sqlalchemy import Connection, String, delete, func, insert, select, text, update
 
 from service.store.base import EVERY, EpisodeExists, EpisodeGone, StepTaken, StoreRefused, StoreUnavailable
-from service.store.connections import Connections, Patience
 from service.store.group_commit import MAX_BATCH
 from service.store.migrations import migrate
 from service.store.schema import ancestors, episodes, metadata, ratings, step_row, steps
 from service.store.sql import SQLStore
-from service.store.sqlite import SQLiteConnections
 from service.trajectory import Feedback, Message, StopReason, StoredEpisode
 from tests.store.test_stores import commit, fork, record, step
+from tests.support.databases import in_database
 
 _T = TypeVar("_T")
 
@@ -37,21 +36,6 @@ async def other(store: SQLStore, url: str) -> AsyncIterator[SQLStore]:
     await opened.open()
     yield opened
     await opened.close()
-
-
-async def in_database(url: str, function: Callable[[Connection], _T]) -> _T:
-    """What the function gives in a transaction past the store."""
-    patience = Patience()
-    if url.startswith("sqlite"):
-        connections: Connections = SQLiteConnections(make_url(url), patience)
-    else:
-        from service.store.postgresql import PostgreSQLConnections
-
-        connections = PostgreSQLConnections(make_url(url), patience)
-    try:
-        return await connections.write(function)
-    finally:
-        await connections.close()
 
 
 async def num_rows(url: str) -> int:

@@ -25,6 +25,20 @@ from service.testing.scripted_engine import ScriptedEngine
 DISCRETE = {"type": "discrete", "actions": ["left", "right", "left turn", "go to the kitchen"]}
 
 
+new_store: Callable[[], str] | None = None
+"""Creates the store of a service, if it is not to be a SQLite file in its folder. Set by fixtures."""
+
+_stores: dict[Path, str] = {}
+
+
+def _store_of(folder: Path) -> str:
+    """The URL of the folder's store: the same one again for a service that is restarted there."""
+    assert new_store is not None
+    if folder not in _stores:
+        _stores[folder] = new_store()
+    return _stores[folder]
+
+
 class HeldEngine(ScriptedEngine):
     """Answers nothing until `release` is set, so that a test decides what happens while an act is in flight."""
 
@@ -63,6 +77,10 @@ class Served:
     @property
     def engine(self) -> Any:
         return self.app.state.services.sessions.agent.engine
+
+    @property
+    def store_url(self) -> str:
+        return self.app.state.services.settings.store_url
 
     @property
     def path(self) -> str:
@@ -122,6 +140,8 @@ async def serve(
 ) -> AsyncIterator[Served]:
     """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
     store = store or (MemoryStore() if loading else None)  # which needs no lifespan
+    if new_store is not None and "store" not in settings:
+        settings["store"] = _store_of(folder)
     heard: Any = {"on_ready": on_ready, "on_fatal": on_fatal}
     app = create_app(Settings(data=folder, **settings), engine=engine, store=store, **heard)
     config = http_server.config(app, port=0, timeout_graceful_shutdown=10, lifespan="off" if loading else "on")

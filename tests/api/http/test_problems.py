@@ -3,9 +3,7 @@
 import asyncio
 import json
 import math
-import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from service.engine.tokenizer import HFTokenizer
 from service.lifecycle import Phase
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
+from tests.support.databases import without_table
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
 
 MAX_BODY = 64 * 1024
@@ -28,7 +27,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(tmp_path_factory: pytest.TempPathFactory, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
+async def shared(
+    database: str, tmp_path_factory: pytest.TempPathFactory, tokenizer: HFTokenizer
+) -> AsyncIterator[Served]:
     folder = tmp_path_factory.mktemp("data")
     async with serve(folder, ScriptedEngine(tokenizer), max_body_bytes=MAX_BODY) as served:
         yield served
@@ -458,28 +459,17 @@ async def test_when_the_store_fails(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
         await api.open(action_space=DISCRETE)
         await api.act(step=0)
-        with _without_table(tmp_path / "episodic.db", "steps"):
+        async with without_table(api.store_url, "steps"):
             assert_problem(await api.post_act(step=1), 503, "store_unavailable")
             assert_problem(await api.client.get("/episode/e/trajectory"), 503, "store_unavailable")
             assert_problem(await api.client.post("/episode/e/end", json={}), 503, "store_unavailable")
         assert (await api.get())["step"] == 1
         assert (await api.act(step=1))["step"] == 1
-        with _without_table(tmp_path / "episodic.db", "episodes"):
+        async with without_table(api.store_url, "episodes"):
             assert_problem(await api.client.post("/episode", json={}), 503, "store_unavailable")
             assert_problem(await api.client.get("/episode"), 503, "store_unavailable")
             assert_problem(await api.client.get("/episode/unknown"), 503, "store_unavailable")
         assert len((await api.trajectory())["steps"]) == 2
-
-
-@contextmanager
-def _without_table(path: Path, table: str) -> Iterator[None]:
-    connection = sqlite3.connect(path, isolation_level=None)
-    try:
-        connection.execute(f"ALTER TABLE {table} RENAME TO hidden")
-        yield
-        connection.execute(f"ALTER TABLE hidden RENAME TO {table}")
-    finally:
-        connection.close()
 
 
 async def test_while_draining(tmp_path: Path, tokenizer: HFTokenizer):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -17,6 +16,7 @@ from service.api.http.schemas import EpisodeFields
 from service.engine.tokenizer import HFTokenizer
 from service.sessions.profiles import PACKAGED, ProfileError, Profiles
 from service.testing.scripted_engine import ScriptedEngine
+from tests.support.databases import execute
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
 
 CALL = {"name": "move", "arguments": {"to": "door"}}
@@ -600,10 +600,8 @@ async def test_an_episode_that_is_not_accepted_any_more_ends_all_the_same(tmp_pa
             await first.open(
                 name, action_space=space, sampling={"max_tokens": 500}, idle_ttl_s=0.3 if name == "idle" else None
             )
-    connection = sqlite3.connect(tmp_path / "episodic.db")
-    connection.execute("UPDATE episodes SET request = replace(request, '\"integer\"', '3')")  # as under older rules
-    connection.commit()
-    connection.close()
+    older_rules = "UPDATE episodes SET request = replace(request, '\"integer\"', '3')"
+    await execute(first.store_url, older_rules)
     async with serve(tmp_path, ScriptedEngine(tokenizer, max_model_len=400)) as second:
         await has_ended(second, "idle")
         refused(await second.post_act("acted"), 422, "invalid_request", "not accepted any more")

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection, text
 
 from service.engine.tokenizer import HFTokenizer
 from service.testing.scripted_engine import ScriptedEngine
+from tests.support.databases import in_database
 from tests.support.serving import DISCRETE, Served, serve
 
 
@@ -148,13 +150,15 @@ async def test_segments_of_a_sliding_context_learn_each_step_once(api: Served):
         assert not any(segment["loss_mask"][: len(prompt)])
 
 
-async def test_a_deleted_episodes_words_are_gone_from_the_disk(api: Served, tmp_path: Path):
+async def test_a_deleted_episodes_words_are_gone_from_the_disk(api: Served):
     await api.open(goal="zebra-goal")
     await api.act(observation="zebra-word")
     assert (await api.client.delete("/episode/e")).status_code == 204
-    import sqlite3
 
-    with sqlite3.connect(tmp_path / "episodic.db") as connection:
-        rows = [str(row) for table in ("episodes", "steps") for row in connection.execute(f"SELECT * FROM {table}")]  # noqa: S608
-    connection.close()
+    def read(connection: Connection) -> list[str]:
+        statements = [text(f"SELECT * FROM {table}") for table in ("episodes", "steps")]  # noqa: S608
+        return [str(row) for statement in statements for row in connection.execute(statement)]
+
+    rows = await in_database(api.store_url, read)
+    assert rows
     assert "zebra" not in json.dumps(rows)

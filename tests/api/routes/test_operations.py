@@ -1,7 +1,6 @@
 """What operators call: health while loading, readiness with its reason, version, metrics, and the OpenAPI document."""
 
 import re
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from service.engine.tokenizer import HFTokenizer
 from service.lifecycle import Phase
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
+from tests.support.databases import without_table
 from tests.support.serving import Served, serve
 
 
@@ -31,11 +31,8 @@ async def test_ready_then_each_reason_not_to_be(tmp_path: Path, tokenizer: HFTok
     engine = ScriptedEngine(tokenizer)
     async with serve(tmp_path, engine) as api:
         assert await ready(api) == (200, None)
-        with sqlite3.connect(tmp_path / "episodic.db", isolation_level=None) as connection:
-            connection.execute("ALTER TABLE episodes RENAME TO hidden")
+        async with without_table(api.store_url, "episodes"):
             assert await ready(api) == (503, "store_unavailable")
-            connection.execute("ALTER TABLE hidden RENAME TO episodes")
-        connection.close()
         assert await ready(api) == (200, None)
         engine.die()
         assert await ready(api) == (503, "engine_unavailable")
