@@ -1,4 +1,5 @@
-"""The real service, hurt at random moments under load, and a checker that trusts only what it was answered.
+"""Fault injection: kills or stops parts of the real service at random moments, under load.
 
-`python -m tests.faults --help` has the options; every random choice comes from the seed.
+A checker then compares what the service stored with the answers that its callers received. `python -m tests.faults
+--help` lists the options. Every random choice comes from the seed.
 """

@@ -1,4 +1,4 @@
-"""Hurts the real service, round after round, and says what was lost. Exit code 1 if anything was."""
+"""`python -m tests.faults`: injects faults into the real service. Exit code 1 if the checker found an error."""
 
 import json
 import sys
@@ -23,20 +23,27 @@ _STORES = ("sqlite", "postgresql")
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Rounds of each kind on each store, a fault each.")] = 100,
-    seed: Annotated[int, typer.Option(help="All random choices come from it.")] = 7,
-    store: Annotated[str, typer.Option(help="sqlite, postgresql or both.")] = "both",
-    kinds: Annotated[str, typer.Option(help="Some of server,engine,postgres,replicas.")] = ",".join(_KINDS),
+    rounds: Annotated[
+        int, typer.Option(help="Rounds for each kind of fault and each store, with one fault each.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 7,
+    store: Annotated[str, typer.Option(help="The store: sqlite, postgresql or both.")] = "both",
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of faults, separated by commas: server,engine,postgres,replicas.")
+    ] = ",".join(_KINDS),
     episodes: Annotated[int, typer.Option(help="Concurrent episodes.")] = 64,
-    first: Annotated[int, typer.Option(help="The number of the first round, to repeat one.")] = 0,
-    keep: Annotated[Path | None, typer.Option(help="A folder where data and logs stay.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Writes what was found there.")] = None,
+    first: Annotated[int, typer.Option(help="Number of the first round, to repeat a certain round.")] = 0,
+    keep: Annotated[Path | None, typer.Option(help="Folder to keep data and logs in.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
-    """Hurts the real service under load and checks that every acknowledged act is there, once and as it was."""
+    """Injects faults into the real service under load.
+
+    Checks that every acknowledged act is stored exactly once and unchanged. Exit code 1 if one is not.
+    """
     console, verdicts = Console(width=None if sys.stdout.isatty() else 120), []
     stores = _STORES if store == "both" else _chosen(store, _STORES)
     if "postgresql" in stores and (reason := missing()):
-        console.print(f"There is no PostgreSQL here: {reason}. Without it: --store sqlite")
+        console.print(f"PostgreSQL cannot be started: {reason}. To run without it, use --store sqlite.")
         raise typer.Exit(2)
     for kind, one in _campaigns(_chosen(kinds, _KINDS), stores):
         plan = Plan(kind, one, seed, rounds, episodes, first)
@@ -45,20 +52,21 @@ def main(
     _report(verdicts, console)
     if json_path is not None:
         json_path.write_text(json.dumps([verdict.document() for verdict in verdicts], indent=1) + "\n")
-    console.print(f"Seed {seed}. Again: python -m tests.faults --seed {seed} --kinds {kinds} --store {store}", end=" ")
-    console.print(f"--rounds {rounds} --first {first} --episodes {episodes}; one: --rounds 1 --first N --keep LOGS")
+    console.print(f"To repeat this: python -m tests.faults --seed {seed} --kinds {kinds} --store {store}", end=" ")
+    console.print(f"--rounds {rounds} --first {first} --episodes {episodes}")
+    console.print("To repeat round N only, and keep its data and logs: --rounds 1 --first N --keep FOLDER")
     raise typer.Exit(int(any(verdict.findings for verdict in verdicts)))
 
 
 def _chosen(names: str, known: "tuple[str, ...]") -> list[str]:
     chosen = names.split(",")
     if unknown := set(chosen) - set(known):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not among {', '.join(known)}")
+        raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     return chosen
 
 
 def _campaigns(kinds: list[str], stores: "list[str] | tuple[str, ...]") -> Iterator[tuple[FaultKind, str]]:
-    """What needs PostgreSQL runs there alone, and only if it is among the stores."""
+    """Yields each kind of fault with each store that it applies to: some kinds require PostgreSQL."""
     for kind in _KINDS:
         on = [one for one in stores if one == "postgresql" or kind in ("server", "engine")]
         yield from ((kind, one) for one in on if kind in kinds)
@@ -66,7 +74,7 @@ def _campaigns(kinds: list[str], stores: "list[str] | tuple[str, ...]") -> Itera
 
 @contextmanager
 def _stand(kind: FaultKind, store: str, keep: Path | None) -> Iterator[Stand]:
-    """Servers that are up, with data that is thrown away unless it has a folder to stay in."""
+    """Starts the servers and their database. Their data is deleted at the end, unless `keep` names a folder for it."""
     with ExitStack() as stack:
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +100,7 @@ def _report(verdicts: list[Verdict], console: Console) -> None:
     for finding in [finding for one in verdicts for finding in one.findings][:50]:
         console.print(str(finding), style="red", markup=False)
     num_acts, num_bad = sum(one.num_acts for one in verdicts), sum(len(one.findings) for one in verdicts)
-    verdict = "nothing was lost, doubled or changed" if not num_bad else f"{num_bad} findings"
+    verdict = "nothing was lost, duplicated or changed" if not num_bad else f"{num_bad} findings"
     console.print(f"{num_acts} acts acknowledged, {sum(one.num_faults for one in verdicts)} faults: {verdict}.")
 
 

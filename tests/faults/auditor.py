@@ -1,4 +1,4 @@
-"""Owns the audit: reads what the service keeps and holds it to the histories, and to what was read before."""
+"""The audit: compares the stored episodes with the callers' histories and with what earlier audits read."""
 
 import asyncio
 import random
@@ -13,7 +13,7 @@ _NUM_LANES = 16
 
 
 async def read(client: AsyncClient, history: History, ledger: Ledger) -> None:
-    """Holds the episode's record to its history, which no act may be changing, and remembers its tokens."""
+    """Compares the stored episode with its history, and remembers its tokens. No act may be in flight meanwhile."""
     stored = await client.run(calls.trajectory(history.episode_id, "steps"))
     tokens = await client.run(calls.trajectory(history.episode_id, "tokens"))
     found = check(history, stored, tokens)
@@ -23,7 +23,7 @@ async def read(client: AsyncClient, history: History, ledger: Ledger) -> None:
 
 
 class Auditor:
-    """Audits episodes, and writes what is wrong into the ledger."""
+    """Audits episodes, and adds the findings to the ledger."""
 
     def __init__(self, client: AsyncClient, generator: random.Random, ledger: Ledger) -> None:
         self._client = client
@@ -31,7 +31,7 @@ class Auditor:
         self._ledger = ledger
 
     async def audit(self, histories: Sequence[History], *, go_on: bool = False) -> None:
-        """Each episode's record, the retry of one of its steps and, with `go_on`, a further act."""
+        """Checks each stored episode and the retry of one of its steps. With `go_on`, it also plays one more act."""
         lanes = asyncio.Semaphore(_NUM_LANES)
 
         async def one(history: History) -> None:

@@ -1,7 +1,7 @@
-"""Owns a campaign: rounds of one kind of fault on one stand, and what they came to.
+"""Runs a campaign: rounds with one kind of fault on one store.
 
-A round opens episodes, plays them, strikes once at a moment that the seed chose, waits until every call is answered,
-and audits. The campaign ends with an audit of all that was ever acknowledged.
+A round creates episodes, plays them, injects one fault at a moment that depends on the seed, waits until every call is
+answered, and audits the episodes. The campaign ends with an audit of all episodes.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from tests.faults.stand import STRIKES, Stand, Strike
 
 _ROUND_LIMIT_S = 600.0
 _IN_BATCHES = 0.375
-"""The share of episodes that act in batches."""
+"""Fraction of the episodes that act in batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do; the same plan makes the same choices."""
+    """The parameters of a campaign. The same plan leads to the same random choices."""
 
     kind: str
     store: str
@@ -35,7 +35,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a campaign came to."""
+    """The result of a campaign."""
 
     plan: Plan
     num_rounds: int
@@ -62,23 +62,26 @@ class Verdict:
         return {**asdict(self), **counts}
 
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def run(
     stand: Stand,
     plan: Plan,
-    tell: Tell = lambda _: None,
+    log: Log = lambda _: None,
     *,
     strikes: Mapping[str, Strike] = STRIKES,
     ledger: Ledger | None = None,
 ) -> Verdict:
-    """The campaign; `tell` hears a line a round. With the `ledger` of those before, all of it is audited again."""
-    return asyncio.run(_run(stand, plan, tell, strikes[plan.kind], ledger or Ledger()))
+    """Runs the campaign, and calls `log` with a line for each round.
+
+    The `ledger` of earlier campaigns on the same store can be passed on: its episodes are then audited again.
+    """
+    return asyncio.run(_run(stand, plan, log, strikes[plan.kind], ledger or Ledger()))
 
 
-async def _run(stand: Stand, plan: Plan, tell: Tell, strike: Strike, ledger: Ledger) -> Verdict:
-    num_rounds, num_faults, num_told = 0, 0, len(ledger.findings)
+async def _run(stand: Stand, plan: Plan, log: Log, strike: Strike, ledger: Ledger) -> Verdict:
+    num_rounds, num_faults, num_logged = 0, 0, len(ledger.findings)
     for number in range(plan.first_round, plan.first_round + plan.num_rounds):
         num_rounds += 1
         try:
@@ -88,10 +91,11 @@ async def _run(stand: Stand, plan: Plan, tell: Tell, strike: Strike, ledger: Led
             ledger.findings.append(Finding("stuck", f"round {number}", f"calls unanswered after {_ROUND_LIMIT_S:g} s"))
             break
         num_faults += 1
-        for finding in ledger.findings[num_told:]:
-            tell(f"  {finding}")
-        num_told = len(ledger.findings)
-        tell(f"{plan.kind} on {plan.store}, round {number}: {what}; {ledger.num_acts} acts, {len(ledger.findings)} bad")
+        for finding in ledger.findings[num_logged:]:
+            log(f"  {finding}")
+        num_logged = len(ledger.findings)
+        totals = f"{ledger.num_acts} acts, {len(ledger.findings)} findings"
+        log(f"{plan.kind} on {plan.store}, round {number}: {what}; {totals}")
     else:
         await _audit_all(stand, plan, ledger)
     return Verdict(
@@ -101,7 +105,7 @@ async def _run(stand: Stand, plan: Plan, tell: Tell, strike: Strike, ledger: Led
 
 async def _round(stand: Stand, plan: Plan, number: int, ledger: Ledger, strike: Strike) -> str:
     def generator(what: str) -> random.Random:
-        """One for each who draws: what one draws does not hang on when the others do."""
+        """A generator for one purpose, so that its numbers do not depend on the timing of the others."""
         return random.Random(f"{plan.seed}:{plan.kind}:{plan.store}:{number}:{what}")
 
     known = set(ledger.histories)
@@ -116,7 +120,7 @@ async def _round(stand: Stand, plan: Plan, number: int, ledger: Ledger, strike: 
 
 
 def _plays(player: Callable[[str], Player], plan: Plan, number: int) -> list[Coroutine[Any, Any, None]]:
-    """Some play together, in batches; the others each for itself."""
+    """Returns the plays of all episodes: some act together in batches, the others separately."""
     names = [f"{plan.kind}-{plan.store}-{plan.seed}-{number}-{place}" for place in range(plan.num_episodes)]
     num_batches = int(plan.num_episodes * _IN_BATCHES) // BATCH_SIZE
     batches = [names[place * BATCH_SIZE :][:BATCH_SIZE] for place in range(num_batches)]
@@ -132,10 +136,10 @@ async def _strike(
     players: "list[asyncio.Task[None]]",
     strike: Strike,
 ) -> str:
-    """Strikes after a share of the round's acts, or right away, while episodes are being opened."""
+    """Injects the fault after a random share of the round's acts, possibly while the episodes are still created."""
     moment = ledger.num_acts + int(generator.uniform(0.0, 0.8) * plan.num_episodes * NUM_MOVES)
     delay_s = generator.uniform(0.0, 0.03)
-    while ledger.num_acts < moment and not all(player.done() for player in players):  # noqa: ASYNC110 - they fill it
+    while ledger.num_acts < moment and not all(player.done() for player in players):  # noqa: ASYNC110 - players change it
         await asyncio.sleep(0.002)
     await asyncio.sleep(delay_s)
     return await asyncio.to_thread(strike, stand, generator)

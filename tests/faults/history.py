@@ -1,4 +1,4 @@
-"""Owns what the runner remembers of an episode: what it sent, to the byte, and what it was answered."""
+"""An episode from its caller's view: the exact messages that it sent, and the answers that it received."""
 
 import random
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ Completions = dict[int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One message as it can be sent again: by the step's index or, where there is a key, by an Idempotency-Key."""
+    """A message that can be sent again. The step's index or, if set, the Idempotency-Key `key` identifies it."""
 
     step: int
     observation: str
     reward: float | None
     key: str | None = None
     recorded: Any = None
-    """Somebody else's action; the policy is not asked."""
+    """An action that the caller chose instead of the policy."""
     terminated: bool = False
 
     @property
     def fields(self) -> Any:
-        """What goes with the observation."""
+        """The fields of the message other than the observation."""
         reward = {} if self.reward is None else {"reward": self.reward}
         return {**reward, "terminated": True} if self.terminated else reward
 
@@ -42,7 +42,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Keyed(Call[Act]):
-    """An act that an Idempotency-Key identifies; the client sends it again with the same one."""
+    """An act with an Idempotency-Key. A retry sends the same key."""
 
     key: str = ""
 
@@ -66,20 +66,20 @@ class Taken:
 
 @dataclass(slots=True)
 class History:
-    """An episode as its caller knows it. A fork's begins with its parent's steps."""
+    """An episode as its caller knows it. The history of a fork starts with the steps of its parent."""
 
     episode_id: str
     space: str
     steps: list[Taken] = field(default_factory=list)
     first_own: int = 0
-    """The first step that is not its parent's."""
+    """Index of the first step that does not come from the parent."""
     closing: Taken | None = None
     ended_with: float | None = None
-    """The reward of POST /episode/{id}/end, if that ended it."""
+    """The reward in POST /episode/{id}/end, if that call ended the episode."""
     completions: Completions = field(default_factory=dict)
-    """As they were when they were first read: they may not change."""
+    """The drawn tokens, as they were first read. They must not change."""
     prefix: list[int] = field(default_factory=list)
-    """The episode's tokens when they were last read: more may only follow."""
+    """The episode's tokens, as they were last read. Later tokens may only be appended."""
 
     @property
     def ended(self) -> bool:
@@ -87,20 +87,24 @@ class History:
 
     @property
     def rewards(self) -> list[float]:
-        """What the messages after the first brought, each for the action before it."""
+        """The rewards that the messages after the first one sent, each for the previous action."""
         closing = None if self.closing is None else self.closing.sent.reward
-        brought = [*(step.sent.reward for step in self.steps), closing, self.ended_with]
-        return [reward for reward in brought if reward is not None]
+        sent = [*(step.sent.reward for step in self.steps), closing, self.ended_with]
+        return [reward for reward in sent if reward is not None]
 
     def say(self, generator: random.Random, **fields: Any) -> Sent:
-        """The next message. No two of an episode have the same observation, so none can stand in for another; rewards
-        are binary fractions, so their sum is exact."""
+        """Returns the next message.
+
+        Every message of an episode has another observation, so that the checker can tell them apart. The rewards are
+        binary fractions, so that their sum is exact.
+        """
         step = len(self.steps)
         where = f"row {generator.randrange(4)}, column {generator.randrange(4)}"
         reward = generator.randrange(1024) / 1024 if step else None
         return Sent(step, f"{where}, move {step}", reward, **fields)
 
     def take(self, sent: Sent, answer: Act) -> None:
+        """Adds an answered message."""
         if answer.done:
             self.closing = Taken(sent, answer)
         else:

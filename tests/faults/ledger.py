@@ -1,4 +1,4 @@
-"""Owns what all callers share: the ledger of their answers, and their way to the servers."""
+"""What all callers share: the ledger of their answers, and a client that sends calls to any of the servers."""
 
 import random
 from collections.abc import AsyncIterator, Sequence
@@ -11,22 +11,22 @@ from service.client import Act, AsyncClient, EpisodicError, Retry
 from tests.faults.checker import Finding
 from tests.faults.history import History, Sent
 
-_PATIENCE = Retry(max_retries=100_000, total_s=400.0, max_s=1.0)
+_RETRY = Retry(max_retries=100_000, total_s=400.0, max_s=1.0)
 _CALL_LIMIT_S = 60.0
-"""A call that hangs is a call that failed: it is sent again."""
+"""Timeout of one attempt. After it, the call is sent again."""
 
 
 @dataclass(slots=True)
 class Ledger:
-    """What all players were answered so far, and what went wrong."""
+    """All answers that the players received, and all findings."""
 
     histories: dict[str, History] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     num_acts: int = 0
     num_retried: int = 0
-    """Calls that were sent more than once."""
+    """Calls that needed more than one attempt."""
     num_replayed: int = 0
-    """Acts whose first answer was lost: the retry got it from the store."""
+    """Acts whose first answer was lost, so that a retry received the stored one."""
 
     def take(self, history: History, sent: Sent, answer: Act) -> None:
         history.take(sent, answer)
@@ -38,7 +38,7 @@ class Ledger:
 
 
 class Hopping(httpx.AsyncBaseTransport):
-    """Sends each attempt to one of the servers, drawn anew, and counts the calls that took more than one."""
+    """Sends each attempt to a random server, and counts the calls that needed more than one attempt."""
 
     def __init__(self, urls: Sequence[str], generator: random.Random, ledger: Ledger) -> None:
         self._urls = [httpx.URL(url) for url in urls]
@@ -61,7 +61,7 @@ class Hopping(httpx.AsyncBaseTransport):
 async def calling(
     urls: Sequence[str], generator: random.Random, ledger: Ledger, api_key: str | None = None
 ) -> AsyncIterator[AsyncClient]:
-    """A client that retries for as long as a server takes to start."""
+    """A client that retries for longer than a server takes to start."""
     transport = Hopping(urls, generator, ledger)
-    async with AsyncClient(urls[0], api_key, retry=_PATIENCE, timeout_s=_CALL_LIMIT_S, transport=transport) as client:
+    async with AsyncClient(urls[0], api_key, retry=_RETRY, timeout_s=_CALL_LIMIT_S, transport=transport) as client:
         yield client

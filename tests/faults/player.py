@@ -1,7 +1,7 @@
-"""Owns the load: episodes of every kind, played by callers who retry until they are answered.
+"""The load: players that make every kind of call, and retry each call until it is answered.
 
-Whatever a call's fate, its player sends it again as it was until it is answered: then the history holds all that the
-service may hold, and nothing else.
+A player sends a failed call again without changes until it receives an answer. So the history contains exactly what the
+service must have stored.
 """
 
 import random
@@ -20,7 +20,7 @@ BATCH_SIZE = 8
 
 Move = Literal["act", "keyed", "recorded", "abandoned", "fork", "read"]
 _MOVES: dict[Move, int] = {"act": 10, "keyed": 5, "recorded": 2, "abandoned": 3, "fork": 1, "read": 3}
-"""How often each is made."""
+"""Relative frequency of each move."""
 
 SPACES: dict[str, dict[str, Any]] = {
     "discrete": {"action_space": {"type": "discrete", "actions": ["left", "down", "right", "up"]}},
@@ -34,7 +34,7 @@ _BY_HAND = {"discrete": "left", "text": "by hand", "json": "south"}
 
 
 class Player:
-    """Plays episodes and writes down in the ledger what it was answered."""
+    """Plays episodes, and adds the answers to the ledger."""
 
     def __init__(self, client: AsyncClient, generator: random.Random, ledger: Ledger) -> None:
         self._client = client
@@ -43,7 +43,7 @@ class Player:
         self._num_forks = 0
 
     async def play(self, episode_id: str) -> None:
-        """One episode, call by call."""
+        """Plays one episode, call by call."""
         try:
             history = await self._open(episode_id)
             for _ in range(NUM_MOVES):
@@ -53,7 +53,7 @@ class Player:
             self._ledger.refused(episode_id, error)
 
     async def play_batch(self, episode_ids: Sequence[str]) -> None:
-        """Episodes that all act in one call, each time."""
+        """Plays several episodes that act together, in one batch call for each step."""
         try:
             histories = [await self._open(episode_id) for episode_id in episode_ids]
             resources = [await self._client.run(calls.get_episode(name)) for name in episode_ids]
@@ -66,9 +66,9 @@ class Player:
     async def _open(self, episode_id: str) -> History:
         space = self._random.choice(list(SPACES))
         await self._client.episode(episode_id=episode_id, instructions="Play on.", **SPACES[space])
-        return self._known(History(episode_id, space))
+        return self._register(History(episode_id, space))
 
-    def _known(self, history: History) -> History:
+    def _register(self, history: History) -> History:
         self._ledger.histories[history.episode_id] = history
         return history
 
@@ -92,8 +92,8 @@ class Player:
         self._ledger.take(history, sent, await self._client.run(sent.call(history.episode_id)))
 
     async def _abandon(self, history: History) -> None:
-        """Leaves a stream early; then the same act once more, which has been taken already or is taken now."""
-        sent, num_heard = history.say(self._random), self._random.randrange(3)
+        """Disconnects from a stream early, then sends the same act again. It may have been committed before."""
+        sent, num_events = history.say(self._random), self._random.randrange(3)
         resource = EpisodeResource(episode_id=history.episode_id, status="active", step=sent.step)
         events = AsyncEpisode(self._client, resource).stream(sent.observation, **sent.fields)
         try:
@@ -102,21 +102,21 @@ class Player:
                     if isinstance(event, Act):
                         self._ledger.take(history, sent, event)
                         return
-                    if not num_heard:
+                    if not num_events:
                         break
-                    num_heard -= 1
+                    num_events -= 1
         except (ConnectionFailed, Unavailable):
-            pass  # cut off: the same as left
+            pass  # the server cut the stream: the same as disconnecting from it
         await self._call(history, sent)
 
     async def _fork(self, history: History) -> None:
-        """Two episodes that begin as this one did, and take a step each."""
+        """Forks the episode twice at a random step, and plays one act in each fork."""
         at_step = self._random.randint(0, len(history.steps))
         self._num_forks += 1
         names = [f"{history.episode_id}-{self._num_forks}{letter}" for letter in "ab"]
         await self._client.run(calls.fork(history.episode_id, names, at_step, None))
         for name in names:
-            fork = self._known(history.fork(name, at_step))
+            fork = self._register(history.fork(name, at_step))
             await self._call(fork, fork.say(self._random))
 
     async def _act_together(self, histories: Sequence[History], episodes: Sequence[AsyncEpisode]) -> None:

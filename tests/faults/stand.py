@@ -1,4 +1,4 @@
-"""Owns what is hurt, servers and their database, and each way of hurting it. Every strike ends with all of it up."""
+"""The servers under test, their database, and the faults to inject. After each fault, everything is up again."""
 
 import random
 import signal
@@ -17,19 +17,19 @@ from tests.support.postgres import Postgres
 FaultKind = Literal["server", "engine", "postgres", "replicas"]
 
 SETTINGS = {"engine_canary_s": "6", "engine_failure_window_s": "1"}
-"""A server that soon sees that its engine hangs, and takes each failure for the first: it never gives up."""
+"""The server notices quickly that its engine hangs. It counts no earlier failures, so it always reloads the engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """Servers on one store, and their database where that is PostgreSQL."""
+    """Servers that share one store, and the database if the store is PostgreSQL."""
 
     servers: Sequence[Server]
     database: Postgres | None = None
     api_key: str | None = None
 
     def start(self) -> "Stand":
-        """Starts what is not up, all at once."""
+        """Starts all servers that are not up, in parallel."""
         with ThreadPoolExecutor() as threads:
             list(threads.map(restore, self.servers))
         return self
@@ -45,7 +45,7 @@ class Stand:
 
 
 def kill_server(stand: Stand, generator: random.Random) -> str:
-    """kill -9 of a server and all that it started; then it starts again on what it kept."""
+    """Kills a server and its child processes with SIGKILL, and starts it again with the same data."""
     server = generator.choice(stand.servers)
     server.kill()
     server.start()
@@ -53,10 +53,10 @@ def kill_server(stand: Stand, generator: random.Random) -> str:
 
 
 def hurt_engine(stand: Stand, generator: random.Random) -> str:
-    """kill -9 of the engine's process; or it stops, for a while or until the server gives it up."""
+    """Kills the engine's process, or stops it: for a while, or until the server replaces it."""
     server = generator.choice(stand.servers)
     engine = engine_of(server)
-    how = generator.choices(["killed", "stopped for a while", "stopped for ever"], [6, 1, 1])[0]
+    how = generator.choices(["killed", "stopped for a while", "stopped until the server replaced it"], [6, 1, 1])[0]
     engine.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     if how == "stopped for a while":
         time.sleep(generator.uniform(0.5, 4.0))
@@ -64,20 +64,20 @@ def hurt_engine(stand: Stand, generator: random.Random) -> str:
     else:
         engine.wait(START_LIMIT_S)
     restore(server)
-    return f"the engine {how}"
+    return f"the engine was {how}"
 
 
 def restart_database(stand: Stand, generator: random.Random) -> str:
-    """PostgreSQL stops at once, as in a crash, and is away for a while."""
+    """Crashes PostgreSQL, and starts it again after a moment."""
     assert stand.database is not None
     stand.database.stop("immediate")
     time.sleep(generator.uniform(0.0, 2.0))
     stand.database.start()
-    return "PostgreSQL restarted, mode immediate"
+    return "crash and restart of PostgreSQL"
 
 
 Strike = Callable[[Any, random.Random], str]
-"""Hurts a stand, and says how; the stand is up when it returns."""
+"""Injects a fault into a stand, and returns a description of it. All servers are up again when it returns."""
 
 STRIKES: dict[str, Strike] = {
     "server": kill_server,
@@ -88,14 +88,14 @@ STRIKES: dict[str, Strike] = {
 
 
 def engine_of(server: Server) -> psutil.Process:
-    """The process that holds the policy."""
+    """Returns the engine's process."""
     assert server.process is not None
     children = psutil.Process(server.process.pid).children(recursive=True)
     return next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
 
 
 def restore(server: Server) -> None:
-    """Returns once the server is ready: by itself, or started again if its process has ended."""
+    """Waits until the server is ready. Starts it if its process has ended."""
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         if server.process is None or server.process.poll() is not None:
@@ -104,7 +104,7 @@ def restore(server: Server) -> None:
         if _is_ready(server) and _has_engine(server):
             return
         time.sleep(0.1)
-    raise AssertionError(f"not ready again: {server.log[-3000:]}")
+    raise AssertionError(f"the server was not ready again after {START_LIMIT_S:g} s: {server.log[-3000:]}")
 
 
 def _is_ready(server: Server) -> bool:
@@ -115,7 +115,7 @@ def _is_ready(server: Server) -> bool:
 
 
 def _has_engine(server: Server) -> bool:
-    """Readiness may be a moment old: the engine that was killed is not there any more, and the next one is not yet."""
+    """Whether the engine's process runs. For a moment after the engine was killed, /readyz may still report ready."""
     try:
         return engine_of(server).status() != psutil.STATUS_ZOMBIE
     except (StopIteration, psutil.NoSuchProcess):

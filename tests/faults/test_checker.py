@@ -1,4 +1,4 @@
-"""The checker finds each thing that a service could do wrong, in a record that differs by that alone."""
+"""The checker finds every kind of error, in a record that is correct except for this error."""
 
 import copy
 import random
@@ -23,7 +23,7 @@ def answered(index: int, action: str, num_tokens: int) -> Act:
 
 
 def played() -> History:
-    """Six steps, one of them somebody else's, and an end."""
+    """An ended episode with six steps. The caller chose the action of one of them."""
     history, generator = History("e", "text"), random.Random(1)
     for index in range(NUM_STEPS):
         recorded = "by hand" if index == RECORDED else None
@@ -34,8 +34,8 @@ def played() -> History:
     return history
 
 
-def kept(history: History) -> Documents:
-    """The documents of a service that kept it all."""
+def stored_documents(history: History) -> Documents:
+    """The trajectories, in the formats `steps` and `tokens`, of a service that stored everything correctly."""
     rewards = [*(taken.sent.reward for taken in history.steps[1:]), history.closing and history.closing.sent.reward]
     steps = [
         {**taken.answer.model_dump(), "observation": taken.sent.observation, "reward": reward}
@@ -58,7 +58,7 @@ def kinds(history: History, documents: Documents) -> set[str]:
 
 def test_what_was_kept_as_it_was_answered_passes_each_time() -> None:
     history = played()
-    documents = kept(history)
+    documents = stored_documents(history)
     assert check(history, *documents) == []
     remember(history, documents[1])
     assert check(history, *documents) == []
@@ -150,7 +150,7 @@ TAMPERED: dict[Callable[..., None], set[str]] = {
 @pytest.mark.parametrize("tamper", TAMPERED, ids=lambda tamper: tamper.__name__)
 def test_a_tampered_record_is_found(tamper: Callable[..., None]) -> None:
     history = played()
-    documents = kept(history)
+    documents = stored_documents(history)
     remember(history, documents[1])
     tampered = copy.deepcopy(documents)
     tamper(*tampered)
@@ -159,7 +159,7 @@ def test_a_tampered_record_is_found(tamper: Callable[..., None]) -> None:
 
 def test_a_fork_that_begins_with_other_tokens_than_its_parent_is_found() -> None:
     parent = played()
-    documents = kept(parent)
+    documents = stored_documents(parent)
     remember(parent, documents[1])
     fork = parent.fork("f", NUM_STEPS)
     fork.closing = parent.closing
@@ -170,7 +170,7 @@ def test_a_fork_that_begins_with_other_tokens_than_its_parent_is_found() -> None
 
 def test_a_call_that_was_answered_as_another_step_is_found() -> None:
     history = played()
-    documents = kept(history)
+    documents = stored_documents(history)
     last = history.steps[-1]
     history.steps[-1] = Taken(last.sent, last.answer.model_copy(update={"step": NUM_STEPS}))
     assert kinds(history, documents) == {"double"}
