@@ -1,4 +1,4 @@
-"""The image and the compose stack on a real Docker engine: built, brought up, played, hurt, backed up and restored.
+"""Tests of the image and the compose stack on a real Docker engine: build, start, load, faults, backup and restore.
 
-`python -m tests.lab --help` has the options.
+`python -m tests.lab --help` lists the options.
 """

@@ -1,4 +1,4 @@
-"""Builds the image, starts the database, has the checks run where published ports are reached, and takes all down."""
+"""Builds the image, starts the database, runs the checks where published ports are reachable, and stops everything."""
 
 import sys
 import tempfile
@@ -18,18 +18,18 @@ FROM python:3.11-slim-bookworm
 RUN apt-get update && apt-get install --yes --no-install-recommends haproxy
 CMD ["haproxy", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]
 """
-"""The proxy from Debian's package, for an engine that reaches no registry."""
+"""A Dockerfile of the proxy with HAProxy from Debian, for an engine without access to a registry."""
 
 
 def main(
-    keep: Annotated[bool, typer.Option(help="Leave the stack and its data at the end.")] = False,
+    keep: Annotated[bool, typer.Option(help="Keep the stack and its data at the end.")] = False,
     build: Annotated[bool, typer.Option(help="Build the image first.")] = True,
-    seed: Annotated[int, typer.Option(help="All random choices come from it.")] = 7,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 7,
     engine: Annotated[
-        str | None, typer.Option(envvar="DOCKER_LAB", help="A program that keeps an engine in a network of its own.")
+        str | None, typer.Option(envvar="DOCKER_LAB", help="A program that runs a Docker engine in a separate network.")
     ] = None,
 ) -> None:
-    """Shows that the image and the compose stack do what they are for. Exit code 1 if they do not."""
+    """Tests the image and the compose stack. Exit code 1 if a check fails."""
     with tempfile.TemporaryDirectory(prefix="episodic-lab-") as folder:
         secrets = Path(folder, "secrets")
         make_secrets(secrets)
@@ -52,7 +52,7 @@ def _run(docker: Docker, checks: list[str], *, keep: bool, build: bool) -> int:
             typer.echo(f"built episodic:{TAG} in {time.monotonic() - began:.0f} s")
         if docker.is_apart:
             _build_proxy(docker)
-        docker.up("db")  # the network comes with it
+        docker.up("db")  # this also creates the network
         return docker.inside(*checks)
     except DockerFailed as error:
         typer.secho(str(error), fg="red", err=True)

@@ -1,4 +1,4 @@
-"""Owns what the lab shows, one check after the other, and the report of it. Runs where the published ports are."""
+"""The checks of the image and the compose stack, and their report. Runs where published ports are reachable."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ CONFINED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-o
 
 @dataclass(slots=True)
 class Report:
-    """What was seen, and what should not have been."""
+    """Prints the results, and collects the failed expectations."""
 
     findings: list[str] = field(default_factory=list)
 
@@ -44,14 +44,14 @@ class Report:
         print(f"  {line}", flush=True)
 
     def expect(self, holds: bool, what: str) -> None:
-        self.say(what if holds else f"NOT SO: {what}")
+        self.say(what if holds else f"FAILED: {what}")
         if not holds:
             self.findings.append(what)
 
 
 @dataclass(frozen=True, slots=True)
 class Lab:
-    """The stack, its key, and what all players were answered."""
+    """The stack, its secrets, and the answers that all players received."""
 
     docker: Docker
     secrets: Path
@@ -75,18 +75,24 @@ def check_image(lab: Lab) -> None:
     image, expect = lab.docker.inspect(IMAGE), lab.report.expect
     config = image["Config"]
     lab.report.say(f"size: {image['Size'] / 1e9:.2f} GB in {len(image['RootFS']['Layers'])} layers")
-    expect(int(config["User"].partition(":")[0]) > 0, f"its user is {config['User']}")
-    expect(config["Entrypoint"][0] == "tini", f"it starts {' '.join(config['Entrypoint'])} {' '.join(config['Cmd'])}")
-    expect(set(config["Volumes"]) == {"/data", "/models"}, f"its volumes are {', '.join(sorted(config['Volumes']))}")
+    expect(int(config["User"].partition(":")[0]) > 0, f"the image runs as user {config['User']}")
+    expect(
+        config["Entrypoint"][0] == "tini",
+        f"the image starts {' '.join(config['Entrypoint'])} {' '.join(config['Cmd'])}",
+    )
+    expect(
+        set(config["Volumes"]) == {"/data", "/models"},
+        f"the image's volumes are {', '.join(sorted(config['Volumes']))}",
+    )
     labels = [name for name in config["Labels"] if name.startswith("org.opencontainers.image.")]
-    expect(len(labels) == 5, f"it has {len(labels)} OCI labels")
+    expect(len(labels) == 5, f"the image has {len(labels)} OCI labels")
     script = "for c in cc gcc g++ c++ clang ld as make rustc nvcc; do command -v $c; done; true"
     compilers = _in_image(lab, "sh", "-c", script)
-    expect(compilers == "", f"no compiler is in it {compilers}".rstrip())
+    expect(compilers == "", f"the image contains no compiler {compilers}".rstrip())
     caches = "ls -d /root/.cache /tmp/* /src /dist /var/lib/apt/lists/* 2>/dev/null; true"
-    expect((left := _in_image(lab, "sh", "-c", caches)) == "", f"nothing of its making is left in it {left}".rstrip())
+    expect((left := _in_image(lab, "sh", "-c", caches)) == "", f"the image contains no build leftovers {left}".rstrip())
     code = "import service.app as m; print(open(m.__cached__, 'rb').read(16)[8:] != b'')"
-    expect(_in_image(lab, "python", "-c", code) == "True", "its code is compiled to .pyc")
+    expect(_in_image(lab, "python", "-c", code) == "True", "the image's Python code is compiled to .pyc files")
 
 
 def _in_image(lab: Lab, program: str, *words: str) -> str:
@@ -97,47 +103,48 @@ def _in_image(lab: Lab, program: str, *words: str) -> str:
 
 
 def check_alone(lab: Lab) -> None:
-    """docker run and no more: it makes a key, prints it once, and serves."""
+    """Runs one container without any options: it creates an API key, prints it once, and serves."""
     expect = lab.report.expect
     with _container(lab, "alone", ALONE_PORT) as (name, ready_s):
         keys, usage = _printed_keys(lab, name)
-        expect(len(keys) == 1 and usage, "docker run alone prints a key, once, and how to use it")
+        expect(len(keys) == 1 and usage, "docker run prints an API key once, and how to use it")
         lab.report.say(f"from docker run to ready: {ready_s:.1f} s")
         lab.docker.wait_healthy(name)
-        expect(True, "it gets healthy")
+        expect(True, "the container becomes healthy")
         version = _version(ALONE_PORT, keys[0])
-        expect(version["policy"] == "toy-text", f"the key opens it: it serves {version['policy']}")
+        expect(version["policy"] == "toy-text", f"with the key, the service answers: its policy is {version['policy']}")
         status = httpx.get(f"http://127.0.0.1:{ALONE_PORT}/version").status_code
-        expect(status == 401, f"without the key: {status}")
+        expect(status == 401, f"without the key, the service answers {status}")
         with Client(f"http://127.0.0.1:{ALONE_PORT}", keys[0]) as client:
             act = client.episode(profile="frozen-lake").act("0: S F\n1: H G\nrow 0, column 0")
-        expect(act.action in {"left", "down", "right", "up"}, f"it acts: {act.action}")
+        expect(act.action in {"left", "down", "right", "up"}, f"an act returns a legal action: {act.action}")
         wrote = [line for line in lab.docker.docker("diff", name).splitlines() if not line[2:].startswith("/tmp")]  # noqa: S108
-        expect(wrote == [], f"it wrote below /tmp and to its volumes alone {' '.join(wrote)}".rstrip())
+        expect(wrote == [], f"the container wrote only to /tmp and its volumes {' '.join(wrote)}".rstrip())
         _check_end(lab, name)
         lab.docker.docker("start", name)
         _wait_ready(ALONE_PORT)
         again, _ = _printed_keys(lab, name)
-        expect(again == keys, "a later start prints no key, and the first one serves")
-        expect(_version(ALONE_PORT, keys[0])["policy"] == "toy-text", "the first key opens it still")
+        expect(again == keys, "a restart prints no other key")
+        expect(_version(ALONE_PORT, keys[0])["policy"] == "toy-text", "the first key is valid after the restart")
         lab.docker.docker("kill", name)
 
 
 def check_confined(lab: Lab) -> None:
-    """The same on a read-only root, without capabilities, as a user that nobody knows."""
+    """Runs one container with a read-only root filesystem, without capabilities, and as an arbitrary user."""
     with _container(lab, "confined", ALONE_PORT, *CONFINED, "--user", "54321:0") as (name, ready_s):
         keys, _ = _printed_keys(lab, name)
         with Client(f"http://127.0.0.1:{ALONE_PORT}", keys[0]) as client:
             act = client.episode(profile="frozen-lake").act("0: S F\n1: H G\nrow 0, column 0")
         lab.report.expect(
-            bool(act.action), f"it serves on a read-only root, without capabilities, as any user ({ready_s:.1f} s)"
+            bool(act.action),
+            f"it serves with a read-only root, without capabilities, as any user; ready in {ready_s:.1f} s",
         )
         _check_end(lab, name)
 
 
 @contextmanager
 def _container(lab: Lab, name: str, port: str, *words: str) -> Iterator[tuple[str, float]]:
-    """A container that is ready, and the seconds that it took."""
+    """Starts a container. Yields its name and the seconds until it was ready, and removes it at the end."""
     name = f"episodic-lab-{name}"
     began = time.monotonic()
     lab.docker.docker("run", "--detach", "--name", name, "--publish", f"127.0.0.1:{port}:8000", *words, IMAGE)
@@ -161,7 +168,9 @@ def _check_end(lab: Lab, name: str) -> None:
     began = time.monotonic()
     lab.docker.docker("stop", "--time", str(GRACE_S), name)
     took_s, code = time.monotonic() - began, lab.docker.inspect(name)["State"]["ExitCode"]
-    lab.report.expect(code == 0 and took_s < GRACE_S, f"SIGTERM ends it with {code} after {took_s:.1f} s")
+    lab.report.expect(
+        code == 0 and took_s < GRACE_S, f"SIGTERM stops the container in {took_s:.1f} s with exit code {code}"
+    )
 
 
 def _version(port: str, key: str) -> dict[str, str]:
@@ -178,7 +187,7 @@ def _wait_ready(port: str) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise DockerFailed(f"not ready on port {port}")
+    raise DockerFailed(f"the service on port {port} was not ready after {READY_LIMIT_S:g} s")
 
 
 # --- the stack
@@ -189,26 +198,28 @@ def check_start(lab: Lab) -> None:
     lab.docker.up("--scale", "service=2", *SERVICES)
     replicas = lab.docker.replicas()
     took_s = time.monotonic() - began
-    lab.report.expect(len(replicas) == 2, f"two replicas start at once on one fresh database, in {took_s:.0f} s")
+    lab.report.expect(
+        len(replicas) == 2, f"two replicas start at the same time on an empty database, in {took_s:.0f} s"
+    )
     for name in replicas:
         out, _ = lab.docker.logs(name)
-        lab.report.expect(out == [], "a replica with an admin key from a file prints none")
-    lab.report.say("grafana is not in this run: its image is not among those that every engine here has")
+        lab.report.expect(out == [], "a replica whose admin key comes from a file prints no key")
+    lab.report.say("Grafana is not tested, because not every engine has its image")
 
 
 def check_rollout(lab: Lab) -> None:
     command = [sys.executable, "-m", "service", "rollout", "--url", PROXY, "--episodes", "100", "--seed", "7", "--json"]
     environment = {**os.environ, "EPISODIC_API_KEY": lab.api_key}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lab.report.expect(ran.returncode == 0, f"episodic rollout plays through the proxy {ran.stderr[-500:]}".rstrip())
+    lab.report.expect(ran.returncode == 0, f"`episodic rollout` works through the proxy {ran.stderr[-500:]}".rstrip())
     if ran.returncode == 0:
         figures = json.loads(ran.stdout)
         lab.report.say(f"completion rate {figures['completion_rate']}, {figures['steps_per_s']:.0f} steps/s")
 
 
 def check_quiet(lab: Lab) -> None:
-    """Nothing is hurt: the calls of an episode go to one replica, and each replica has some."""
-    _campaign(lab, "quiet", lambda stack, generator: "nothing")
+    """Without faults, all calls of an episode go to the same replica, and each replica serves some episodes."""
+    _campaign(lab, "quiet", lambda stack, generator: "no fault")
     seen: dict[str, set[str]] = {}
     for name in lab.docker.replicas():
         for line in lab.docker.logs(name)[1]:
@@ -216,13 +227,13 @@ def check_quiet(lab: Lab) -> None:
             if event.get("event") == "request" and "episode_id" in event:
                 seen.setdefault(event["episode_id"], set()).add(name)
     shares = [sum(names == {name} for names in seen.values()) for name in lab.docker.replicas()]
-    num_astray = sum(len(names) > 1 for names in seen.values())
-    lab.report.expect(num_astray == 0 and min(shares) > 0, f"episodes by replica: {shares}, at both: {num_astray}")
+    num_split = sum(len(names) > 1 for names in seen.values())
+    lab.report.expect(num_split == 0 and min(shares) > 0, f"episodes by replica: {shares}, served by both: {num_split}")
 
 
 def check_kill(lab: Lab) -> None:
     answered: list[int] = []
-    name = lab.docker.replicas()[0]  # now: to look it up takes a while, and the play goes on
+    name = lab.docker.replicas()[0]  # looked up in advance: it takes a while, and the players would go on
 
     def strike(stack: Lab, generator: random.Random) -> str:
         stack.docker.docker("kill", "--signal", "KILL", name)
@@ -231,10 +242,10 @@ def check_kill(lab: Lab) -> None:
         answered.append(lab.ledger.num_acts - before)
         stack.docker.docker("start", name)
         stack.docker.wait_healthy(name)
-        return "kill -9 of a replica, started again"
+        return "kill -9 and restart of a replica"
 
     _campaign(lab, "kill", strike)
-    lab.report.expect(answered[0] > 0, f"{answered[0]} acts were answered while it was gone")
+    lab.report.expect(answered[0] > 0, f"{answered[0]} acts were answered while the replica was down")
 
 
 def check_drain(lab: Lab) -> None:
@@ -249,20 +260,18 @@ def check_drain(lab: Lab) -> None:
             codes.append(stack.docker.inspect(name)["State"]["ExitCode"])
             stack.docker.docker("start", name)
             stack.docker.wait_healthy(name)
-        return "SIGTERM to a replica, started again"
+        return "SIGTERM and restart of a replica"
 
     num_retried = lab.ledger.num_retried
     _campaign(lab, "drain", strike)
-    lab.report.expect(codes == [0], f"the drained replica ended with {codes}")
-    lab.report.expect(lab.ledger.num_retried == num_retried, "no call was refused or broken off")
-    lab.report.expect(
-        set(plain) == {"201", "200"}, f"calls of somebody who sends none again, answered by {dict(plain)}"
-    )
+    lab.report.expect(codes == [0], f"the exit code of the drained replica is {codes}")
+    lab.report.expect(lab.ledger.num_retried == num_retried, "no call was rejected or interrupted")
+    lab.report.expect(set(plain) == {"201", "200"}, f"answers to a client without retries: {dict(plain)}")
 
 
 @contextmanager
 def _plain_calls(lab: Lab, answers: Counter[str]) -> Iterator[None]:
-    """Meanwhile somebody plays as with curl: without headers for the proxy, each call once."""
+    """Meanwhile a simple client plays, like curl: without X-Episode-Id and without retries. Counts its answers."""
     over = threading.Event()
 
     def call() -> None:
@@ -290,37 +299,38 @@ def _plain_calls(lab: Lab, answers: Counter[str]) -> Iterator[None]:
 
 
 def _campaign(lab: Lab, kind: str, strike: Callable[[Lab, random.Random], str]) -> None:
-    """Players of every kind of call against the proxy, one strike amid their play, then an audit of all that was ever
-    acknowledged."""
+    """Runs players against the proxy, injects one fault while they play, and audits all episodes so far."""
     ledger = lab.ledger
     num_acts, num_retried, num_findings = ledger.num_acts, ledger.num_retried, len(ledger.findings)
     run(lab, Plan(kind, "postgresql", lab.seed, 1, NUM_EPISODES), strikes={kind: strike}, ledger=ledger)
-    lab.report.say(f"{ledger.num_acts - num_acts} acts, {ledger.num_retried - num_retried} calls sent again")
-    _expect_none(lab, num_findings, "was lost, doubled, changed or refused")
+    lab.report.say(f"{ledger.num_acts - num_acts} acts, {ledger.num_retried - num_retried} calls retried")
+    _expect_none(lab, num_findings, "after the campaign")
 
 
-def _expect_none(lab: Lab, num_before: int, what: str) -> None:
+def _expect_none(lab: Lab, num_before: int, when: str) -> None:
     found = [str(finding) for finding in lab.ledger.findings[num_before:]]
-    lab.report.expect(not found, f"of {len(lab.ledger.histories)} episodes {len(found) or 'nothing'} {what}")
+    lab.report.expect(not found, f"audit of {len(lab.ledger.histories)} episodes {when}: {len(found) or 'no'} findings")
     for finding in found[:10]:
         lab.report.say(finding)
 
 
 def check_metrics(lab: Lab) -> None:
-    """Prometheus finds both replicas by their name and may read them."""
+    """Prometheus discovers both replicas by their DNS name, and its key may read their metrics."""
     deadline, up = time.monotonic() + 60, []
     while time.monotonic() < deadline and up != ["1", "1"]:
         answer = httpx.get(f"{PROMETHEUS}/api/v1/query", params={"query": 'up{job="episodic"}'})
         up = [series["value"][1] for series in answer.json()["data"]["result"]]
         time.sleep(1)
-    lab.report.expect(up == ["1", "1"], f"prometheus scrapes the replicas: up is {up}")
+    lab.report.expect(up == ["1", "1"], f"Prometheus scrapes both replicas: `up` is {up}")
     query = {"query": 'sum(agent_acts_total{outcome="acted"})'}
     acts = httpx.get(f"{PROMETHEUS}/api/v1/query", params=query).json()["data"]["result"]
-    lab.report.expect(bool(acts), f"it has {acts[0]['value'][1] if acts else 'no'} acts since the last starts")
+    lab.report.expect(
+        bool(acts), f"Prometheus has counted {acts[0]['value'][1] if acts else 'no'} acts since the last restarts"
+    )
 
 
 def check_restore(lab: Lab) -> None:
-    """docs/deploy.md's commands: what was acknowledged before the backup is there again, what came after it is not."""
+    """Runs the commands in docs/deploy.md. Episodes from before the backup are restored, and later ones are gone."""
     with Client(PROXY, lab.api_key) as client:
         before = {episode.episode_id for episode in client.episodes()}
     docker, folder = lab.docker, lab.secrets.parent
@@ -332,28 +342,33 @@ def check_restore(lab: Lab) -> None:
     with Client(PROXY, lab.api_key) as client:
         after = {episode.episode_id for episode in client.episodes()}
     size_mb = (folder / "backup.dump").stat().st_size / 1e6
-    lab.report.expect(after == before, f"restored from {size_mb:.1f} MB: {len(after)} of {len(before)} episodes")
-    lab.report.expect(late not in after, "an episode from after the backup is not there")
-    _audit(lab, "is other than before the backup, and each goes on")
+    lab.report.expect(
+        after == before, f"restored {len(after)} of {len(before)} episodes from a backup of {size_mb:.1f} MB"
+    )
+    lab.report.expect(late not in after, "an episode that was created after the backup is gone")
+    _audit(lab, "after the restore")
 
 
 def check_rollback(lab: Lab) -> None:
-    """docs/deploy.md's commands as far as the older image, which is not here: the newer one migrates once more."""
+    """Runs the commands in docs/deploy.md, except the start of an older image: the current one migrates up again."""
     lines = _lines_with("docker compose run ").splitlines()
     lab.docker.shell("\n".join(lines[:2]), lab.secrets.parent)
     query = ["psql", "--username=episodic", "--tuples-only", "--command=SELECT version_num FROM alembic_version"]
     schema = lab.docker.compose("exec", "-T", "db", *query).decode().strip()
-    lab.report.expect(lines[1].endswith(f" {schema}"), f"the schema is {schema}")
+    lab.report.expect(lines[1].endswith(f" {schema}"), f"the schema version is {schema}")
     lab.docker.up("--scale", "service=2", *SERVICES)
-    _audit(lab, "is other after the way back and forth, and each goes on")
+    _audit(lab, "after the migration back and forth")
 
 
 def _lines_with(words: str) -> str:
+    """Returns the shell block in docs/deploy.md that contains these words."""
     (block,) = [block for block in re.findall(r"```sh\n(.*?)```", DEPLOYING, re.DOTALL) if words in block]
     return block
 
 
-def _audit(lab: Lab, what: str) -> None:
+def _audit(lab: Lab, when: str) -> None:
+    """Audits all episodes, and plays one more act in each that has not ended."""
+
     async def audit() -> None:
         generator = random.Random(lab.seed)
         async with calling(lab.urls, generator, lab.ledger, lab.api_key) as client:
@@ -361,7 +376,7 @@ def _audit(lab: Lab, what: str) -> None:
 
     num_findings = len(lab.ledger.findings)
     asyncio.run(audit())
-    _expect_none(lab, num_findings, what)
+    _expect_none(lab, num_findings, when)
 
 
 def check_memory(lab: Lab) -> None:

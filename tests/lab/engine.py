@@ -1,7 +1,7 @@
-"""Owns the way to the Docker engine: this machine's, or one that a program keeps in a network of its own.
+"""Runs Docker commands: on this machine's engine, or through a program that runs an engine in a separate network.
 
-Such a program takes `build`, `up`, `compose`, `docker` or `exec-net` as its first word; the last one runs a command
-where published ports are reached, the others are Docker's with Docker's words.
+The first argument of such a program is `build`, `up`, `compose`, `docker` or `exec-net`. With `exec-net` it runs a
+command in the network where published ports are reachable. The others run the Docker command with the given arguments.
 """
 
 import json
@@ -18,11 +18,11 @@ READY_LIMIT_S = 300.0
 
 
 class DockerFailed(Exception):
-    """A command of Docker's that failed, with the end of what it said."""
+    """A Docker command failed. The message includes the end of its output."""
 
 
 class Docker:
-    """Runs Docker's commands in the project's folder, with `variables` for the compose file."""
+    """Runs Docker commands in the project's folder, with `variables` as environment variables for the compose file."""
 
     def __init__(self, program: str | None, variables: Mapping[str, str]) -> None:
         self._program = program
@@ -30,18 +30,18 @@ class Docker:
 
     @property
     def is_apart(self) -> bool:
-        """Whether the engine is one that a program keeps."""
+        """Whether the engine is reached through a program."""
         return self._program is not None
 
     def images(self) -> set[str]:
-        """By name and tag."""
+        """Returns the images of the engine, as `name:tag`."""
         return set(self.docker("images", "--format", "{{.Repository}}:{{.Tag}}").split())
 
     def build(self, *words: str) -> None:
         self._run([self._program, "build", *words] if self._program else ["docker", "build", *words])
 
     def up(self, *words: str) -> None:
-        """Returns once what was started is healthy."""
+        """Starts services, and returns when they are healthy."""
         up = ["docker", "compose", "up", "--detach", "--no-build", "--wait"]
         self._run([self._program, "up", *words] if self._program else [*up, *words])
 
@@ -49,11 +49,11 @@ class Docker:
         return self._run([self._program or "docker", "compose", *words], stdin)
 
     def docker(self, *words: str) -> str:
-        """What the command printed, on both of its streams."""
+        """Runs a Docker command, and returns what it printed on stdout."""
         return self._run([self._program, "docker", *words] if self._program else ["docker", *words]).decode()
 
     def shell(self, script: str, folder: Path) -> None:
-        """Runs lines as a user would type them beside the compose file; what they write goes into `folder`."""
+        """Runs shell commands as a user would type them, but in `folder`, so that their files are written there."""
         if self._program:
             shim = folder / "bin" / "docker"
             shim.parent.mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ class Docker:
             raise DockerFailed(f"{script}: {ran.stderr[-3000:]}")
 
     def inside(self, *command: str) -> int:
-        """Runs a command where published ports are reached."""
+        """Runs a command in the network where published ports are reachable. Returns its exit code."""
         words = [self._program, "exec-net", *command] if self._program else list(command)
         return subprocess.run(words, cwd=ROOT, env=self._environment).returncode
 
@@ -76,28 +76,29 @@ class Docker:
         return json.loads(self.docker("inspect", name))[0]
 
     def logs(self, name: str) -> tuple[list[str], list[str]]:
-        """The lines that a container wrote to its standard output, and those to its standard error."""
+        """Returns the lines that a container wrote to stdout, and those that it wrote to stderr."""
         words = [self._program, "docker", "logs", name] if self._program else ["docker", "logs", name]
         ran = subprocess.run(words, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=True)
         return ran.stdout.splitlines(), ran.stderr.splitlines()
 
     def replicas(self) -> list[str]:
-        """The containers of the service, the stopped ones too."""
+        """Returns the ids of the service's containers, including stopped ones."""
         return sorted(self.compose("ps", "--all", "--quiet", "service").decode().split())
 
     def wait_healthy(self, name: str) -> float:
-        """Seconds that it took."""
+        """Waits until a container is healthy. Returns how many seconds that took."""
         began = time.monotonic()
         while (state := self.inspect(name)["State"])["Health"]["Status"] != "healthy":
             if state["Status"] != "running" or time.monotonic() > began + READY_LIMIT_S:
-                raise DockerFailed(f"{name[:12]} does not get healthy: {self.logs(name)[1][-20:]}")
+                raise DockerFailed(f"the container {name[:12]} did not become healthy: {self.logs(name)[1][-20:]}")
             time.sleep(0.5)
         return time.monotonic() - began
 
     @property
     def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name != "DOCKER_LAB"}  # it may mean another thing
-        return {**kept, **self._variables}
+        # The program itself may use a variable DOCKER_LAB in another meaning.
+        inherited = {name: value for name, value in os.environ.items() if name != "DOCKER_LAB"}
+        return {**inherited, **self._variables}
 
     def _run(self, words: Sequence[str], stdin: bytes | None = None) -> bytes:
         ran = subprocess.run(words, cwd=ROOT, env=self._environment, input=stdin, capture_output=True)
