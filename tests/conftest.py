@@ -1,4 +1,4 @@
-"""What the tests of every layer share: the packaged policy's tokenizer, its path, and quiet settings."""
+"""Shared by all tests: the path and the tokenizer of the packaged policy, and an environment without settings."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ POLICY = Path(service.__file__).parent / "packaged" / "policies" / "toy-text"
 
 @pytest.fixture(scope="session")
 def hf_tokenizer() -> Any:
-    """The packaged policy's Hugging Face tokenizer. A test that changes its template loads its own."""
+    """The packaged policy's Hugging Face tokenizer. A test that changes its chat template must load its own."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(POLICY)
@@ -29,5 +29,6 @@ def tokenizer(hf_tokenizer: Any) -> HFTokenizer:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes the EPISODIC_* variables of the environment that the tests run in."""
     for name in [name for name in os.environ if name.startswith("EPISODIC_")]:
         monkeypatch.delenv(name)

@@ -38,13 +38,6 @@ def make_adapter(
             tensors[f"{name}.lora_B.weight"] = random.normal(size=shape).astype(np.float32) * 0.3
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    document = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 8,
-        "target_modules": list(modules),
-        "bias": "none",
-        **config,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(document))
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(modules), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, **config}))
     return folder

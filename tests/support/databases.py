@@ -1,4 +1,4 @@
-"""Real databases: a PostgreSQL server for each test process, new databases in it, and statements past the store."""
+"""Real databases: a PostgreSQL server for each test process, new databases, and SQL that bypasses the store."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -37,7 +37,7 @@ def new_database(request: pytest.FixtureRequest) -> Iterator[NewDatabase]:
 
 
 async def in_database(url: str, function: Callable[[Connection], _T]) -> _T:
-    """Runs the function in a transaction of its own, past the store."""
+    """Runs the function in its own transaction, without the store."""
     kind = SQLiteConnections if url.startswith("sqlite") else PostgreSQLConnections
     connections: Connections = kind(make_url(url), Patience())
     try:
@@ -52,7 +52,7 @@ async def execute(url: str, statement: str) -> None:
 
 @asynccontextmanager
 async def without_table(url: str, table: str) -> AsyncIterator[None]:
-    """The store cannot find one of its tables."""
+    """Hides one of the store's tables: inside the context, the store cannot use it."""
     await execute(url, f"ALTER TABLE {table} RENAME TO hidden")
     yield
     await execute(url, f"ALTER TABLE hidden RENAME TO {table}")

@@ -1,4 +1,4 @@
-"""The service behind a real socket, in the test's own event loop: what a test needs to be its caller."""
+"""Runs the service on a real socket in the test's event loop, and a client that calls it."""
 
 import asyncio
 import contextlib
@@ -26,13 +26,13 @@ DISCRETE = {"type": "discrete", "actions": ["left", "right", "left turn", "go to
 
 
 new_store: Callable[[], str] | None = None
-"""Creates the store of a service, if it is not to be a SQLite file in its folder. Set by fixtures."""
+"""Creates a database and returns its URL. Fixtures set it if services must not use a SQLite file in their folder."""
 
 _stores: dict[Path, str] = {}
 
 
 def _store_of(folder: Path) -> str:
-    """The URL of the folder's store: the same one again for a service that is restarted there."""
+    """Returns the URL of the folder's database. A service that restarts in the same folder gets the same database."""
     assert new_store is not None
     if folder not in _stores:
         _stores[folder] = new_store()
@@ -40,7 +40,7 @@ def _store_of(folder: Path) -> str:
 
 
 class HeldEngine(ScriptedEngine):
-    """Answers nothing until `release` is set, so that a test decides what happens while an act is in flight."""
+    """An engine that answers only after `release` is set, so that a test controls how long an act is in flight."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,13 +66,13 @@ class HeldEngine(ScriptedEngine):
 
 @dataclass
 class Served:
-    """A running service: its app, where it listens, and a client of it."""
+    """A running service: its app, its URL, and a client."""
 
     app: FastAPI
     url: str
     client: httpx.AsyncClient
     name: str = "e"
-    """The episode that is meant where a call names none."""
+    """The default episode id of the methods below."""
 
     @property
     def engine(self) -> Any:
@@ -120,10 +120,10 @@ class Served:
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # signals are the test runner's
+        yield  # the test runner handles signals
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(0):  # noqa: ASYNC110 - uvicorn's own loop looks ten times a second
+        while not await self.on_tick(0):  # noqa: ASYNC110 - uvicorn's own loop polls only ten times a second
             await asyncio.sleep(0.005)
 
 
@@ -138,12 +138,12 @@ async def serve(
     on_fatal: Callback = lambda: None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
-    """The service on a free port with its data in `folder`; `loading`: it never gets ready."""
-    store = store or (MemoryStore() if loading else None)  # which needs no lifespan
+    """Runs the service on a free port, with its data in `folder`. With `loading`, it never becomes ready."""
+    store = store or (MemoryStore() if loading else None)  # works without lifespan events
     if new_store is not None and "store" not in settings:
         settings["store"] = _store_of(folder)
-    heard: Any = {"on_ready": on_ready, "on_fatal": on_fatal}
-    app = create_app(Settings(data=folder, **settings), engine=engine, store=store, **heard)
+    callbacks: Any = {"on_ready": on_ready, "on_fatal": on_fatal}
+    app = create_app(Settings(data=folder, **settings), engine=engine, store=store, **callbacks)
     config = http_server.config(app, port=0, timeout_graceful_shutdown=10, lifespan="off" if loading else "on")
     server = _Server(config)
     running = asyncio.create_task(server.serve())
@@ -161,7 +161,7 @@ async def serve(
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    """Returns once the condition holds; gives up, loudly, long after it should."""
+    """Waits until the condition is true. Raises TimeoutError after 20 s."""
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - it waits for somebody else's state, which no event tells
+        while not condition():  # noqa: ASYNC110 - no event signals this state
             await asyncio.sleep(0.002)
