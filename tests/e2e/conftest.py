@@ -1,4 +1,4 @@
-"""One server for all end-to-end tests; those that kill it start it again."""
+"""One server for all end-to-end tests. A test that kills it must start it again."""
 
 from collections.abc import Iterator
 

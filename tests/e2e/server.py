@@ -1,4 +1,4 @@
-"""A real `episodic serve` process: the packaged policy on vLLM on the CPU, over one data folder."""
+"""Runs a real `episodic serve` process, with the packaged policy on vLLM on the CPU."""
 
 import contextlib
 import os
@@ -16,17 +16,21 @@ START_LIMIT_S = 240.0
 
 
 class Server:
-    """One process at a time on a fixed port; `start` again after `kill` goes on with the same data."""
+    """A server on a fixed port with its data in `folder`, one process at a time.
+
+    Starting it again after `kill` uses the same data. `settings` are set as EPISODIC_* variables.
+    """
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("EPISODIC_")}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("EPISODIC_")}
         named = {f"EPISODIC_{name.upper()}": value for name, value in settings.items()}
-        bare = {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}  # as on a bare machine
+        # As on a machine without a C++ compiler and with an empty cache.
+        bare = {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
         where = {"EPISODIC_PORT": str(self.port), "EPISODIC_DATA": str(folder / "data")}
-        self._environment = {**kept, **bare, **where, **named}
+        self._environment = {**inherited, **bare, **where, **named}
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -34,7 +38,7 @@ class Server:
         return (self.folder / "serve.log").read_text(errors="replace")
 
     def launch(self) -> "Server":
-        """Starts the process, and waits for nothing."""
+        """Starts the process, and returns at once."""
         self.folder.mkdir(exist_ok=True)
         with (self.folder / "serve.log").open("ab") as log:
             command = [sys.executable, "-m", "service", "serve"]
@@ -44,7 +48,7 @@ class Server:
         return self
 
     def start(self) -> "Server":
-        """Starts it, and waits until it is ready."""
+        """Starts the process, and waits until it is ready."""
         self.launch()
         assert self.process is not None
         deadline = time.monotonic() + START_LIMIT_S
@@ -56,10 +60,10 @@ class Server:
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        raise AssertionError(f"not ready: {self.log[-3000:]}")
+        raise AssertionError(f"the server was not ready after {START_LIMIT_S:g} s: {self.log[-3000:]}")
 
     def make_key(self, tenant: str) -> str:
-        """An API key, made on the store as an operator does; from then on the server asks for one."""
+        """Creates an API key with `episodic keys create`. From then on, the server requires a key."""
         command = [sys.executable, "-m", "service", "keys", "create", "--tenant", tenant]
         made = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=True)
         return made.stdout.strip()
@@ -73,18 +77,19 @@ class Server:
         return self.process.wait(timeout=60)
 
     def kill(self) -> None:
-        """SIGKILL to the server and all it started, as when a machine goes down."""
+        """Sends SIGKILL to the server and its child processes, as if the machine crashed."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=30)
 
     def stop(self) -> int:
+        """Shuts the server down gracefully. Returns its exit code."""
         self.signal(signal.SIGTERM)
         return self.wait()
 
 
 def _free_port() -> int:
-    """A port that stays free while its server is down: below those that the system gives to connections."""
+    """Returns a free port below the ephemeral range, so that it stays free while the server is down."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as free, contextlib.suppress(OSError):

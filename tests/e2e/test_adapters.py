@@ -1,4 +1,4 @@
-"""LoRA adapters on the real engine: chosen, replaced without a stale prefix, refused without harm, kept over a kill."""
+"""LoRA adapters on the real engine: selection, replacement without stale cache entries, rejection, and restart."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +27,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def probs(http: httpx.Client, policy: str) -> dict[str, float]:
-    """The distribution after a prompt of several blocks that every caller shares."""
+    """Returns the action probabilities after a prompt of several cache blocks, the same for all policies."""
     episode = opened(
         http, policy=policy, action_space=DISCRETE, instructions="Walk on. " * 40, sampling={"temperature": 0}
     )
@@ -52,7 +52,7 @@ def test_adapters_act_and_a_replaced_one_meets_no_stale_prefix(lora: Server) -> 
         second = probs(http, "walker")
         assert not near(base, first)
         assert not near(first, second)
-        assert near(base, probs(http, "toy-text")), "the base model is as it was"
+        assert near(base, probs(http, "toy-text")), "the base model has not changed"
         versions.append(load(http, "one").json()["policy_version"])
         assert near(first, probs(http, "walker"))
         assert versions[0] == versions[2] != versions[1]
@@ -61,7 +61,7 @@ def test_adapters_act_and_a_replaced_one_meets_no_stale_prefix(lora: Server) -> 
         for path in ("high", "other-model", "none", "../.."):
             refused = load(http, path)
             assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request"), path
-        assert near(first, probs(http, "walker")), "the engine lives on"
+        assert near(first, probs(http, "walker")), "the adapter still works after the rejected ones"
         episode = opened(http, policy="walker", action_space=DISCRETE)
         acted(http, episode, "row 0", step=0)
     lora.kill()
@@ -71,6 +71,6 @@ def test_adapters_act_and_a_replaced_one_meets_no_stale_prefix(lora: Server) -> 
         assert near(first, probs(http, "walker"))
         exported = http.get("/metrics").text
         assert "vllm:generation_tokens_total" in exported
-        assert "lora_requests_info" not in exported, "a series for each set of adapters that run together"
+        assert "lora_requests_info" not in exported, "this metric would have a series for each combination of adapters"
         assert http.delete("/policy/walker").status_code == 204
         assert near(base, probs(http, "toy-text"))

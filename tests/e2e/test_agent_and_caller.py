@@ -1,4 +1,4 @@
-"""What an agent and its caller need, on the real engine: streams, thoughts, tools, forks, exact exports."""
+"""Streams, thoughts, tools, forks and exact exports on the real engine."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tests.e2e.test_episodes import acted, opened
 
 DISCRETE = {"type": "discrete", "actions": ["left", "down", "right", "up"]}
 BLOCK = 32
-"""Tokens of a block of the prefix cache on the CPU."""
+"""Tokens in a block of the prefix cache on the CPU."""
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def http(server: Server) -> Any:
 
 
 def metric(http: httpx.Client, name: str) -> float:
+    """Returns the sum of the metric's series."""
     lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
@@ -37,11 +38,11 @@ def test_streamed_tokens_are_those_of_the_act(http: httpx.Client) -> None:
         lines = list(answer.iter_lines())
     kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
-    assert len(kinds) > 3, "as they come"
+    assert len(kinds) > 3, "the text arrives in several pieces"
     assert kinds == ["text"] * (len(kinds) - 1) + ["act"]
     assert "".join(item["delta"] for item in data[:-1]) == data[-1]["text"] == data[-1]["action"]
     twin = opened(http, action_space=space, sampling={"seed": 5, "max_tokens": 64})
-    assert acted(http, twin, "spell")["text"] == data[-1]["text"], "a stream draws as a plain act does"
+    assert acted(http, twin, "spell")["text"] == data[-1]["text"], "a stream and a plain act draw the same text"
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
@@ -61,7 +62,7 @@ def test_a_caller_that_leaves_frees_the_engine(http: httpx.Client, server: Serve
         f"{server.url}/act",
     ]
     left = subprocess.run(command, capture_output=True, timeout=60)
-    assert left.returncode == 28, "it went away in the middle"
+    assert left.returncode == 28, "curl disconnected during the act"
     assert (b"event: text" in left.stdout) == (accept == "text/event-stream")
     deadline = time.monotonic() + 20
     while metric(http, "agent_active_acts") and time.monotonic() < deadline:
@@ -136,7 +137,10 @@ def test_forks_and_other_hands_actions_survive_a_kill(server: Server) -> None:
 
 
 def test_exported_tokens_score_again_through_the_engine(http: httpx.Client) -> None:
-    """Free text at temperature 1 by prompt logprobs; discrete actions by the processed logprobs of the legal tokens."""
+    """Exported logprobs equal those that /v1 computes for the exported tokens.
+
+    Free text is compared with prompt logprobs at temperature 1, discrete actions with the logprobs of the legal tokens.
+    """
     group = uuid.uuid4().hex
     text = opened(http, group=group, sampling={"max_tokens": 24, "seed": 1, "temperature": 1.0})
     walk = opened(http, group=group, action_space=DISCRETE, sampling={"seed": 4})
@@ -175,6 +179,7 @@ def test_exported_tokens_score_again_through_the_engine(http: httpx.Client) -> N
 
 
 def _first_tokens(http: httpx.Client, actions: list[str]) -> list[int]:
+    """Returns the first token of each action."""
     policy = http.get("/version").json()["policy"]
     return [
         http.post("/tokenize", json={"model": policy, "prompt": action, "add_special_tokens": False}).json()["tokens"][

@@ -1,4 +1,4 @@
-"""Signals amid acts of the real engine: what is in flight, what comes meanwhile, and how the process ends."""
+"""SIGTERM and SIGINT while the real engine serves acts: in-flight acts, later acts, and the exit of the process."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Server]]:
-    """Starts servers that do not outlive the test."""
+    """Starts servers, and kills them at the end of the test."""
     started: list[Server] = []
 
     def begin(folder: Path, *, ready: bool = True, **settings: str) -> Server:
@@ -43,7 +43,7 @@ def start() -> Iterator[Callable[..., Server]]:
 
 
 def open_long(server: Server, name: str) -> None:
-    """An episode whose acts take the engine a few seconds: what would end the text is never likeliest."""
+    """Creates an episode whose acts take a few seconds: the character that ends the text is never the most likely."""
     space = {"type": "regex", "pattern": "[a-z]+~"}
     body = {"episode_id": name, "action_space": space, "sampling": {"max_tokens": 3000, "temperature": 0.0}}
     opened = httpx.post(f"{server.url}/episode", json=body, timeout=120)
@@ -63,7 +63,7 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 def num_running(server: Server) -> int:
-    """Acts in flight."""
+    """Returns the number of in-flight acts."""
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     return int(float(next(line for line in lines if line.startswith("agent_active_acts ")).split()[1]))
 
@@ -74,12 +74,13 @@ def children(server: Server) -> list[psutil.Process]:
 
 
 def num_steps(server: Server) -> dict[str, int]:
-    """Committed, by episode."""
+    """Returns the number of committed steps by episode."""
     with contextlib.closing(sqlite3.connect(server.folder / "data" / "episodic.db")) as connection:
         return dict(connection.execute("SELECT episode_id, step FROM episodes"))
 
 
 def code(answer: httpx.Response) -> tuple[int, str | None]:
+    """Returns the status and the problem code."""
     return answer.status_code, answer.json().get("code")
 
 
@@ -92,7 +93,7 @@ def test_an_act_in_flight_ends_and_later_ones_are_told(
     long: Future[httpx.Response] = threads.submit(act, server, "long")
     until(lambda: num_running(server) == 1)
     assert server.process is not None
-    os.killpg(server.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: the engine's process hears it too
+    os.killpg(server.process.pid, signal.SIGINT)  # like Ctrl-C in a terminal, which the engine's process also receives
     until(lambda: code(httpx.get(f"{server.url}/readyz")) == (503, None))
     assert code(act(server, "late")) == (503, "draining")
     assert httpx.get(f"{server.url}/healthz").status_code == 200
@@ -177,7 +178,7 @@ def test_a_store_that_is_no_database_is_refused_in_a_line(start: Callable[..., S
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "words"),
     [
         ({"engine__max_model_length": "5"}, "did you mean 'max_model_len'"),
         ({"engine__block_size": "seven"}, "block_size"),
@@ -186,12 +187,12 @@ def test_a_store_that_is_no_database_is_refused_in_a_line(start: Callable[..., S
     ids=["an unknown option", "an option's value", "an unknown model"],
 )
 def test_an_engine_that_cannot_be_is_refused_in_a_line(
-    start: Callable[..., Server], tmp_path: Path, settings: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Server], tmp_path: Path, settings: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the hub is asked many times otherwise
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # otherwise the hub is asked several times
     server = start(tmp_path, ready=False, **settings)
     assert server.wait() == 1
-    assert said in server.log
+    assert words in server.log
     assert "Traceback" not in server.log
 
 

@@ -1,4 +1,4 @@
-"""A model that embeds and does not generate: /v1 serves it, and episodes are refused."""
+"""An embedding model that generates no text: /v1 serves it, and episodes are rejected."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.e2e.server import Server
 
 
 def make_encoder(folder: Path) -> None:
-    """A BERT of 64 dimensions that knows letters, with random weights."""
+    """Saves a BERT with 64 dimensions, a vocabulary of letters, and random weights."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ def make_encoder(folder: Path) -> None:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
-        initializer_range=1.0,  # so that texts lie apart
+        initializer_range=1.0,  # large, so that the embeddings of different texts differ
     )
     BertModel(config).save_pretrained(folder)
 

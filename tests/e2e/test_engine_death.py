@@ -1,4 +1,4 @@
-"""The engine's process is killed or stopped amid episodes: the server goes on as the same process, and so do they."""
+"""The engine's process is killed or stopped during episodes: the server process and the episodes continue."""
 
 import asyncio
 import signal
@@ -34,12 +34,12 @@ def engine_of(server: Server) -> psutil.Process:
 
 
 def reason(server: Server) -> str:
-    """Why it is not ready, "ready" if it is."""
+    """Returns why the server is not ready, or "ready"."""
     answer = httpx.get(f"{server.url}/readyz").json()
     return answer.get("reason") or answer["status"]
 
 
-async def openai_is_told(server: Server) -> None:
+async def openai_call_fails(server: Server) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
         answer = await http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 4})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
@@ -59,11 +59,11 @@ def test_no_answered_step_is_lost_or_doubled(server: Server, number: signal.Sign
             acknowledged.setdefault(name, []).append(await episode.act(f"row {step}"))
 
     async def strike() -> None:
-        while sum(map(len, acknowledged.values())) < NUM_EPISODES:  # noqa: ASYNC110 - other coroutines fill it
+        while sum(map(len, acknowledged.values())) < NUM_EPISODES:  # noqa: ASYNC110 - other tasks fill it
             await asyncio.sleep(0.005)
         engine.send_signal(number)
         if number == signal.SIGSTOP:
-            await openai_is_told(server)
+            await openai_call_fails(server)
         while not reasons or reasons[-1] != "ready" or "engine_unavailable" not in reasons:
             reasons.append(await asyncio.to_thread(reason, server))
             await asyncio.sleep(0.05)
@@ -102,6 +102,6 @@ def test_the_rest_of_the_service_is_on_the_new_engine(server: Server) -> None:
 
 
 def test_the_third_failure_ends_the_process(server: Server) -> None:
-    """Those of the tests above count."""
+    """The first two failures happened in the tests above."""
     engine_of(server).kill()
     assert server.wait() == 1

@@ -1,4 +1,4 @@
-"""A round of each fault on the real engine, as `make faults` has them by the hundred; the checker finds nothing."""
+"""One round with each fault on the real engine; the checker finds nothing. `make faults` runs hundreds of rounds."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,11 +20,11 @@ def loses_nothing(stand: Stand, kind: FaultKind, store: str, seed: int) -> None:
     assert verdict.findings == []
     assert verdict.num_faults == 1
     assert verdict.num_acts > NUM_EPISODES * (NUM_MOVES - 1)
-    assert verdict.num_retried > 0, "the fault struck under load"
+    assert verdict.num_retried > 0, "the fault happened under load"
 
 
 def test_an_engine_that_is_hurt_loses_and_doubles_nothing(server: Server) -> None:
-    """kill -9 of the whole server is in test_crash.py."""
+    """test_crash.py tests kill -9 of the whole server."""
     loses_nothing(Stand([server]), "engine", "sqlite", seed=1)
 
 

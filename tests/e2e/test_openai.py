@@ -1,4 +1,4 @@
-"""/v1 on the engine that the episodes use, by the official client."""
+"""/v1 on the same engine as the episodes, called with the official OpenAI client."""
 
 import json
 import subprocess
@@ -60,10 +60,9 @@ def test_structured_output(client: openai.OpenAI) -> None:
 
 
 def test_tools(client: openai.OpenAI, http: httpx.Client) -> None:
+    # The policy would fill the JSON with blanks until max_tokens.
     blank = {"model": MODEL, "prompt": "\n", "add_special_tokens": False}
-    no_blanks = {
-        str(token): -100 for token in http.post("/tokenize", json=blank).json()["tokens"]
-    }  # it fills JSON with them
+    no_blanks = {str(token): -100 for token in http.post("/tokenize", json=blank).json()["tokens"]}
     parameters = {"type": "object", "properties": {"to": {"enum": ["door", "window"]}}, "required": ["to"]}
     tools: Any = [{"type": "function", "function": {"name": "move", "parameters": parameters, "strict": True}}]
     choice: Any = {"type": "function", "function": {"name": "move"}}
@@ -187,7 +186,7 @@ def test_a_client_that_leaves_frees_the_engine(http: httpx.Client, server: Serve
     left = subprocess.run([*command, f"{server.url}/v1/completions"], capture_output=True, timeout=60)
     assert left.returncode == 28, left.stdout
     episode, running, step = opened(http, action_space={"type": "discrete", "actions": ["left", "right"]}), 1.0, 0
-    while running and step < 100:  # an act makes the engine tell how many requests it runs
+    while running and step < 100:  # an act makes the engine update the number of running requests
         acted(http, episode, "row 0", step=step)
         lines = http.get("/metrics").text.splitlines()
         running = next(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))

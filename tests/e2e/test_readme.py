@@ -1,4 +1,4 @@
-"""Runs the README's curl lines and its Python loop against the real server."""
+"""Runs the shell and Python examples of the README and docs/training.md against the real server."""
 
 import json
 import os

@@ -1,5 +1,7 @@
-"""A model with think tags of its own, by vLLM's reasoning parser: its thoughts end at its own token, and what comes
-after them is held to the action space."""
+"""A reasoning model with its own think tags, and vLLM's reasoning parser.
+
+Each thought ends with the model's closing tag, and the action after it satisfies the action space.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ SPACES: list[Any] = [
 
 
 def make_thinker(folder: Path) -> list[int]:
-    """The packaged policy with Qwen's tags as tokens; returns the ids of <think> and </think>."""
+    """Saves the packaged policy with Qwen's tags as tokens. Returns the ids of <think> and </think>."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
@@ -58,4 +60,4 @@ def test_thoughts_are_the_models_own_and_actions_are_held(
             assert answer["action"] is not None
         segments = http.get(f"/episode/{episode}/trajectory?format=tokens").json()["segments"]
     ids = segments[-1]["token_ids"]
-    assert [token for token in ids if token in tags][-2:] == tags, "a thought is opened and closed, an empty one too"
+    assert [token for token in ids if token in tags][-2:] == tags, "every thought has both tags, even an empty one"

@@ -1,4 +1,4 @@
-"""Two tenants on the real engine: neither meets what the engine has cached of the other's, by an act or by /v1."""
+"""Two tenants on the real engine: neither can use the prefix cache entries of the other, in acts or in /v1."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ TEXT = "row 0, column 0 and a long way to go " * 8
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, httpx.Client]]:
-    """Clients of one server, each with its tenant's key."""
+    """Clients of one server by tenant, each with the tenant's key."""
     served = {"host": "0.0.0.0", "openai__enable_prompt_tokens_details": "true"}  # noqa: S104
     server = Server(tmp_path_factory.mktemp("tenants"), **served)
     clients = {}
@@ -28,7 +28,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, httpx.C
 
 
 def act(client: httpx.Client, episode_id: str) -> int:
-    """Tokens of an act's prompt that the engine had cached."""
+    """Plays an act in a new episode. Returns the number of its prompt tokens that were in the prefix cache."""
     body: dict[str, Any] = {"episode_id": episode_id, "instructions": TEXT, "sampling": {"max_tokens": 1}}
     assert client.post("/episode", json=body).status_code == 201
     answer = client.post("/act", json={"episode_id": episode_id, "observation": "look"})
@@ -37,7 +37,7 @@ def act(client: httpx.Client, episode_id: str) -> int:
 
 
 def chat(client: httpx.Client, **named: str) -> int:
-    """As `act`, of a chat completion."""
+    """Like `act`, with a chat completion."""
     messages = [{"role": "user", "content": TEXT}]
     body = {"model": "toy-text", "messages": messages, "max_tokens": 1, **named}
     answer = client.post("/v1/chat/completions", json=body)
