@@ -54,7 +54,7 @@ def main(what: str) -> None:
 
 
 def read_lock(path: Path) -> dict[str, list[str]]:
-    """The requirements of each name, with their hashes. If there are several, pip takes the one whose marker holds."""
+    """Returns the requirements of each package, with hashes. Of several, pip installs the one whose marker matches."""
     lock: dict[str, list[str]] = {}
     text = re.sub("^#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     for requirement in re.split(r"\n(?=\w)", text.strip()):
@@ -85,7 +85,7 @@ def install(names: list[str], lock: dict[str, list[str]]) -> None:
 
 
 def install_torch_cpu() -> None:
-    """Installs torch's CPU build from where pip is configured to look, or from PyTorch's index of CPU wheels."""
+    """Installs torch's CPU build from pip's configured indexes, or from PyTorch's index of CPU wheels."""
     command = [*PIP_INSTALL, str(TORCH_CPU)]
     if subprocess.run(command, stderr=subprocess.PIPE, check=False).returncode != 0:  # noqa: S603
         subprocess.run([*command, "--index-url", TORCH_CPU_INDEX], check=True)  # noqa: S603

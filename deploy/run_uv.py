@@ -21,9 +21,9 @@ _VARIABLES = {
 
 
 def uv(python: Path, *arguments: str, quiet: bool = False, find_links: bool = True) -> int:
-    """Runs the uv beside this interpreter; returns its exit status.
+    """Runs the uv that is installed next to this interpreter. Returns its exit status.
 
-    `quiet` drops its error messages; `find_links` off ignores the folders of packages that pip is configured with.
+    `quiet` hides its error messages. Without `find_links`, it ignores the package folders that pip is configured with.
     """
     command = [str(python.with_name("uv")), *arguments]
     stderr = subprocess.DEVNULL if quiet else None
@@ -34,9 +34,9 @@ def uv(python: Path, *arguments: str, quiet: bool = False, find_links: bool = Tr
 
 
 def environment(python: Path) -> dict[str, str]:
-    """uv's variables for pip's configuration, from files and from the environment."""
+    """Returns uv's environment variables for pip's configuration, which comes from files and the environment."""
     command = [str(python), "-m", "pip", "config", "list"]
-    listing = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - no pip, no configuration
+    listing = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - without pip there is no configuration
     words: dict[str, list[str]] = {}
     for line in listing.stdout.splitlines():
         name, _, value = line.partition("=")

@@ -156,10 +156,10 @@ def test_the_second_signal_ends_it_at_once(
     assert num_steps(server) == {"cut": 0}
 
 
-@pytest.mark.parametrize("amid", ["loading", "Using MEMBIND"], ids=["importing", "the engine's process starts"])
-def test_sigterm_while_the_model_loads(start: Callable[..., Server], tmp_path: Path, amid: str) -> None:
+@pytest.mark.parametrize("log_text", ["loading", "Using MEMBIND"], ids=["importing", "the engine's process starts"])
+def test_sigterm_while_the_model_loads(start: Callable[..., Server], tmp_path: Path, log_text: str) -> None:
     server = start(tmp_path, ready=False)
-    until(lambda: amid in server.log)
+    until(lambda: log_text in server.log)
     started = children(server)
     server.signal(signal.SIGTERM)
     assert server.wait() == 0

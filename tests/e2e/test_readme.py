@@ -41,10 +41,10 @@ def test_the_readmes_shell_lines_work_in_their_order(server: Server, tmp_path: P
     rollout, walk, forks, end, talk = (shell(script, server, tmp_path) for script in blocks(README, "sh"))
     assert "1.000" in next(line for line in rollout.splitlines() if "completion rate" in line)
     _, *acts = [json.loads(document) for document in walk.replace("}{", "}\n{").splitlines()]
-    (shown,) = [json.loads(answer) for answer in blocks(README, "json")]
+    (expected,) = [json.loads(answer) for answer in blocks(README, "json")]
     for name in ("action_probs", "logprob"):
-        assert acts[-1][name] == pytest.approx(shown.pop(name), abs=1e-3)
-    assert acts[-1].items() >= shown.items()
+        assert acts[-1][name] == pytest.approx(expected.pop(name), abs=1e-3)
+    assert acts[-1].items() >= expected.items()
     assert forks.count('"replayed":false') == 2
     assert '"done":true' in end
     assert '"rating":4' in end

@@ -43,9 +43,9 @@ class Report:
     def say(self, line: str) -> None:
         print(f"  {line}", flush=True)
 
-    def expect(self, holds: bool, what: str) -> None:
-        self.say(what if holds else f"FAILED: {what}")
-        if not holds:
+    def expect(self, passed: bool, what: str) -> None:
+        self.say(what if passed else f"FAILED: {what}")
+        if not passed:
             self.findings.append(what)
 
 
