@@ -1,6 +1,6 @@
 """`make audit`: checks the locked packages against the published security advisories.
 
-Exit code 0: no advisory applies. 1: at least one applies. 3: unknown, because the advisory database cannot be reached.
+Exit code 0: no advisory applies. 1: at least one applies. 3: unknown, because the advisory database cannot be used.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def report(name: str, packages: list[dict[str, Any]], errors: str) -> int:
     audited = [package for package in packages if "vulns" in package]
     skipped = [package["name"] for package in packages if "vulns" not in package]
     if not audited:
-        last = errors.strip().splitlines()[-1:] if not packages else ["it has none of the packages"]
-        show(f"{name}: not audited, the advisory database cannot be reached: {''.join(last)[:200]}")
+        reason = "it returned no result for any package" if packages else "".join(errors.strip().splitlines()[-1:])
+        show(f"{name}: not audited, the advisory database cannot be used: {reason[:200]}")
         return UNKNOWN
     found = [(package, advisory) for package in audited for advisory in package["vulns"]]
     for package, advisory in found:

@@ -23,8 +23,8 @@ UNKNOWN = {"name": "c", "skip_reason": "not found"}
         ([SAFE], 0, "0 advisories for 1 packages; not in the database: none"),
         ([SAFE, UNKNOWN], 0, "not in the database: c"),
         ([SAFE, BAD, UNKNOWN], 1, "b 2: X-1, fixed in 3"),
-        ([UNKNOWN], 3, "cannot be reached: it has none of the packages"),
-        ([], 3, "cannot be reached: no route"),
+        ([UNKNOWN], 3, "cannot be used: it returned no result for any package"),
+        ([], 3, "cannot be used: no route"),
     ],
 )
 def test_its_report(packages: list[Any], code: int, words: str, capsys: pytest.CaptureFixture[str]):
