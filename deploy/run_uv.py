@@ -42,8 +42,10 @@ def environment(python: Path) -> dict[str, str]:
         name, _, value = line.partition("=")
         found = value.strip("'\"").replace("\\n", " ").split()
         words.setdefault(name.rpartition(".")[2], []).extend(found)
-    return {
+    found = {
         variable: separator.join(dict.fromkeys(words[option]))
         for option, (variable, separator) in _VARIABLES.items()
         if option in words
     }
+    # Like pip, uv then looks for a locked version in every index; the hashes say which file is meant.
+    return {**found, "UV_INDEX_STRATEGY": "unsafe-best-match"} if "UV_INDEX" in found else found

@@ -105,4 +105,5 @@ def test_pips_configuration_reaches_uv(install: Any, tmp_path: Path) -> None:
         "UV_DEFAULT_INDEX": "https://a/simple",
         "UV_INDEX": "https://b/simple https://c/simple",
         "UV_FIND_LINKS": "/d,/e",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
     }

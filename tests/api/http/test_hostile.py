@@ -231,7 +231,7 @@ async def test_a_large_head_is_refused(patient: Served, head: bytes):
 
 async def test_a_long_target_is_answered(patient: Served):
     assert (await patient.client.get("/" + "a" * 32_000)).status_code == 404
-    assert (await patient.client.get("/episode", params={"tag": "a" * 32_000})).status_code in (200, 422)
+    assert (await patient.client.get("/episode", params={"tag": "a" * 32_000})).status_code == 422
 
 
 async def test_a_body_may_be_larger_than_a_head(patient: Served):
@@ -326,17 +326,27 @@ async def test_other_methods_are_not_allowed(patient: Served, method: str):
     assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
 
 
-@pytest.mark.parametrize("target", ["/%ff%fe", "/%00", "/episode/%00", "/episode/%ff", "/episode/a%2fb", "/%2e%2e/etc"])
-async def test_strange_paths_are_not_found(patient: Served, target: str):
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("/%ff%fe", 404),
+        ("/%00", 404),
+        ("/episode/%00", 422),
+        ("/episode/%ff", 422),
+        ("/episode/a%2fb", 404),
+        ("/%2e%2e/etc", 404),
+    ],
+)
+async def test_strange_paths_are_not_found(patient: Served, target: str, status: int):
     answer = await patient.client.get(target)
-    assert answer.status_code in (404, 422), answer.text
+    assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
 
 
 @pytest.mark.parametrize("name", ["tag", "group", "policy", "profile", "cursor"])
 async def test_a_nul_in_a_query_is_no_failure(patient: Served, name: str):
     answer = await patient.client.get(f"/episode?{name}=%00%ff")
-    assert answer.status_code in (200, 422), answer.text
+    assert answer.status_code == (422 if name == "cursor" else 200), answer.text
 
 
 async def test_a_websocket_is_not_opened(patient: Served):

@@ -1,0 +1,68 @@
+"""Rates of calls: single acts and batches under `calls_per_s`, down to less than one call a second."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from service.engine.tokenizer import HFTokenizer
+from service.testing.scripted_engine import ScriptedEngine
+from tests.support.serving import Served, serve
+
+pytestmark = pytest.mark.store("sqlite")
+"""No store is asked how often somebody calls."""
+
+
+async def opened(api: Served, *names: str, now: list[float]) -> None:
+    """Opens episodes, each in a second of its own, so that the next call is the first of its second."""
+    for name in names:
+        await api.open(name)
+        now[0] += 100.0
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that admission sees; a test moves it."""
+    moment = [1000.0]
+    monkeypatch.setattr("service.access.admission.time", SimpleNamespace(monotonic=lambda: moment[0]))
+    return moment
+
+
+async def batch(api: Served, *names: str) -> httpx.Response:
+    acts = [{"episode_id": name, "observation": "look"} for name in names]
+    return await api.client.post("/act/batch", json={"acts": acts})
+
+
+async def test_a_call_beyond_the_rate_is_told_when_to_come_again(
+    tmp_path: Path, tokenizer: HFTokenizer, now: list[float]
+):
+    async with serve(tmp_path, ScriptedEngine(tokenizer), quota={"calls_per_s": 0.1}) as api:
+        await opened(api, "a", now=now)
+        assert (await api.post_act("a")).status_code == 200
+        refused = await api.post_act("a")
+        assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+        now[0] += float(refused.headers["retry-after"])
+        assert (await api.post_act("a")).status_code == 200
+
+
+async def test_a_batch_larger_than_a_second_of_calls_is_paid_off_before_the_next(
+    tmp_path: Path, tokenizer: HFTokenizer, now: list[float]
+):
+    async with serve(tmp_path, ScriptedEngine(tokenizer), quota={"calls_per_s": 4}) as api:
+        names = [f"e{number}" for number in range(8)]
+        await opened(api, *names, now=now)
+        assert (await batch(api, *names)).status_code == 200
+        refused = await batch(api, *names)
+        assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+        now[0] += float(refused.headers["retry-after"])
+        assert (await batch(api, *names)).status_code == 200
+
+
+@pytest.mark.xfail(
+    strict=True, reason="known fault: a batch is charged twice, so it never succeeds below two calls a second"
+)
+async def test_a_batch_succeeds_at_a_low_rate(tmp_path: Path, tokenizer: HFTokenizer, now: list[float]):
+    async with serve(tmp_path, ScriptedEngine(tokenizer), quota={"calls_per_s": 1}) as api:
+        await opened(api, "a", "b", now=now)
+        assert (await batch(api, "a", "b")).status_code == 200
