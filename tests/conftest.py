@@ -1,6 +1,7 @@
 """Shared by all tests: the path and the tokenizer of the packaged policy, and an environment without settings."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,19 @@ from service.engine.tokenizer import HFTokenizer
 
 pytest_plugins = ["tests.support.databases"]
 
+IN_CI = bool(os.environ.get("CI"))
+
 POLICY = Path(service.__file__).parent / "packaged" / "policies" / "toy-text"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """In CI a skipped test fails: CI has everything that the tests need, and a silent skip would test nothing."""
+    report = yield
+    if IN_CI and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"This test must not be skipped in CI: {report.longrepr[-1]}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -301,3 +301,16 @@ async def test_an_act_that_is_launched_as_the_others_are_aborted(tmp_path: Path,
 
 def _told(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["code"]
+
+
+@pytest.mark.xfail(strict=True, raises=TimeoutError, reason="known fault: the supervisor can end silently")
+async def test_a_failure_of_the_supervisor_itself_ends_the_process(tmp_path: Path, loader: Loader, monkeypatch: Any):
+    async with served(tmp_path, loader) as (_, gave_up):
+
+        async def broken() -> None:
+            raise RuntimeError("cannot be closed")
+
+        monkeypatch.setattr(loader.engine, "close", broken)
+        loader.engine.die()
+        async with asyncio.timeout(2):
+            await gave_up.wait()

@@ -109,8 +109,7 @@ def check_alone(lab: Lab) -> None:
         keys, usage = _printed_keys(lab, name)
         expect(len(keys) == 1 and usage, "docker run prints an API key once, and how to use it")
         lab.report.say(f"from docker run to ready: {ready_s:.1f} s")
-        lab.docker.wait_healthy(name)
-        expect(True, "the container becomes healthy")
+        expect(lab.docker.becomes_healthy(name), "the container becomes healthy")
         version = _version(ALONE_PORT, keys[0])
         expect(version["policy"] == "toy-text", f"with the key, the service answers: its policy is {version['policy']}")
         status = httpx.get(f"http://127.0.0.1:{ALONE_PORT}/version").status_code

@@ -85,14 +85,19 @@ class Docker:
         """Returns the ids of the service's containers, including stopped ones."""
         return sorted(self.compose("ps", "--all", "--quiet", "service").decode().split())
 
-    def wait_healthy(self, name: str) -> float:
-        """Waits until a container is healthy. Returns how many seconds that took."""
+    def wait_healthy(self, name: str) -> None:
+        """Waits until a container is healthy. Raises DockerFailed if it ends, or takes too long."""
+        if not self.becomes_healthy(name):
+            raise DockerFailed(f"the container {name[:12]} did not become healthy: {self.logs(name)[1][-20:]}")
+
+    def becomes_healthy(self, name: str) -> bool:
+        """Waits until a container is healthy. Returns False if it ends, or takes too long."""
         began = time.monotonic()
         while (state := self.inspect(name)["State"])["Health"]["Status"] != "healthy":
             if state["Status"] != "running" or time.monotonic() > began + READY_LIMIT_S:
-                raise DockerFailed(f"the container {name[:12]} did not become healthy: {self.logs(name)[1][-20:]}")
+                return False
             time.sleep(0.5)
-        return time.monotonic() - began
+        return True
 
     @property
     def _environment(self) -> dict[str, str]:
