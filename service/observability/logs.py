@@ -1,7 +1,7 @@
-"""Owns the log format: one line an event, console or JSON, with the request and episode ids of its context.
+"""Configures logging: one line for each event, as console text or JSON, with the ids of the request and the episode.
 
-What a caller sent is no one's to read here: no observation, no action, and no message of an exception within a request,
-which may quote either. A control character is written as its escape, so that no text makes a line of its own.
+Data of callers is never logged: no observation, no action. Within a request the messages of exceptions are left out,
+because they may quote such data. Control characters are escaped, so that no text can forge a log line.
 """
 
 import logging
@@ -14,7 +14,10 @@ import structlog
 
 
 def configure(log_format: Literal["console", "json"], level: str) -> None:
-    """Formats our events and every library's records alike, to standard error."""
+    """Sets up logging to standard error, with one format for the service's events and for the records of libraries.
+
+    `level` is the name of the lowest level that is logged, in either case.
+    """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -22,9 +25,9 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if log_format == "json":
-        render: list[Any] = [_tell_exception, structlog.processors.JSONRenderer()]
+        render: list[Any] = [_format_exception, structlog.processors.JSONRenderer()]
     else:
-        render = [_tell_exception, _escape, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        render = [_format_exception, _escape, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -39,12 +42,12 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for name in ("vllm", "alembic", "httpx"):  # their news is not the operator's
+    for name in ("vllm", "alembic", "httpx"):  # their info records do not help an operator
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def get(name: str) -> Any:
-    """A structlog logger; keyword arguments become fields of the line."""
+    """Returns a structlog logger. Keyword arguments of its methods become fields of the log line."""
     return structlog.stdlib.get_logger(name)
 
 
@@ -53,23 +56,25 @@ _MAX_FRAMES = 40
 
 
 def _drop_colors(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
-    """Uvicorn's records hold their message twice, once with escapes for a terminal."""
+    """Removes the second copy of the message that Uvicorn adds to its records, with terminal colors."""
     event.pop("color_message", None)
     return event
 
 
-def _tell_exception(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
-    """Puts the trace of `exc_info` into the event. It shows no local variable."""
-    given: Any = event.pop("exc_info", None)
-    error = sys.exc_info()[1] if given is True else cast("Any", given)[1] if isinstance(given, tuple) else given
+def _format_exception(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Replaces `exc_info` with the traceback as text, in the field `exception`. It has no values of local variables."""
+    exc_info: Any = event.pop("exc_info", None)
+    given = cast("Any", exc_info)[1] if isinstance(exc_info, tuple) else exc_info
+    error = sys.exc_info()[1] if exc_info is True else given
     if isinstance(error, BaseException):
-        with_messages = "request_id" not in event and event.get("logger") != "asyncio"  # it tells of lost tasks
+        # asyncio reports failed tasks that nobody awaited, outside of the request that started them.
+        with_messages = "request_id" not in event and event.get("logger") != "asyncio"
         event["exception"] = "\n".join(_trace(error, with_messages, set()))
     return event
 
 
 def _trace(error: BaseException, with_messages: bool, seen: set[int]) -> list[str]:
-    """The lines of a traceback: of what led to the error, its own, and of what it holds."""
+    """Returns the lines of a traceback: of the error's cause or context, of the error, and of the errors in a group."""
     if id(error) in seen:
         return []
     seen.add(id(error))
@@ -81,12 +86,12 @@ def _trace(error: BaseException, with_messages: bool, seen: set[int]) -> list[st
     lines.append(_escaped(f"{name}: {error}" if with_messages else name))
     if isinstance(error, BaseExceptionGroup):
         for inner in cast("BaseExceptionGroup[BaseException]", error).exceptions:
-            lines += ["within it:", *_trace(inner, with_messages, seen)]
+            lines += ["exception in the group:", *_trace(inner, with_messages, seen)]
     return lines
 
 
 def _escape(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
-    """Of a console's event; JSON escapes by itself. The lines of a trace are set off from events."""
+    """Escapes control characters for the console (JSON has its own escapes) and indents the lines of a traceback."""
     trace = event.pop("exception", None)
     escaped = {name: _escaped(value) if isinstance(value, str) else value for name, value in event.items()}
     if trace:
@@ -95,4 +100,4 @@ def _escape(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _escaped(text: str) -> str:
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,42 +1,67 @@
-"""Owns the service's metrics, all named `agent_*`, in Prometheus's global registry beside the engine's `vllm:*`."""
+"""Prometheus metrics of the service. All names start with `agent_`; the engine's metrics are named `vllm:*`.
+
+Both are in the global registry of prometheus_client. docs/reference.md lists the service's metrics.
+"""
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
 from service.trajectory import Step, StopReason
 
-disable_created_metrics()  # a second series for each counter and histogram, which nobody asks for
+disable_created_metrics()  # otherwise each counter and histogram gets a second series, *_created, that nobody uses
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _RETURN = (-1000, -100, -10, -1, 0, 0.5, 1, 10, 100, 1000)
 _STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
-ACTS = Counter("agent_acts", "Acts by outcome: acted, done, replayed, or an error's code.", ["outcome"])
-ACT_SECONDS = Histogram("agent_act_seconds", "Seconds of an act by part.", ["part"], buckets=_LATENCY_S)
-ENGINE_FAILURES = Counter("agent_engine_failures", "Engines that died, hung, or could not be loaded.")
+ACTS = Counter("agent_acts", "Acts by outcome: acted, done, replayed, or an error code.", ["outcome"])
+ACT_SECONDS = Histogram(
+    "agent_act_seconds",
+    "Duration of an act in seconds, by part: queue_s, engine_s, store_s, total_s.",
+    ["part"],
+    buckets=_LATENCY_S,
+)
+ENGINE_FAILURES = Counter("agent_engine_failures", "Times that an engine died, hung, or could not be loaded.")
 EPISODES_STARTED = Counter("agent_episodes_started", "Episodes opened.")
 EPISODES_ENDED = Counter("agent_episodes_ended", "Episodes ended, by stop reason.", ["stop_reason"])
-CACHED_EPISODES = Gauge("agent_live_episodes", "Episodes held in memory; the others are in the store alone.")
-ACTIVE_ACTS = Gauge("agent_active_acts", "Acts in flight.")
-RUNNING_ACTS = Gauge("agent_running_acts", "Acts, and calls of /v1, that have a place in the engine.")
-WAITING_ACTS = Gauge("agent_waiting_acts", "Admitted ones that wait for such a place.")
-TASKS = Gauge("agent_tasks", "Tasks of the event loop; a number that only grows is a leak.")
-ACTIVE_EPISODES = Gauge("agent_active_episodes", "Episodes that have not ended, in memory or not.")
-TOKENS = Counter("agent_tokens", "Tokens by kind: prompt, cached (of the prompt), completion.", ["kind"])
-PARSE_FAILURES = Counter("agent_parse_failures", "Completions that gave no action, by kind.", ["kind"])
-UNEXPECTED_FAILURES = Counter(
-    "agent_unexpected_failures", "Faults of the service: what callers meet as internal_error."
+CACHED_EPISODES = Gauge("agent_live_episodes", "Episodes cached in memory; the others are only in the store.")
+ACTIVE_ACTS = Gauge("agent_active_acts", "In-flight acts, waiting ones included.")
+RUNNING_ACTS = Gauge("agent_running_acts", "Acts and calls of /v1 that hold a slot of the engine.")
+WAITING_ACTS = Gauge("agent_waiting_acts", "Acts and calls of /v1 that wait in the queue for a slot of the engine.")
+TASKS = Gauge("agent_tasks", "Tasks of the event loop. If the number only grows, tasks leak.")
+ACTIVE_EPISODES = Gauge("agent_active_episodes", "Episodes in the store that have not ended, cached or not.")
+TOKENS = Counter("agent_tokens", "Tokens by kind: prompt, cached (part of the prompt), completion.", ["kind"])
+PARSE_FAILURES = Counter(
+    "agent_parse_failures", "Completions that gave no valid action, by kind: length, json, schema.", ["kind"]
 )
-STORE_COMMITS = Counter("agent_store_commits", "Commits to the store; concurrent acts share one.")
-STORE_COMMIT_SECONDS = Histogram("agent_store_commit_seconds", "Seconds of a commit.", buckets=_LATENCY_S)
+UNEXPECTED_FAILURES = Counter(
+    "agent_unexpected_failures", "Unexpected exceptions (bugs); callers receive the code internal_error."
+)
+STORE_COMMITS = Counter("agent_store_commits", "Commits to the store. Concurrent acts share one commit.")
+STORE_COMMIT_SECONDS = Histogram("agent_store_commit_seconds", "Duration of a commit in seconds.", buckets=_LATENCY_S)
 STORE_BATCH_SIZE = Histogram("agent_store_batch_size", "Acts and new episodes in one commit.", buckets=_BATCH)
-EPISODE_RETURN = Histogram("agent_episode_return", "Returns of ended episodes.", ["profile"], buckets=_RETURN)
-EPISODE_STEPS = Histogram("agent_episode_steps", "Steps of ended episodes.", ["profile"], buckets=_STEPS)
-# A histogram of what may be negative has no sum, and a counter does not fall: so the mean return is told by two.
-RETURNS = Counter("agent_returns", "Absolute returns of ended episodes, summed by sign.", ["profile", "sign"])
-HTTP_REQUESTS = Counter("agent_http_requests", "HTTP requests by route (- if none was reached).", ["route", "status"])
-READINESS = Gauge("agent_readiness", "1 for the state that holds: ready, or why not as in /readyz.", ["state"])
-INFO = Gauge("agent_info", "1; its labels say what is served.", ["version", "policy", "policy_version"])
+EPISODE_RETURN = Histogram(
+    "agent_episode_return",
+    "Returns of ended episodes, by profile (none: opened without a profile).",
+    ["profile"],
+    buckets=_RETURN,
+)
+EPISODE_STEPS = Histogram(
+    "agent_episode_steps",
+    "Steps of ended episodes, by profile (none: opened without a profile).",
+    ["profile"],
+    buckets=_STEPS,
+)
+# The mean return needs the sum of the returns. prometheus_client writes no sum for a histogram with negative buckets,
+# and a counter must not decrease. Therefore positive and negative returns are summed in two counters.
+RETURNS = Counter(
+    "agent_returns", "Sum of the absolute returns of ended episodes, by profile and sign.", ["profile", "sign"]
+)
+HTTP_REQUESTS = Counter(
+    "agent_http_requests", "HTTP requests by route (- if no route matched) and status.", ["route", "status"]
+)
+READINESS = Gauge("agent_readiness", "1 for the current state, 0 for the others; the states of /readyz.", ["state"])
+INFO = Gauge("agent_info", "Always 1; the labels say what is served.", ["version", "policy", "policy_version"])
 
 OUTCOMES = (
     *("acted", "done", "replayed", "internal_error", "engine_unavailable", "store_unavailable", "draining"),
@@ -45,7 +70,7 @@ OUTCOMES = (
 )
 STATES = ("ready", "loading", "engine_unavailable", "store_unavailable", "draining")
 
-# What has not happened yet is 0, not missing: the first of a counter that was not there before is lost to `rate`.
+# Create the series at 0 now: `rate` ignores the first increment of a series that did not exist before.
 for _outcome in OUTCOMES:
     ACTS.labels(_outcome)
 for _reason in StopReason:
@@ -59,7 +84,7 @@ _TOKENS = {f"{kind}_tokens": TOKENS.labels(kind) for kind in ("prompt", "cached"
 
 
 def count_act(step: Step, timing: dict[str, float]) -> None:
-    """Counts an answered act; `timing` in seconds is as in the answer."""
+    """Counts an answered act. `timing` is that of the answer: seconds by part."""
     ACTS.labels("done" if step.closing else "acted").inc()
     for part, seconds in timing.items():
         _PARTS[part].observe(seconds)
@@ -70,23 +95,24 @@ def count_act(step: Step, timing: dict[str, float]) -> None:
 
 
 def count_commit(num_acts: int, seconds: float) -> None:
+    """Counts a commit to the store. `num_acts` includes new episodes."""
     STORE_COMMITS.inc()
     STORE_COMMIT_SECONDS.observe(seconds)
     STORE_BATCH_SIZE.observe(num_acts)
 
 
 def count_end(stop_reason: StopReason, profile: str | None, episode_return: float, num_steps: int) -> None:
-    """Counts an ended episode; `profile` is a profile's name, never a caller's own text."""
-    named = profile or "none"
+    """Counts an ended episode. `profile` must be the name of a known profile, so that the number of series is bounded."""
+    name = profile or "none"
     EPISODES_ENDED.labels(stop_reason).inc()
-    EPISODE_RETURN.labels(named).observe(episode_return)
-    EPISODE_STEPS.labels(named).observe(num_steps)
-    positive, negative = RETURNS.labels(named, "positive"), RETURNS.labels(named, "negative")
+    EPISODE_RETURN.labels(name).observe(episode_return)
+    EPISODE_STEPS.labels(name).observe(num_steps)
+    positive, negative = RETURNS.labels(name, "positive"), RETURNS.labels(name, "negative")
     (positive if episode_return > 0 else negative).inc(abs(episode_return))
 
 
 def expect_profile(profile: str) -> None:
-    """Its episodes are counted from 0 on, before the first one has ended."""
+    """Creates the series of a profile at 0, before its first episode ends."""
     EPISODE_RETURN.labels(profile)
     EPISODE_STEPS.labels(profile)
     for sign in ("positive", "negative"):
@@ -94,15 +120,18 @@ def expect_profile(profile: str) -> None:
 
 
 def count_request(route: str, status: int) -> None:
-    """Counts an HTTP request; `route` is a template such as /episode/{episode_id}, never the path as it was sent."""
+    """Counts an HTTP request. `route` is a template such as /episode/{episode_id}, not the path of the request."""
     counter = _REQUESTS.get((route, status))
-    if counter is None:  # looked up once: `labels` costs four times what `inc` does
+    if counter is None:  # cached, because `labels` takes four times as long as `inc`
         counter = _REQUESTS[route, status] = HTTP_REQUESTS.labels(route, str(status))
     counter.inc()
 
 
 def set_state(unready_reason: str | None, version: str, policy: str | None, policy_version: str | None) -> None:
-    """What /readyz and /version say; None while there is no policy."""
+    """Sets `agent_readiness` and `agent_info` to what /readyz and /version answer.
+
+    `unready_reason` is None if the service is ready. `policy` and `policy_version` are None while no policy is loaded.
+    """
     for state in STATES:
         READINESS.labels(state).set(state == (unready_reason or "ready"))
     INFO.clear()

@@ -1,4 +1,4 @@
-"""Runs the shell and Python examples of the README and docs/training.md against the real server."""
+"""Runs the shell and Python examples of the README, the quickstart and docs/training.md against the real server."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.e2e.server import Server
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
-README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
+README, QUICKSTART, TRAINING = ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "training.md"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -38,24 +38,29 @@ def python(script: str, server: Server) -> str:
 
 
 def test_the_readmes_shell_lines_work_in_their_order(server: Server, tmp_path: Path) -> None:
-    rollout, walk, forks, end, talk = (shell(script, server, tmp_path) for script in blocks(README, "sh"))
+    rollout, opened, walk, end = (shell(script, server, tmp_path) for script in blocks(README, "sh"))
     assert "1.000" in next(line for line in rollout.splitlines() if "completion rate" in line)
-    _, *acts = [json.loads(document) for document in walk.replace("}{", "}\n{").splitlines()]
+    assert json.loads(opened)["profile"] == "frozen-lake"
+    acts = [json.loads(document) for document in walk.replace("}{", "}\n{").splitlines()]
     (expected,) = [json.loads(answer) for answer in blocks(README, "json")]
     for name in ("action_probs", "logprob"):
         assert acts[-1][name] == pytest.approx(expected.pop(name), abs=1e-3)
     assert acts[-1].items() >= expected.items()
-    assert forks.count('"replayed":false') == 2
     assert '"done":true' in end
-    assert '"rating":4' in end
     assert '"loss_mask"' in end
-    assert "event: text" in talk
-    assert "event: act" in talk
 
 
 def test_the_readmes_python_lines_work(server: Server) -> None:
-    loop, around, vector, chat = (python(script, server) for script in blocks(README, "python"))
+    (loop,) = (python(script, server) for script in blocks(README, "python"))
     assert "return 1.0" in loop
+
+
+def test_the_quickstarts_lines_work(server: Server, tmp_path: Path) -> None:
+    rollout, talk = (shell(script, server, tmp_path) for script in blocks(QUICKSTART, "sh"))
+    assert "CliffWalking-v1" in rollout
+    assert "event: text" in talk
+    assert "event: act" in talk
+    around, vector, chat = (python(script, server) for script in blocks(QUICKSTART, "python"))
     assert around.endswith("episodes 2\n")
     assert vector.count("-13.0") >= 8
     assert chat.startswith("chat ")
