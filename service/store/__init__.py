@@ -1,4 +1,5 @@
-"""Durable episodes in SQLite or PostgreSQL. One act is one transaction, and concurrent acts share a commit.
+"""Stores episodes durably in SQLite or PostgreSQL. An act is stored completely or not at all; concurrent acts share a
+commit.
 
-May import the values of `service.trajectory` and nothing of the agent.
+This package imports the values of `service.trajectory`, but nothing of the agent.
 """

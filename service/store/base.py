@@ -1,4 +1,4 @@
-"""Owns the seam to the store: the Store protocol, and what a commit can be refused for."""
+"""The interface of the store: the `Store` protocol, its exceptions, and the changes that a commit can contain."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from service.trajectory import EpisodeState, Feedback, Step, StoredEpisode, Stor
 
 
 class StepTaken(Exception):
-    """The episode already has a step with this index, or has ended: somebody else committed it."""
+    """The commit does not follow the stored steps: another caller committed this step, or the episode has ended."""
 
 
 class EpisodeExists(Exception):
-    """There is an episode with this id already, a tombstone perhaps."""
+    """An episode or a tombstone with this id already exists."""
 
 
 class EpisodeGone(Exception):
@@ -21,50 +21,56 @@ class EpisodeGone(Exception):
 
 
 class StoreUnavailable(Exception):
-    """The store cannot be reached or cannot write. Whether a change was written is unknown until it is read again."""
+    """The store cannot be reached or cannot write. Read again to find out whether a change was stored."""
 
     code: ClassVar = "store_unavailable"
 
 
 class StoreRefused(Exception):
-    """The store cannot be served at all, and time does not mend it; the message says why and what to do."""
+    """The store cannot be used, and a retry does not help. The message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One act's change: the step's row, and the episode's state after it."""
+    """The change that one act makes: the new step, and the state of the episode after it."""
 
     step: Step
     state: EpisodeState
 
 
 Change = StoredEpisode | Commit
-"""What one transaction may hold many of: new episodes and acts."""
+"""A change that can share a transaction with others: a new episode or an act."""
 
 
 EVERY = EpisodeFilter()
+"""Matches every episode."""
 
 
 class Store(Protocol):
-    """Every method raises StoreUnavailable when the store cannot be used."""
+    """Stores episodes and what belongs to them. Episode ids are qualified by the tenant; times are Unix seconds.
+
+    Every method but `close` raises StoreUnavailable if the store cannot be used.
+    """
 
     async def open(self) -> None:
-        """Brings the schema up to date and connects. Raises StoreRefused."""
+        """Connects and migrates the schema to the newest revision. Raises StoreRefused."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Writes the pending changes and disconnects."""
+        ...
 
     async def create(self, record: StoredEpisode) -> None:
         """Adds an episode. Raises EpisodeExists."""
         ...
 
     async def episode(self, episode_id: str) -> StoredEpisode | None:
-        """The episode, a tombstone if it was deleted, or None."""
+        """Returns the episode, its tombstone if it was deleted, or None."""
         ...
 
     async def fork(self, records: Sequence[StoredEpisode]) -> None:
-        """Adds forks of one episode, all or none: they share its rows before their `config.parent` step. Raises
-        EpisodeExists, EpisodeGone."""
+        """Adds forks of one episode, all or none. `config.parent` of each names the parent and the branch point: a fork
+        shares the parent's steps before it. Raises EpisodeExists, EpisodeGone."""
         ...
 
     async def episodes(
@@ -75,62 +81,71 @@ class Store(Protocol):
         tenant: str | None = None,
         where: EpisodeFilter = EVERY,
     ) -> list[StoredEpisode]:
-        """Newest first, those created before (created_at, episode_id) `before`; of one tenant or of all; no
-        tombstones."""
+        """Returns a page of episodes, newest first, without tombstones.
+
+        limit: maximum number of episodes.
+        before: cursor (created_at, episode_id) of keyset pagination; only episodes that sort after it are returned.
+        tenant: only episodes of this tenant; None for all tenants.
+        where: only episodes that match this filter.
+        """
         ...
 
     async def commit(self, commit: Commit) -> None:
-        """Durable once it returns. Raises StepTaken unless the episode is active and has exactly step.index steps."""
+        """Stores an act; it is durable when this returns. Raises StepTaken unless the episode is active and has exactly
+        `step.index` steps."""
         ...
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        """The episode's rows in order, its ancestors' and the closing one included; or the one with this index."""
+        """Returns the episode's steps in order, including those shared with ancestors and the closing step. With
+        `index`, returns only that step, or an empty list."""
         ...
 
     async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]] | None:
-        """The episode and its rows, as they are at one moment."""
+        """Returns the episode and its steps from one consistent snapshot, or None."""
         ...
 
     async def next_expiry(self) -> float | None:
-        """When the next active episode expires, if any does."""
+        """Returns the earliest expiry time of an active episode, or None."""
         ...
 
     async def expired(self, now: float, limit: int) -> list[str]:
-        """Active episodes that expired by `now`, the longest expired first."""
+        """Returns the ids of at most `limit` active episodes that expired by `now`, earliest expiry first."""
         ...
 
     async def add_feedback(self, feedback: Feedback) -> None:
-        """Keeps a rating; in place of the one that its rater, if named, gave for the same step. Raises EpisodeGone."""
+        """Adds a rating. It replaces the rating that the same named rater gave for the same step. Raises
+        EpisodeGone."""
         ...
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
-        """The episode's ratings, oldest first."""
+        """Returns the episode's ratings, oldest first."""
         ...
 
     async def put_policy(self, policy: StoredPolicy) -> None:
-        """Keeps which adapter goes by this name."""
+        """Stores an adapter under its name, replacing the previous one."""
         ...
 
     async def delete_policy(self, name: str) -> None: ...
 
     async def policies(self) -> list[StoredPolicy]:
-        """The adapters that are kept, by name."""
+        """Returns the stored adapters, sorted by name."""
         ...
 
     async def num_active(self, tenant: str | None = None) -> int:
-        """How many episodes have not ended, of all tenants or one."""
+        """Returns the number of episodes that have not ended, of one tenant or of all."""
         ...
 
     async def add_key(self, key: StoredKey) -> None: ...
 
     async def revoke_key(self, key_id: str, at: float) -> bool:
-        """False if there is no such key, or it is revoked already."""
+        """Marks a key as revoked. Returns False if the key does not exist or is already revoked."""
         ...
 
     async def keys(self) -> list[StoredKey]:
-        """All of them, the revoked ones included, in the order in which they were made."""
+        """Returns all API keys, including revoked ones, in the order of their creation."""
         ...
 
     async def delete(self, episode_id: str) -> bool:
-        """Leaves a tombstone, and drops the steps once no fork reads them; False if there was nothing to delete."""
+        """Replaces the episode with a tombstone. Its steps are deleted once no fork reads them. Returns False if there
+        was nothing to delete."""
         ...

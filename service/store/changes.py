@@ -1,7 +1,8 @@
-"""Owns what one shared commit writes: new episodes and acts, each checked by itself, so that one refused spoils none.
+"""Writes the changes of a shared commit, new episodes and acts. Each is checked by itself, and one that is refused does
+not affect the others.
 
-Rows are inserted, then locked, in the order of their ids, here and wherever a transaction takes several: so replicas
-that write at once wait for each other in turn and never in a circle.
+Every transaction inserts new episodes first, then locks existing ones, each in the order of their ids. Replicas that
+write at the same time may therefore wait for each other, but cannot deadlock.
 """
 
 from collections.abc import Sequence
@@ -23,20 +24,25 @@ _ADVANCE = (
 
 
 def locked(which: ColumnElement[bool]) -> "Select[Any, Any, Any, Any]":
-    """The episodes' ids, steps and whether they go on; nobody else changes these rows until the transaction ends.
-    (SQLite has one writer and no such clause.)"""
+    """Selects episodes and locks their rows until the transaction ends (SELECT ... FOR UPDATE).
+
+    SQLAlchemy omits the clause for SQLite, which has only one writer at a time.
+    """
     columns = (episodes.c.episode_id, episodes.c.step, episodes.c.status, episodes.c.deleted_at)
     return select(*columns).where(which).order_by(episodes.c.episode_id).with_for_update()
 
 
-# Built once: that takes longer than a short commit's statements do.
+# Built once, because building them takes longer than executing the statements of a short commit.
 _LOCK = locked(episodes.c.episode_id.in_(bindparam("ids", expanding=True)))
 _INSERT_STEPS = insert(steps)
 
 
 def write_changes(connection: Connection, changes: Sequence[Change]) -> list[Exception | None]:
-    """Of each change what it is refused for: EpisodeExists, StepTaken, or the TypeError or ValueError of a value that
-    cannot be stored. The others are written. Raises IntegrityError when another replica opens one of the episodes."""
+    """Writes the changes that are valid. Returns one item for each change: None, or why it was refused.
+
+    The reasons are EpisodeExists, StepTaken, and the TypeError or ValueError of a value that cannot be stored. Raises
+    IntegrityError if another replica creates one of the episodes at the same time.
+    """
     refusals: dict[int, Exception] = {}
     _open(connection, {n: change for n, change in enumerate(changes) if isinstance(change, StoredEpisode)}, refusals)
     _advance(connection, {n: change for n, change in enumerate(changes) if isinstance(change, Commit)}, refusals)
@@ -44,7 +50,7 @@ def write_changes(connection: Connection, changes: Sequence[Change]) -> list[Exc
 
 
 def insert_episodes(connection: Connection, rows: Sequence[tuple[_Row, list[_Row]]]) -> None:
-    """Each an episode's row and its tags'."""
+    """Inserts episodes. `rows` has for each the row of the episode and the rows of its tags."""
     if rows:
         ordered = sorted(rows, key=lambda row: row[0]["episode_id"])
         connection.execute(insert(episodes), [row for row, _ in ordered])
@@ -73,17 +79,17 @@ def _advance(connection: Connection, acts: dict[int, Commit], refusals: dict[int
     if not acts:
         return
     found = connection.execute(_LOCK, {"ids": [act.step.episode_id for act in acts.values()]})
-    steps_there: dict[str, int | None]
-    steps_there = {row.episode_id: row.step for row in found if row.status == "active" and row.deleted_at is None}
+    next_step: dict[str, int | None]
+    next_step = {row.episode_id: row.step for row in found if row.status == "active" and row.deleted_at is None}
     rows: list[_Row] = []
     states: list[_Row] = []
     for number, act in acts.items():
         try:
-            if steps_there.get(act.step.episode_id) != act.step.index:
+            if next_step.get(act.step.episode_id) != act.step.index:
                 raise StepTaken
             rows.append(step_row(act.step))
             states.append({"id": act.step.episode_id, **state_row(act.state)})
-            steps_there[act.step.episode_id] = act.state.step if act.state.status == "active" else None
+            next_step[act.step.episode_id] = act.state.step if act.state.status == "active" else None
         except (StepTaken, TypeError, ValueError) as error:
             refusals[number] = error
     if rows:

@@ -1,4 +1,4 @@
-"""Owns the seam below the store: how a transaction is run. The statements are the same for both databases."""
+"""The interface to a database: how transactions run. SQLite and PostgreSQL differ here and share the SQL statements."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds to wait for a lock that another process holds, for a whole transaction, and at the start for a server."""
+    """Timeouts in seconds.
+
+    lock_s: to wait for a lock of another process.
+    transaction_s: for a whole transaction (PostgreSQL only).
+    start_s: to wait for the database server when the store is opened (PostgreSQL only).
+    """
 
     lock_s: float = 10.0
     transaction_s: float = 15.0
@@ -19,26 +24,30 @@ class Patience:
 
 
 class Connections(Protocol):
-    """One database. A transaction is a function of a connection, and takes place as a whole or not at all."""
+    """The connections to one database. A transaction is a function that receives a connection. It is atomic."""
 
     async def open(self, revision: str = "head") -> None:
-        """Brings the schema to a revision, by default the newest, without which nothing but `close` may follow. Raises
-        StoreRefused."""
+        """Migrates the schema to a revision, by default the newest. After another revision only `close` may be called.
+        Raises StoreRefused."""
         ...
 
     async def close(self) -> None: ...
 
     async def read(self, function: Callable[[Connection], _T]) -> _T:
-        """What the function reads, all of it as it was at one moment. Raises StoreUnavailable."""
+        """Runs the function in a read-only transaction with one consistent snapshot. Returns its result. Raises
+        StoreUnavailable."""
         ...
 
     async def write(self, function: Callable[[Connection], _T]) -> _T:
-        """Commits what the function writes. Raises IntegrityError and what the function raises, and then nothing was
-        written; or StoreUnavailable, and then it may have been."""
+        """Runs the function in a transaction and commits it. Returns its result.
+
+        Raises IntegrityError, and what the function raises: then nothing was written. Raises StoreUnavailable: then it
+        is unknown whether the changes were written.
+        """
         ...
 
 
 def reason(error: BaseException) -> str:
-    """The database's own words, without the statement and its parameters."""
-    said = str(getattr(error, "orig", None) or error) or type(error).__name__
-    return said.rpartition(">: ")[2].split("\n")[0][:200]  # asyncpg's come behind the name of their class
+    """Returns the first line of the database's message, without the SQL statement and its parameters."""
+    message = str(getattr(error, "orig", None) or error) or type(error).__name__
+    return message.rpartition(">: ")[2].split("\n")[0][:200]  # asyncpg's messages follow "<class ...>: "

@@ -1,4 +1,4 @@
-"""Owns the sharing of commits: what arrives while one commit is on its way to the disk goes into the next."""
+"""Group commit: changes that arrive while a commit is being written share the next commit."""
 
 import asyncio
 import time
@@ -7,16 +7,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from service.store.base import Change, StoreUnavailable
 
 Write = Callable[[Sequence[Change]], Awaitable[Sequence[Exception | None]]]
-"""Writes the changes in one transaction, and says of each what it was refused for."""
+"""Writes changes in one transaction. Returns one item for each change: None, or why it was refused."""
 
 OnCommit = Callable[[int, float], None]
-"""Told of each shared commit: how many changes it held, and the seconds it took."""
+"""Called after each commit with the number of its changes and its duration in seconds."""
 
 MAX_BATCH = 256
+"""Maximum number of changes in one commit."""
 
 
 class GroupCommit:
-    """Writes submitted commits in batches, one batch at a time, by one background task."""
+    """Writes submitted changes in batches. One background task writes one batch at a time."""
 
     def __init__(self, write: Write, on_commit: OnCommit) -> None:
         self._write = write
@@ -29,7 +30,7 @@ class GroupCommit:
         self._task = asyncio.create_task(self._run(), name="group-commit")
 
     async def stop(self) -> None:
-        """Writes what is pending, then ends."""
+        """Writes the pending changes, then ends the background task."""
         if self._task is None:
             return
         await asyncio.gather(*(done for _, done in self._pending), return_exceptions=True)
@@ -37,8 +38,11 @@ class GroupCommit:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def submit(self, change: Change) -> None:
-        """Returns once the change is durable; raises what it was refused for, or StoreUnavailable. Cannot be cancelled
-        half-way: a caller that goes away leaves the change to be written."""
+        """Submits a change and waits until it is durable.
+
+        Raises the reason if the change is refused, or StoreUnavailable. If the caller is cancelled, the change is
+        written nevertheless.
+        """
         if self._task is None or self._task.done():
             raise StoreUnavailable("the store is closed")
         done = asyncio.get_running_loop().create_future()
@@ -57,13 +61,13 @@ class GroupCommit:
             del self._pending[: len(batch)]
 
     async def _write_batch(self, batch: "list[tuple[Change, asyncio.Future[None]]]") -> None:
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
             results = await self._write([change for change, _ in batch])
-        except Exception as error:  # noqa: BLE001 - each waiting act must hear of it, and the writer must live on
+        except Exception as error:  # noqa: BLE001 - every waiting act must get the error, and the task must continue
             results = [error if isinstance(error, StoreUnavailable) else StoreUnavailable(repr(error))] * len(batch)
         else:
-            self._on_commit(len(batch), time.perf_counter() - began)
+            self._on_commit(len(batch), time.perf_counter() - started)
         for (_, done), error in zip(batch, results, strict=True):
             if done.done():
                 continue

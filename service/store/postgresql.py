@@ -1,4 +1,4 @@
-"""Owns transactions on a PostgreSQL server, over asyncpg: what is waited for and how long, and what a failure means."""
+"""Transactions on PostgreSQL through asyncpg: connection pool, timeouts, and the classification of errors."""
 
 import asyncio
 import time
@@ -20,16 +20,17 @@ _T = TypeVar("_T")
 
 _NUM_CONNECTIONS = 8
 _CONNECT_S = 5.0
-_RECYCLE_S = 600  # what stands between may forget a connection
-_MIGRATION_LOCK = 0x65706973  # any number that other programs do not take
+_RECYCLE_S = 600  # a proxy or firewall between service and server may drop a connection that is idle for long
+_MIGRATION_LOCK = 0x65706973  # an arbitrary number that other programs are unlikely to use
 
 _FAILURES = (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
-_REFUSALS = ("28", "3D", "42", "0A", "25006")  # who one is, which database, what one may do in it, a standby
-"""Beginnings of the SQLSTATEs that time does not mend."""
+_REFUSALS = ("28", "3D", "42", "0A", "25006")
+"""Prefixes of the SQLSTATEs for which a retry does not help: authentication, unknown database, privileges and syntax,
+unsupported feature, read-only standby."""
 
 
 class PostgreSQLConnections:
-    """`url` = postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE."""
+    """The connection pool of one database. `url` is postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE."""
 
     def __init__(self, url: URL, patience: Patience) -> None:
         self._url, self._patience = _for_asyncpg(url), patience
@@ -37,7 +38,7 @@ class PostgreSQLConnections:
             "application_name": "episodic",
             "lock_timeout": _ms(patience.lock_s),
             "statement_timeout": _ms(patience.transaction_s),
-            # Of a replica that is cut off the locks go, too.
+            # If a replica loses its connection in a transaction, the server must release its locks.
             "idle_in_transaction_session_timeout": _ms(patience.transaction_s),
         }
         self._engine = create_async_engine(
@@ -61,16 +62,24 @@ class PostgreSQLConnections:
                 return await self._migrate(revision)
             except _FAILURES as error:
                 if _state(error).startswith(_REFUSALS):
-                    raise StoreRefused(f"{self._place} does not serve us: {reason(error)}") from error
+                    raise StoreRefused(
+                        f"{self._place} refuses access: {reason(error)}. Check the user, the password, the database "
+                        "and its privileges."
+                    ) from error
                 if time.monotonic() >= give_up_at:
-                    raise StoreRefused(f"{self._place} cannot be reached: {reason(error)}") from error
+                    raise StoreRefused(
+                        f"{self._place} cannot be reached: {reason(error)}. Check that the server runs, and the host "
+                        "and port in the URL."
+                    ) from error
             except (TypeError, ValueError) as error:  # an option in the URL that asyncpg does not know
-                raise StoreRefused(f"{self._place}: the URL's options are not understood: {reason(error)}") from error
+                raise StoreRefused(
+                    f"{self._place}: the options in the URL (after ?) are invalid: {reason(error)}"
+                ) from error
             await asyncio.sleep(min(0.5, self._patience.start_s))
 
     async def close(self) -> None:
         for connection in self._open:
-            connection.terminate()  # a goodbye would wait for the server's
+            connection.terminate()  # a graceful close would wait for the server's answer
         await self._engine.dispose()
 
     async def read(self, function: Callable[[Connection], _T]) -> _T:
@@ -80,7 +89,8 @@ class PostgreSQLConnections:
         return await self._run(self._engine, function)
 
     async def _run(self, engine: AsyncEngine, function: Callable[[Connection], _T]) -> _T:
-        """Who is cancelled amid a transaction leaves no connection behind that is in it: SQLAlchemy closes that one."""
+        """Runs a function in a transaction. If the caller is cancelled, SQLAlchemy closes the connection, so that none
+        returns to the pool with an open transaction."""
         try:
             async with asyncio.timeout(self._patience.transaction_s), engine.begin() as connection:
                 return await connection.run_sync(function)
@@ -90,12 +100,12 @@ class PostgreSQLConnections:
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
     async def _migrate(self, revision: str) -> None:
-        """Takes the time that it takes, on a connection of its own without limits."""
+        """Migrates the schema on a separate connection without timeouts, because a migration may take long."""
         connect_args = {"timeout": _CONNECT_S}
         engine = create_async_engine(self._url, poolclass=NullPool, connect_args=connect_args, hide_parameters=True)
         try:
             async with engine.begin() as connection:
-                # Of replicas that start together one migrates, the others find it done.
+                # If several replicas start at the same time, one migrates, and the others wait until it is done.
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
                 await connection.run_sync(migrate, self._place, revision)
         finally:
@@ -106,25 +116,25 @@ class PostgreSQLConnections:
 
     @property
     def _place(self) -> str:
-        """For messages: without the user and the password."""
+        """The database for messages, without the user and the password."""
         return f"the PostgreSQL database {self._url.database!r} at {self._url.host}:{self._url.port or 5432}"
 
 
 def _for_asyncpg(url: URL) -> URL:
-    """As libpq's `sslmode`, which most providers write into the URLs they hand out, asyncpg has `ssl`."""
+    """Sets the driver, and replaces libpq's option `sslmode`, common in URLs from providers, with asyncpg's `ssl`."""
     ssl = url.query.get("sslmode")
     url = url.set(drivername="postgresql+asyncpg")
     return url if ssl is None else url.difference_update_query(["sslmode"]).update_query_dict({"ssl": ssl})
 
 
 def _refuse_closed(connection: Any, _record: Any, _proxy: Any) -> None:
-    """A server that went away has closed its connections: looked at here, that costs no way to the server."""
+    """Makes the pool replace a connection that the server has closed. This check needs no round trip to the server."""
     if connection.driver_connection.is_closed():
         raise InvalidatePoolError
 
 
 def _state(error: BaseException) -> str:
-    """The SQLSTATE, if the server gave one."""
+    """Returns the SQLSTATE of an error, or an empty string."""
     original = getattr(error, "orig", None) or error
     return getattr(original, "sqlstate", None) or ""
 

@@ -1,4 +1,6 @@
-"""Owns the tables, and the way a frozen value becomes a row and back. JSON is kept as text, tokens as packed arrays."""
+"""The tables of the SQL store, and the conversion between values and rows. JSON is stored as text, and token ids and
+logprobs as packed arrays.
+"""
 
 import dataclasses
 from array import array
@@ -25,7 +27,7 @@ from service.trajectory import (
 
 metadata = MetaData()
 
-_Id = String(200)  # a tenant's name, a colon, and what the tenant calls the episode
+_Id = String(200)  # TENANT:EPISODE, up to 64 and 128 characters
 _ACTIVE = text("status = 'active'")
 
 episodes = Table(
@@ -67,7 +69,7 @@ tags = Table(
     Index("ix_episode_tags_episode", "episode_id"),
 )
 
-# A fork's rows before its own: of each ancestor those with an index below num_steps.
+# The steps that a fork shares: of each ancestor, the steps stored under its id with an index below num_steps.
 ancestors = Table(
     "ancestors",
     metadata,
@@ -139,30 +141,32 @@ _MESSAGE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(M
 
 
 def dump(value: JsonValue) -> str:
-    """Compact JSON text; control characters, NUL included, are escaped in it."""
+    """Serializes a value as compact JSON. Control characters are escaped, NUL included."""
     return orjson.dumps(value).decode()
 
 
 def storable(value: str) -> bool:
-    """Whether a database can hold the text: PostgreSQL has no NUL, and half of a surrogate pair has no UTF-8."""
+    """Whether every database can store the text. PostgreSQL rejects NUL, and a lone surrogate has no UTF-8 encoding."""
     return "\0" not in value and (value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value))
 
 
 def checked(table: Table, row: dict[str, Any]) -> dict[str, Any]:
-    """The row. Raises ValueError for a text that not every database can hold, before it spoils a transaction."""
+    """Returns the row unchanged. Raises ValueError for a text that some database cannot store. In PostgreSQL an error
+    in one row would abort the whole transaction."""
     for name, length in _TEXTS[table.name]:
         value = row.get(name)
         if value is None:
             continue
         if not storable(value):
-            raise ValueError(f"{name} holds a character that cannot be stored")
+            raise ValueError(f"{name} contains a character that cannot be stored (NUL or a lone surrogate)")
         if length is not None and len(value) > length:
-            raise ValueError(f"{name} has more than {length} characters")
+            raise ValueError(f"{name} has {len(value)} characters; at most {length} are allowed")
     return row
 
 
 def episode_row(record: StoredEpisode) -> dict[str, Any]:
-    """Raises ValueError, TypeError for what cannot be stored, as all of these do."""
+    """Converts an episode to a row. Like the other *_row functions, raises ValueError or TypeError for a value that
+    cannot be stored."""
     config = record.config
     row = {
         "episode_id": config.episode_id,
@@ -181,20 +185,20 @@ def episode_row(record: StoredEpisode) -> dict[str, Any]:
 
 LABEL_COLUMNS: dict[str, Column[Any]] = {
     name: episodes.c.episode_group if name == "group" else episodes.c[name]
-    for name in LABELS  # GROUP is SQL's own word
+    for name in LABELS  # GROUP is a reserved word of SQL
 }
-"""The column of each label that episodes are filtered by."""
+"""The column of each label by which episodes can be filtered."""
 
 
 def labels(request: dict[str, JsonValue]) -> dict[str, str | None]:
-    """The labels in a request, by their columns."""
+    """Returns the labels of a request by column name."""
     return {column.name: request.get(name) for name, column in LABEL_COLUMNS.items()}
 
 
 def tag_rows(record: StoredEpisode) -> list[dict[str, str]]:
     episode_id = record.config.episode_id
-    asked = dict.fromkeys(record.config.request.get("tags", ()))
-    return [checked(tags, {"episode_id": episode_id, "tag": tag}) for tag in asked]
+    unique = dict.fromkeys(record.config.request.get("tags", ()))
+    return [checked(tags, {"episode_id": episode_id, "tag": tag}) for tag in unique]
 
 
 def state_row(state: EpisodeState) -> dict[str, Any]:
@@ -236,11 +240,11 @@ def episode_record(row: RowMapping) -> StoredEpisode:
 
 def step_row(step: Step) -> dict[str, Any]:
     encoder_ids = step.span.encoder_token_ids
-    said = {name: getattr(step.message, name) for name in _MESSAGE_DEFAULTS}
+    message = {name: getattr(step.message, name) for name in _MESSAGE_DEFAULTS}
     row = {
         "episode_id": step.episode_id,
         "step": step.index,
-        "message": dump({name: value for name, value in said.items() if value != _MESSAGE_DEFAULTS[name]}),
+        "message": dump({name: value for name, value in message.items() if value != _MESSAGE_DEFAULTS[name]}),
         "closing": int(step.closing),
         "token_ids": step.span.token_ids.tobytes(),
         "loss_mask": step.span.loss_mask,
@@ -258,13 +262,13 @@ def step_row(step: Step) -> dict[str, Any]:
 
 
 def step_value(row: RowMapping) -> Step:
-    said = orjson.loads(row["message"])
-    if said.get("legal_actions") is not None:
-        said["legal_actions"] = tuple(said["legal_actions"])
+    message = orjson.loads(row["message"])
+    if message.get("legal_actions") is not None:
+        message["legal_actions"] = tuple(message["legal_actions"])
     return Step(
         episode_id=row["episode_id"],
         index=row["step"],
-        message=Message(**said),
+        message=Message(**message),
         closing=bool(row["closing"]),
         span=_span(row),
         window_start=row["window_start"],
@@ -303,5 +307,5 @@ def key_row(key: StoredKey) -> dict[str, Any]:
 
 
 def key_record(row: RowMapping) -> StoredKey:
-    kept: dict[str, Any] = {**row, "scopes": tuple(row["scopes"].split())}
-    return StoredKey(**kept)
+    fields: dict[str, Any] = {**row, "scopes": tuple(row["scopes"].split())}
+    return StoredKey(**fields)

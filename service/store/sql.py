@@ -1,4 +1,4 @@
-"""Owns the SQL store: the statements, which SQLite and PostgreSQL share; concurrent acts share a commit."""
+"""The SQL store: implements `Store` with statements that SQLite and PostgreSQL share."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -68,15 +68,17 @@ def _ignore(num_acts: int, seconds: float) -> None:
 def _connections(url: URL, patience: Patience) -> Connections:
     if url.get_backend_name() == "sqlite":
         return SQLiteConnections(url, patience)
-    from service.store.postgresql import PostgreSQLConnections  # its driver is loaded where it is used
+    from service.store.postgresql import PostgreSQLConnections  # imports asyncpg only if it is used
 
     return PostgreSQLConnections(url, patience)
 
 
 class SQLStore:
-    """Episodes in a SQLite file, `url` = sqlite:///FILE, or in a PostgreSQL database, postgresql+asyncpg://...
+    """A store in a SQLite file or in a PostgreSQL database. The methods are described in `Store`.
 
-    `on_commit(num_acts, seconds)` is told of each commit.
+    url: sqlite:///FILE or postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE.
+    on_commit: called with (num_acts, seconds) after each commit.
+    patience: timeouts.
     """
 
     def __init__(self, url: str, on_commit: OnCommit = _ignore, patience: Patience | None = None) -> None:
@@ -96,7 +98,7 @@ class SQLStore:
         self._group.start()
 
     async def migrate(self, revision: str) -> None:
-        """Brings the schema of a store that is not open to a revision, forwards or back. Raises StoreRefused."""
+        """Upgrades or downgrades the schema to a revision. The store must not be open. Raises StoreRefused."""
         try:
             await self._connections.open(revision)
         finally:
@@ -259,11 +261,12 @@ class SQLStore:
     async def _write(self, function: Callable[[Connection], _T]) -> _T:
         try:
             return await self._connections.write(function)
-        except IntegrityError as error:  # another replica wrote the same row in the same moment
+        except IntegrityError as error:  # another replica wrote the same row at the same time
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
     async def _write_together(self, changes: Sequence[Change]) -> Sequence[Exception | None]:
-        """One transaction for all; but one for each if another replica opened one of these episodes in that moment."""
+        """Writes the changes in one transaction. If another replica creates one of the episodes at the same time, the
+        transaction fails, and each change is written in its own transaction."""
         try:
             return await self._connections.write(lambda connection: write_changes(connection, changes))
         except IntegrityError:
@@ -278,7 +281,8 @@ def _read_episode(connection: Connection, episode_id: str) -> StoredEpisode | No
 
 
 def _read_steps(connection: Connection, episode_id: str, index: int | None = None) -> list[Step]:
-    # Whatever the depth of the lineage: a condition for each ancestor would meet SQLite's limit at 1,000 of them.
+    # A join has no limit on the number of ancestors. One condition per ancestor would exceed SQLite's limit of 1,000 on
+    # the depth of an expression.
     inherited = and_(steps.c.episode_id == ancestors.c.ancestor_id, steps.c.step < ancestors.c.num_steps)
     parts = [
         select(steps).where(steps.c.episode_id == episode_id),
@@ -291,20 +295,23 @@ def _read_steps(connection: Connection, episode_id: str, index: int | None = Non
 
 
 def _lock_alive(connection: Connection, episode_id: str) -> None:
-    """Nobody deletes the episode until the transaction ends. Raises EpisodeGone."""
+    """Locks the episode, so that it cannot be deleted until the transaction ends. Raises EpisodeGone."""
     found = connection.execute(locked(episodes.c.episode_id == episode_id)).first()
     if found is None or found.deleted_at is not None:
         raise EpisodeGone
 
 
 def _lineage_of(episode_id: str) -> ColumnElement[bool]:
-    """The episode and its ancestors."""
+    """Returns the condition that selects the episode and its ancestors."""
     lineage = select(ancestors.c.ancestor_id).where(ancestors.c.episode_id == episode_id)
     return or_(episodes.c.episode_id == episode_id, episodes.c.episode_id.in_(lineage))
 
 
 def _lineage(connection: Connection, parent_id: str, at_step: int) -> list[tuple[str, int]]:
-    """Whose rows a fork of the parent at this step begins with: (ancestor, number of steps), the oldest first."""
+    """Returns the ancestors whose steps a fork of the parent at this step shares, oldest first.
+
+    Each item is (episode id, num_steps): the fork shares the steps stored under that id with an index below num_steps.
+    """
     query = select(ancestors).where(ancestors.c.episode_id == parent_id).order_by(ancestors.c.num_steps)
     inherited = [(row["ancestor_id"], row["num_steps"]) for row in connection.execute(query).mappings()]
     found: list[tuple[str, int]] = []
@@ -317,7 +324,7 @@ def _lineage(connection: Connection, parent_id: str, at_step: int) -> list[tuple
 
 
 def _drop_unread_steps(connection: Connection, episode_id: str) -> None:
-    """Drops those of a deleted episode's steps that no fork reads."""
+    """If the episode is deleted, deletes those of its steps that no fork shares."""
     gone = select(episodes.c.episode_id).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_not(None))
     num_read = select(func.max(ancestors.c.num_steps)).where(ancestors.c.ancestor_id == episode_id).scalar_subquery()
     unread = steps.c.step >= func.coalesce(num_read, 0)
@@ -325,6 +332,7 @@ def _drop_unread_steps(connection: Connection, episode_id: str) -> None:
 
 
 def _older(created_at: float, episode_id: str) -> ColumnElement[bool]:
+    """Returns the condition of keyset pagination: episodes that sort after the cursor, newest first."""
     if math.isnan(created_at) or not storable(episode_id):
         return false()
     created = episodes.c.created_at
@@ -333,9 +341,9 @@ def _older(created_at: float, episode_id: str) -> ColumnElement[bool]:
 
 def _conditions(tenant: str | None, where: EpisodeFilter) -> list[ColumnElement[bool]]:
     columns: dict[str, ColumnElement[Any]] = {**LABEL_COLUMNS, "tenant": episodes.c.tenant, "status": episodes.c.status}
-    asked: dict[str, Any] = {**where, "tenant": tenant}
-    given = {name: value for name, value in asked.items() if value is not None}
-    if not all(map(storable, given.values())):
+    filters: dict[str, Any] = {**where, "tenant": tenant}
+    given = {name: value for name, value in filters.items() if value is not None}
+    if not all(map(storable, given.values())):  # no stored value is equal to such a text
         return [false()]
     tag = given.pop("tag", None)
     conditions = [columns[name] == value for name, value in given.items()]

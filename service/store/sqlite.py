@@ -1,4 +1,4 @@
-"""Owns transactions on a SQLite file: each is one call in a thread, and one thread writes."""
+"""Transactions on a SQLite file. Each transaction runs in a thread; one thread writes, several read."""
 
 import asyncio
 import sqlite3
@@ -20,28 +20,30 @@ _T = TypeVar("_T")
 
 _NUM_READERS = 4
 _LARGEST_CHECKED = 256 << 20
-"""Bytes of a file that is looked through at the start: about a second's worth."""
+"""Maximum size in bytes of a file that is checked for damage at the start. The check of this size takes a second."""
 
-_DAMAGED = "Restore a backup, or save what can be read: sqlite3 {path} .recover | sqlite3 NEW, and serve NEW."
-_WAYS_OUT = {
+_DAMAGED = (
+    "Restore a backup, or recover what can be read with `sqlite3 {path} .recover | sqlite3 NEW`, and use the file NEW."
+)
+_REMEDIES = {
     sqlite3.SQLITE_NOTADB: _DAMAGED,
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
-    sqlite3.SQLITE_BUSY: "Another process writes to it and does not let go: end that one first.",
-    sqlite3.SQLITE_FULL: "Make room on its disk.",
+    sqlite3.SQLITE_BUSY: "Another process has locked the file. Stop that process first.",
+    sqlite3.SQLITE_FULL: "The disk is full. Free some space.",
 }
-_NO_ACCESS = "The service must be able to read and to write the file and its folder, and the file must be no folder."
+_NO_ACCESS = "The path must be a file, and the service must be able to read and write it and its folder."
 
 
 class SQLiteConnections:
-    """`url` = sqlite:///FILE.
+    """The connections to one file. `url` is sqlite:///FILE.
 
-    A transaction is one call in a thread: to go there and back for each of its statements, as SQLAlchemy's asyncio
-    extension does, costs more than the statements.
+    A whole transaction is one call in a thread. SQLAlchemy's asyncio extension switches threads for each statement,
+    which takes longer than the statements themselves.
     """
 
     def __init__(self, url: URL, patience: Patience) -> None:
         self._path = Path(str(url.database))
-        # No isolation level: Python's sqlite3 begins no transaction then, and we begin the one that we want.
+        # Without an isolation level Python's sqlite3 begins no transactions itself: `_begun` chooses their kind.
         connect_args = {"timeout": patience.lock_s, "isolation_level": None}
         self._engine = create_engine(url, pool_size=1 + _NUM_READERS, connect_args=connect_args, hide_parameters=True)
         self._lock_s = patience.lock_s
@@ -53,7 +55,7 @@ class SQLiteConnections:
         try:
             await asyncio.to_thread(self._prepare, revision)
         except (SQLAlchemyError, OSError) as error:
-            raise StoreRefused(f"the store {self._path}: {reason(error)}. {self._way_out(error)}") from error
+            raise StoreRefused(f"the store {self._path}: {reason(error)}. {self._remedy(error)}") from error
 
     async def close(self) -> None:
         for threads in (self._writers, self._readers):
@@ -64,7 +66,8 @@ class SQLiteConnections:
         return await self._run(self._readers, "BEGIN", function)
 
     async def write(self, function: Callable[[Connection], _T]) -> _T:
-        return await self._run(self._writers, "BEGIN IMMEDIATE", function)  # a lock for reading cannot always be raised
+        # IMMEDIATE takes the write lock at once; upgrading a read lock later can fail.
+        return await self._run(self._writers, "BEGIN IMMEDIATE", function)
 
     async def _run(
         self,
@@ -110,22 +113,23 @@ class SQLiteConnections:
         if found != "ok":
             raise StoreRefused(f"the store {self._path} is damaged: {found}. {_DAMAGED.format(path=self._path)}")
 
-    def _way_out(self, error: Exception) -> str:
+    def _remedy(self, error: Exception) -> str:
         code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0) & 0xFF
-        return _WAYS_OUT.get(code, _NO_ACCESS).format(path=self._path)
+        return _REMEDIES.get(code, _NO_ACCESS).format(path=self._path)
 
 
 def _set_pragmas(connection: Any, lock_s: float) -> None:
     try:
-        _keep_a_log(connection, time.monotonic() + lock_s)
+        _enable_wal(connection, time.monotonic() + lock_s)
         connection.execute("PRAGMA synchronous=FULL")  # an answered step survives a power cut, not only a crash
     except sqlite3.Error:
         connection.close()  # SQLAlchemy would leave it open
         raise
 
 
-def _keep_a_log(connection: Any, give_up_at: float) -> None:
-    """SQLite waits for no lock when it changes a new file to write-ahead logging: several that open it would fail."""
+def _enable_wal(connection: Any, give_up_at: float) -> None:
+    """Enables write-ahead logging. Retries, because for this change SQLite does not wait for a lock: if several
+    processes opened a new file at the same time, all but one would fail."""
     while True:
         try:
             connection.execute("PRAGMA journal_mode=WAL")

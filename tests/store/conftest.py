@@ -1,4 +1,4 @@
-"""The stores under test: in memory, a SQLite file, a database of a real PostgreSQL server."""
+"""The URL of the store under test: a SQLite file, and a database on a real PostgreSQL server."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A store of each kind that lasts, empty."""
+    """The URL of an empty store, once for each kind of database."""
     if request.param == "postgresql":
         return request.getfixturevalue("new_database")()
     return f"sqlite:///{tmp_path}/episodic.db"

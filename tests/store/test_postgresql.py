@@ -1,4 +1,4 @@
-"""Trouble of a PostgreSQL server: a crash, a cut connection, one that answers nothing, a wrong password."""
+"""Failures of a PostgreSQL server: a crash, a broken connection, a server that does not answer, a wrong password."""
 
 import asyncio
 import contextlib
@@ -33,21 +33,21 @@ def database(store: SQLStore) -> str:
     return store._connections._url.database  # pyright: ignore
 
 
-async def play(store: SQLStore, name: str, num_steps: int, trouble: Callable[[], None] = lambda: None) -> None:
-    """Commits step after step as sessions do: an unknown outcome is settled by a look at the store. Half-way there is
-    trouble."""
+async def play(store: SQLStore, name: str, num_steps: int, fault: Callable[[], None] = lambda: None) -> None:
+    """Commits one step after another, and calls `fault` after half of them. If the result of a commit is unknown, it
+    reads the episode again, as the service does."""
     index = 0
     while index < num_steps:
         try:
             await store.commit(commit(index, name))
         except (StepTaken, StoreUnavailable):
-            num_there = await num_steps_of(store, name)
-            assert num_there in (index, index + 1), "what was acknowledged is there, and nothing else"
-            index = num_there
+            num_stored = await num_steps_of(store, name)
+            assert num_stored in (index, index + 1), "all acknowledged steps are stored, and no other"
+            index = num_stored
             continue
         index += 1
         if index == num_steps // 2:
-            await asyncio.to_thread(trouble)
+            await asyncio.to_thread(fault)
 
 
 def restart(server: Postgres) -> None:
@@ -56,7 +56,7 @@ def restart(server: Postgres) -> None:
 
 
 async def num_steps_of(store: SQLStore, name: str) -> int:
-    """As soon as the store can be read."""
+    """Returns the number of stored steps. Waits until the store can be read."""
     while True:
         try:
             return len(await store.steps(name))
@@ -124,7 +124,7 @@ async def test_a_server_that_answers_nothing_is_unavailable_and_heals(store: SQL
     await store.create(record())
     own_server.pause()
     try:
-        calls = [store.commit(commit(0)), *(store.steps("e") for _ in range(12))]  # more than there are connections
+        calls = [store.commit(commit(0)), *(store.steps("e") for _ in range(12))]  # more than the pool has connections
         results = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(result) for result in results} == {StoreUnavailable}
     finally:
@@ -155,7 +155,7 @@ async def test_a_lock_that_another_holds_is_unavailable_until_it_is_gone(store: 
     ):
         with pytest.raises(StoreUnavailable, match="lock timeout"):
             await call
-    assert await store.steps("e") == [], "who reads need not wait"
+    assert await store.steps("e") == [], "a read does not wait for the lock"
     await store.commit(commit(0, "f"))
     release.set()
     await holding
@@ -165,8 +165,11 @@ async def test_a_lock_that_another_holds_is_unavailable_until_it_is_gone(store: 
 
 @asynccontextmanager
 async def at_once(own_server: Postgres, url: str, statement: str) -> AsyncIterator[tuple[SQLStore, SQLStore]]:
-    """Two replicas, of which each is in a transaction, and waits there for what the statement locks, when the block
-    ends. The lock is gone then, and with it what the statement wrote."""
+    """Makes two replicas run transactions at the same time.
+
+    Another connection executes the statement, which locks a row. When the `with` block ends, this waits until a
+    transaction of each replica waits for the lock. Then the statement is rolled back, and both continue.
+    """
     one, two, holder = (SQLStore(url) for _ in range(3))
     await one.open()
     await two.open()
@@ -221,7 +224,7 @@ async def test_a_statement_ends_with_its_callers_patience(store: SQLStore):
 async def test_a_cut_off_replicas_locks_go(store: SQLStore, own_server: Postgres):
     await store.create(record())
     lost = SQLStore(own_server.url(database(store)), patience=Patience(transaction_s=0.2))
-    with contextlib.suppress(SQLAlchemyError):  # at its end
+    with contextlib.suppress(SQLAlchemyError):  # its commit fails, because the server has ended the transaction
         async with lost._connections._engine.begin() as connection:  # pyright: ignore
             await connection.execute(text("SELECT 1 FROM episodes FOR UPDATE"))
             await play(store, "e", 1)

@@ -1,4 +1,4 @@
-"""What a store that lasts adds, SQLite or PostgreSQL: durability, migrations, shared commits, replicas that race."""
+"""What only the SQL stores have, SQLite and PostgreSQL: durability, migrations, shared commits, concurrent replicas."""
 
 import asyncio
 from array import array
@@ -31,7 +31,7 @@ async def store(url: str) -> AsyncIterator[SQLStore]:
 
 @pytest.fixture
 async def other(store: SQLStore, url: str) -> AsyncIterator[SQLStore]:
-    """Another replica's store, on the same database."""
+    """The store of a second replica, on the same database."""
     opened = SQLStore(url)
     await opened.open()
     yield opened
@@ -54,13 +54,13 @@ async def test_migrations_make_exactly_the_tables_of_the_schema(store: SQLStore,
 
 
 def _differ(context: MigrationContext, _column: Any, _meta: Any, found: Any, wanted: Any) -> bool | None:
-    """SQLite does not hold to a text's length, so there it is not changed."""
+    """Ignores the lengths of texts on SQLite, which does not enforce them; the migrations do not change them there."""
     on_sqlite = context.dialect.name == "sqlite"
     return False if on_sqlite and isinstance(found, String) and isinstance(wanted, String) else None
 
 
 def older(revision: str, request: str) -> Callable[[Connection], None]:
-    """Makes a store of an earlier schema, with one episode in it."""
+    """Returns a function that makes a store with an earlier schema and one episode."""
 
     def make(connection: Connection) -> None:
         migrate(connection, "the store", revision)
@@ -135,7 +135,7 @@ async def test_an_older_schema_is_gone_back_to_and_left_again_with_nothing_lost(
 
 
 @pytest.mark.parametrize(
-    ("revision", "held"),
+    ("revision", "message"),
     [
         ("0003", "the episode 'two-streams'"),
         ("0002", "the tenant 'acme'"),
@@ -143,7 +143,7 @@ async def test_an_older_schema_is_gone_back_to_and_left_again_with_nothing_lost(
         ("0007", "this version knows 0001, 0002, 0003, 0004"),
     ],
 )
-async def test_a_schema_that_would_lose_something_is_not_gone_back_to(url: str, revision: str, held: str):
+async def test_a_schema_that_would_lose_something_is_not_gone_back_to(url: str, revision: str, message: str):
     async with SQLStore(url) as store:
         await store.create(record())
         await store.commit(commit(0))
@@ -155,7 +155,7 @@ async def test_a_schema_that_would_lose_something_is_not_gone_back_to(url: str, 
             await store.create(record("acme:e"))
         fork = record("fork")
         await store.fork([replace(fork, config=replace(fork.config, parent=("e", 1)), state=commit(0).state)])
-    with pytest.raises(StoreRefused, match=held):
+    with pytest.raises(StoreRefused, match=message):
         await SQLStore(url).migrate(revision)
     assert await in_database(url, lambda connection: connection.execute(text(VERSION)).scalar()) == "0004"
     async with SQLStore(url) as store:
@@ -170,7 +170,7 @@ async def test_another_programs_tables_are_left_alone(url: str):
 
 
 async def test_a_lineage_may_be_deep(store: SQLStore, url: str):
-    """Deeper than SQLite lets an expression be."""
+    """More ancestors than the 1,000 levels that SQLite allows in an expression."""
     depth = 1_100
     await store.create(replace(record("leaf"), state=replace(record().state, step=depth)))
 
@@ -273,21 +273,21 @@ async def test_callers_that_leave_amid_a_transaction_leave_no_connection_in_it(s
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     await store.commit(commit(1))
-    for number in range(20):  # more than there are connections
+    for number in range(20):  # more than the pool has connections
         await store.add_feedback(Feedback("e", None, 2, None, f"r{number}", 1.0))
         assert len(await store.steps("e")) == 2
     assert await store.delete("e")
 
 
 async def test_replicas_race_for_a_step(store: SQLStore, other: SQLStore):
-    """Of two commits of a step one wins, and none is lost."""
+    """If two replicas commit the same step, exactly one succeeds, and the other gets StepTaken."""
     await store.create(record())
     for index in range(20):
         racers = [replica.commit(commit(index, message=Message(str(replica is store)))) for replica in (store, other)]
         results = await asyncio.gather(*racers, return_exceptions=True)
         assert sorted(map(type, results), key=str) == sorted([type(None), StepTaken], key=str)
-        (kept,) = await other.steps("e", index)
-        assert kept.message.observation == str(results[0] is None)
+        (stored,) = await other.steps("e", index)
+        assert stored.message.observation == str(results[0] is None)
     assert len(await other.steps("e")) == 20
 
 
@@ -380,9 +380,9 @@ async def test_a_deleted_parents_rows_that_no_fork_reads_are_gone(store: SQLStor
         await store.fork(
             [StoredEpisode(replace(made.config, parent=("e", at_step)), replace(made.state, step=at_step))]
         )
-    for gone, kept in (("e", 3), ("g", 1), ("f", 0)):
-        await store.delete(gone)
-        assert await num_rows(url) == kept
+    for deleted, num_left in (("e", 3), ("g", 1), ("f", 0)):
+        await store.delete(deleted)
+        assert await num_rows(url) == num_left
 
 
 async def test_a_failing_database_is_store_unavailable_and_heals(store: SQLStore, url: str):
@@ -396,7 +396,7 @@ async def test_a_failing_database_is_store_unavailable_and_heals(store: SQLStore
     await store.commit(commit(0))
     found = await store.episode("e")
     assert found is not None
-    assert found.state.step == 1, "the failed commit left nothing behind"
+    assert found.state.step == 1, "the failed commit wrote nothing"
 
 
 async def test_a_row_that_another_program_wrote_is_no_act(store: SQLStore, url: str):
@@ -434,8 +434,8 @@ async def test_a_filter_or_cursor_that_nothing_can_match_finds_nothing(store: SQ
     await store.create(record())
     for name in ("tenant", "tag", "group", "policy", "profile"):
         for value in ("a\0b", "\ud800"):
-            asked: Any = {"tenant": value} if name == "tenant" else {"where": {name: value}}
-            assert await store.episodes(limit=9, before=None, **asked) == []
+            query: Any = {"tenant": value} if name == "tenant" else {"where": {name: value}}
+            assert await store.episodes(limit=9, before=None, **query) == []
     nowhere = [(float("nan"), "e"), (float("-inf"), "e"), (2.0, "a\0b"), (2.0, "\ud800")]
     assert [await store.episodes(limit=9, before=before) for before in nowhere] == [[]] * 4
     assert len(await store.episodes(limit=9, before=(float("inf"), "e"))) == 1

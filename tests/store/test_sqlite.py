@@ -1,4 +1,4 @@
-"""Trouble of a SQLite file: what is refused at the start and in which words, what is waited out, and what heals."""
+"""Failures of a SQLite file: what is refused at the start and with which message, locks, and recovery."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ async def store(tmp_path: Path) -> AsyncIterator[SQLStore]:
 
 
 async def filled(folder: Path) -> bytes:
-    """The bytes of a store's file with some pages in it."""
+    """Makes a store with a hundred steps. Returns the bytes of its file."""
     store = stored(folder)
     await store.open()
     await store.create(record())
@@ -53,7 +53,7 @@ async def test_the_folder_is_made(tmp_path: Path):
 
 
 async def test_a_commit_is_on_disk_when_it_returns(store: SQLStore, tmp_path: Path):
-    """Another process sees it at once; and the journal is synced, so that a power cut does not take it back."""
+    """Another process can read it at once, and the write-ahead log is synced, so that it survives a power cut."""
     await store.create(record())
     await store.commit(commit(0))
     with sqlite3.connect(file(tmp_path)) as other:
@@ -61,10 +61,10 @@ async def test_a_commit_is_on_disk_when_it_returns(store: SQLStore, tmp_path: Pa
     other.close()
     for name, value in (("journal_mode", "wal"), ("synchronous", 2)):
         statement = f"PRAGMA {name}"
-        asked = await store._connections.write(
-            lambda connection, said=statement: connection.exec_driver_sql(said).scalar()
+        setting = await store._connections.write(
+            lambda connection, statement=statement: connection.exec_driver_sql(statement).scalar()
         )
-        assert asked == value
+        assert setting == value
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -82,12 +82,12 @@ async def test_a_damaged_file_is_refused_with_the_way_out(tmp_path: Path, damage
     damaged = file(tmp_path).read_bytes()
     with pytest.raises(StoreRefused, match=r"episodic\.db.*Restore a backup.*sqlite3 .*episodic\.db \.recover"):
         await stored(tmp_path).open()
-    assert file(tmp_path).read_bytes() == damaged, "what can be recovered is still there"
+    assert file(tmp_path).read_bytes() == damaged, "the file is not changed, so that it can be recovered"
 
 
 async def test_a_folder_is_refused(tmp_path: Path):
     file(tmp_path).mkdir()
-    with pytest.raises(StoreRefused, match=r"episodic\.db.*no folder"):
+    with pytest.raises(StoreRefused, match=r"episodic\.db.*must be a file"):
         await stored(tmp_path).open()
 
 
@@ -116,7 +116,7 @@ async def test_a_folder_that_may_not_be_written_is_refused(locked_folder: Path):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    """Another process's connection, so to say."""
+    """A second connection to the file, like that of another process."""
     connection = sqlite3.connect(file(tmp_path), isolation_level=None)
     yield connection
     connection.close()
@@ -137,7 +137,7 @@ async def test_a_lock_of_another_process_is_unavailable_until_it_is_gone(store: 
     results = await asyncio.gather(*changes, return_exceptions=True)
     assert [type(result) for result in results] == [StoreUnavailable] * 3
     assert "locked" in str(results[0])
-    assert await store.steps("e") == [], "who reads need not wait"
+    assert await store.steps("e") == [], "a read does not wait for the lock"
     holder.execute("ROLLBACK")
     await store.commit(commit(0))
     assert await store.episode("f") is None
@@ -169,12 +169,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def commit_until_full(store: SQLStore) -> int:
-    """How many steps were committed."""
+    """Commits steps until the disk is full. Returns the number of committed steps."""
     for index in range(10_000):
         try:
             await store.commit(commit(index))
         except StoreUnavailable as error:
-            assert re.search(r"full|disk I/O", str(error))  # noqa: PT017 - it comes from one of many calls
+            assert re.search(r"full|disk I/O", str(error))  # noqa: PT017 - which call raises it is not known
             return index
     raise AssertionError("the disk does not fill up")
 
@@ -187,7 +187,7 @@ async def test_a_full_disk_is_unavailable_until_there_is_room(small_disk: Path):
     await store.create(record())
     num_steps = await commit_until_full(store)
     assert num_steps > 0
-    assert len(await store.steps("e")) == num_steps, "who reads goes on, and nothing is half there"
+    assert len(await store.steps("e")) == num_steps, "reads still work, and no step is stored partially"
     with pytest.raises(StoreUnavailable):
         await asyncio.gather(*(store.create(record(f"f{number}", goal="x" * 10_000)) for number in range(100)))
     ballast.unlink()
@@ -202,12 +202,12 @@ async def test_a_full_disk_is_unavailable_until_there_is_room(small_disk: Path):
 
 async def test_a_disk_that_is_full_at_the_start_is_said_so(small_disk: Path):
     (small_disk / "ballast").write_bytes(b"0" * (1 << 20))
-    with pytest.raises(StoreRefused, match=r"episodic\.db.*Make room"):
+    with pytest.raises(StoreRefused, match=r"episodic\.db.*The disk is full"):
         await stored(small_disk).open()
 
 
 async def test_a_backup_made_while_it_is_written_to_is_whole(store: SQLStore, tmp_path: Path):
-    """By the line that docs/deploy.md has for it."""
+    """Runs the command that docs/deploy.md gives for backups."""
     (line,) = re.findall(r"^\.venv/bin/python -c .*backup.*$", (ROOT / "docs" / "deploy.md").read_text(), re.MULTILINE)
     line = line.replace(".venv/bin/python", sys.executable).replace("data/episodic.db", str(file(tmp_path)))
     await store.create(record())
@@ -215,11 +215,11 @@ async def test_a_backup_made_while_it_is_written_to_is_whole(store: SQLStore, tm
         await store.commit(commit(index))
     (tmp_path / "copy").mkdir()
     copying = await asyncio.create_subprocess_shell(line, cwd=tmp_path / "copy")
-    ended, num_steps = asyncio.create_task(copying.wait()), 200
-    while not ended.done():
+    exited, num_steps = asyncio.create_task(copying.wait()), 200
+    while not exited.done():
         await store.commit(commit(num_steps))
         num_steps += 1
-    assert await ended == 0
+    assert await exited == 0
     async with SQLStore(f"sqlite:///{tmp_path / 'copy' / 'backup.db'}") as copy:
         found = await copy.trajectory("e")
         assert found is not None

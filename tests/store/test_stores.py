@@ -1,4 +1,4 @@
-"""What each store promises: conditional commits, paging, tombstones, and values that come back equal."""
+"""What every store guarantees: conditional commits, pagination, tombstones, and values that are read back unchanged."""
 
 import asyncio
 import math
@@ -149,8 +149,8 @@ async def test_of_those_that_race_for_a_step_one_wins(store: Store):
     racers = [commit(0, message=Message(f"racer {number}")) for number in range(10)]
     results = await asyncio.gather(*(store.commit(racer) for racer in racers), return_exceptions=True)
     assert sorted(map(str, map(type, results))) == sorted([str(type(None))] + [str(StepTaken)] * 9)
-    (kept,) = await store.steps("e")
-    assert kept.message == racers[results.index(None)].step.message
+    (stored,) = await store.steps("e")
+    assert stored.message == racers[results.index(None)].step.message
 
 
 async def test_a_refused_commit_spoils_no_other(store: Store):
@@ -233,15 +233,15 @@ async def test_keys_are_kept_and_revoked_once(store: Store):
 async def test_policies_are_kept_by_name(store: Store):
     for name, digest in (("b", "1"), ("a", "2"), ("b", "3")):
         await store.put_policy(StoredPolicy(name, digest, "v", 8, 1.0))
-    assert [(kept.name, kept.digest) for kept in await store.policies()] == [("a", "2"), ("b", "3")]
+    assert [(policy.name, policy.digest) for policy in await store.policies()] == [("a", "2"), ("b", "3")]
     await store.delete_policy("a")
     await store.delete_policy("nobody")
-    assert [kept.name for kept in await store.policies()] == ["b"]
+    assert [policy.name for policy in await store.policies()] == ["b"]
 
 
 async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Store):
     for number in range(25):
-        await store.create(record(f"e{number:02}", created_at=float(number // 3)))  # several at one time
+        await store.create(record(f"e{number:02}", created_at=float(number // 3)))  # three have the same time
     await store.commit(commit(0, "e07", ends=StopReason.TRUNCATED))
     found: list[StoredEpisode] = []
     before = None
@@ -289,7 +289,7 @@ SPANS = st.builds(
     st.lists(st.tuples(TOKENS, st.integers(0, 1), FLOAT32), max_size=9),
     st.none() | st.lists(TOKENS, max_size=9).map(lambda ids: array("i", ids)),
 )
-"""Of one stream or of two."""
+"""Spans with one stream of tokens (decoder-only) or two (encoder-decoder)."""
 STEPS = st.builds(
     Step,
     episode_id=st.just("e"),
@@ -316,9 +316,10 @@ def test_a_step_survives_being_a_row(value: Step):
     st.none() | st.booleans(),
 )
 def test_an_episode_survives_being_a_row(request_: dict[str, Any], reason: StopReason | None, success: bool | None):
-    kept = replace(record(**request_), state=EpisodeState(stop_reason=reason, success=success, episode_return=math.pi))
-    row: Any = {**episode_row(kept), "deleted_at": None}
-    assert episode_record(row) == kept
+    state = EpisodeState(stop_reason=reason, success=success, episode_return=math.pi)
+    value = replace(record(**request_), state=state)
+    row: Any = {**episode_row(value), "deleted_at": None}
+    assert episode_record(row) == value
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -361,9 +362,9 @@ async def test_a_fork_reads_its_ancestors_rows_and_then_its_own(store: Store):
     assert [row.index for row in await store.steps("grandchild")] == list(range(6))
     assert [row.index for row in await store.steps("grandchild", 4)] == [4]
     assert len(rows["twin"]) == 3
-    kept = await store.episode("child")
-    assert kept is not None
-    assert kept.config.parent == ("root", 3)
+    child = await store.episode("child")
+    assert child is not None
+    assert child.config.parent == ("root", 3)
 
 
 async def test_a_deleted_ancestors_rows_live_as_long_as_a_fork_reads_them(store: Store):
@@ -432,7 +433,7 @@ async def test_a_named_raters_newer_rating_takes_the_place_of_the_older(store: S
     await store.create(record("e"))
     for rating, rater, at in ((1, "ann", None), (2, None, None), (3, None, None), (4, "ann", 0), (5, "ann", None)):
         await store.add_feedback(Feedback("e", at, rating, None, rater, float(rating)))
-    assert [(said.rating, said.rater, said.step) for said in await store.feedback("e")] == [
+    assert [(rating.rating, rating.rater, rating.step) for rating in await store.feedback("e")] == [
         (2, None, None),
         (3, None, None),
         (4, "ann", 0),

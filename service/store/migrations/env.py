@@ -1,4 +1,4 @@
-"""Runs the migrations on the connection, and in the transaction, that `migrate` hands over."""
+"""Alembic's entry point: runs the migrations on the connection of `migrate`, in its transaction."""
 
 from alembic import context
 

@@ -1,1 +1,1 @@
-"""One module a schema version, in order."""
+"""The migrations: one module for each schema revision, in order."""

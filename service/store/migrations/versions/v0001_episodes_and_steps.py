@@ -1,4 +1,4 @@
-"""Episodes and steps.
+"""Creates the tables of episodes and steps.
 
 Revision ID: 0001
 """

@@ -1,4 +1,4 @@
-"""What stands around an episode: labels to filter by, forks, expiry, thoughts that are not kept, feedback, adapters.
+"""Adds labels for filters, forks, expiry, dropped thoughts, feedback, and adapters.
 
 Revision ID: 0002
 """
@@ -64,7 +64,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     if fork := op.get_bind().execute(sa.text("SELECT episode_id FROM ancestors LIMIT 1")).scalar():
-        raise ValueError(f"the fork {fork!r} would lose the steps that it shares")
+        raise ValueError(f"the fork {fork!r} would lose steps that it shares with its parent; delete the forks first")
     for table in ("policies", "feedback", "ancestors", "episode_tags"):
         op.drop_table(table)
     op.drop_index("ix_episodes_expires", "episodes")
@@ -78,13 +78,13 @@ def downgrade() -> None:
 
 
 def _label() -> None:
-    """Gives the episodes that are there already the labels that their requests hold."""
+    """Fills the label columns and tags of existing episodes from their requests."""
     columns = [sa.column(name, sa.Text) for name in ("episode_id", "request", "policy", "episode_group")]
     episodes, tags = sa.table("episodes", *columns), sa.table("episode_tags", sa.column("tag"), sa.column("episode_id"))
     connection = op.get_bind()
     for episode_id, request in connection.execute(sa.select(episodes.c.episode_id, episodes.c.request)).all():
-        asked = orjson.loads(request)
-        labels = {"policy": asked.get("policy"), "episode_group": asked.get("group")}
+        body = orjson.loads(request)
+        labels = {"policy": body.get("policy"), "episode_group": body.get("group")}
         connection.execute(sa.update(episodes).where(episodes.c.episode_id == episode_id).values(**labels))
-        for tag in dict.fromkeys(asked.get("tags", ())):
+        for tag in dict.fromkeys(body.get("tags", ())):
             connection.execute(sa.insert(tags).values(tag=tag, episode_id=episode_id))

@@ -1,4 +1,4 @@
-"""Whose an episode is, API keys, and ids as long as a tenant's name and an episode's together.
+"""Adds the tenant of an episode and API keys. Widens the ids, which now start with the tenant's name.
 
 Revision ID: 0003
 """
@@ -42,7 +42,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     others = sa.text("SELECT tenant FROM episodes WHERE tenant <> 'default' LIMIT 1")
     if tenant := op.get_bind().execute(others).scalar():
-        raise ValueError(f"it has episodes of the tenant {tenant!r}, which would be everybody's there")
+        raise ValueError(f"after the downgrade all callers could read the episodes of the tenant {tenant!r}")
     op.drop_table("api_keys")
     op.drop_index("ix_episodes_active", "episodes")
     op.drop_index("ix_episodes_tenant", "episodes")
@@ -52,6 +52,6 @@ def downgrade() -> None:
 
 
 def _resize_ids(length: int) -> None:
-    if op.get_bind().dialect.name == "postgresql":  # SQLite does not hold to a length
+    if op.get_bind().dialect.name == "postgresql":  # SQLite does not enforce lengths
         for table, column in _IDS:
             op.alter_column(table, column, type_=sa.String(length))

@@ -1,4 +1,4 @@
-"""The token ids that an encoder-decoder model's encoder was given.
+"""Adds the token ids that the encoder of an encoder-decoder model received.
 
 Revision ID: 0004
 """
@@ -19,6 +19,6 @@ def upgrade() -> None:
 def downgrade() -> None:
     filled = sa.text("SELECT episode_id FROM steps WHERE encoder_token_ids IS NOT NULL LIMIT 1")
     if episode := op.get_bind().execute(filled).scalar():
-        raise ValueError(f"the episode {episode!r} would lose what its encoder was given")
+        raise ValueError(f"the episode {episode!r} would lose the tokens that its encoder received")
     with op.batch_alter_table("steps") as steps:
         steps.drop_column("encoder_token_ids")
