@@ -1,7 +1,8 @@
 """Configures logging: one line for each event, as console text or JSON, with the ids of the request and the episode.
 
-Data of callers is never logged: no observation, no action. Within a request the messages of exceptions are left out,
-because they may quote such data. Control characters are escaped, so that no text can forge a log line.
+The contents of requests and answers, such as observations and actions, are never logged. Within a request the messages
+of exceptions are left out, because they may quote them. Control characters are escaped, so that no text can forge a
+log line.
 """
 
 import logging

@@ -102,7 +102,7 @@ def count_commit(num_acts: int, seconds: float) -> None:
 
 
 def count_end(stop_reason: StopReason, profile: str | None, episode_return: float, num_steps: int) -> None:
-    """Counts an ended episode. `profile` must be the name of a known profile, so that the number of series is bounded."""
+    """Counts an ended episode. `profile` must be a known profile's name, so that the number of series is bounded."""
     name = profile or "none"
     EPISODES_ENDED.labels(stop_reason).inc()
     EPISODE_RETURN.labels(name).observe(episode_return)

@@ -17,7 +17,7 @@ def events() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("_log.", "(_log.")):
                 name = node.args[0]
-                assert isinstance(name, ast.Constant), f"{path}:{node.lineno}: an event has a fixed name"
+                assert isinstance(name, ast.Constant), f"{path}:{node.lineno}: the name of an event must be a literal"
                 found.add(name.value)
     return found
 

@@ -1,4 +1,4 @@
-"""Logs: each event one line with its ids, valid JSON where asked, and no line of a caller's own making."""
+"""Logs: one line for each event with its ids, valid JSON if configured, no forged lines, and no data of callers."""
 
 import asyncio
 import json
@@ -23,7 +23,10 @@ PRIVATE = "a secret word"
 
 @pytest.fixture
 def log(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
-    """Configures logging in a format; gives the lines written since. Puts the root logger back afterwards."""
+    """Returns a function that configures logging, and returns a function that reads the lines written since then.
+
+    Restores the root logger after the test.
+    """
     root = logging.getLogger()
     before = list(root.handlers), root.level
 
@@ -70,8 +73,8 @@ async def test_an_act_that_is_served_or_one_too_many_is_told_at_debug_level_only
         assert (await acting).status_code == 200
         assert (await api.post_act("nobody")).status_code == 404
         await api.client.get("/healthz")
-    told = [json.loads(line) for line in lines() if '"request"' in line]
-    assert [(event["path"], event["status"]) for event in told] == [("/episode", 201), ("/act", 404)]
+    events = [json.loads(line) for line in lines() if '"request"' in line]
+    assert [(event["path"], event["status"]) for event in events] == [("/episode", 201), ("/act", 404)]
 
 
 HOSTILE = 'x\n2026-01-01 [critical] the engine died\r\n{"event": "forged", "level": "critical"}\u2028\x1b[2J'
@@ -106,7 +109,7 @@ async def test_an_unexpected_failure_is_told_with_its_trace_and_request(
     text = "\n".join(written)
     assert "ZeroDivisionError" in text
     assert "find-me" in text
-    assert "a secret word" not in text, "the trace shows no local variables"
+    assert "a secret word" not in text, "the traceback must not contain values of local variables"
     if log_format == "json":
         events = [json.loads(line) for line in written]
         (failure,) = [event for event in events if event["event"] == "unexpected_failure"]
@@ -182,7 +185,7 @@ def test_outside_of_a_request_a_failure_is_told_whole_and_on_lines_of_its_own(lo
         assert [json.loads(line)["level"] for line in written] == ["error", "error"]
     else:
         events = [line for line in written if not line.startswith("  | ")]
-        assert len(events) == 2, "every other line is set off"
+        assert len(events) == 2, "every other line is indented"
         assert all("[error" in line for line in events)
 
 

@@ -1,4 +1,4 @@
-"""Metrics: each documented name appears in GET /metrics and moves when what it counts happens."""
+"""Metrics: each one appears in GET /metrics, and changes when the event that it counts happens."""
 
 import asyncio
 import math
@@ -26,7 +26,7 @@ Samples = dict[tuple[str, str], float]
 
 
 async def samples(api: Served) -> Samples:
-    """Values by sample name and the value of its one label."""
+    """Returns the values of GET /metrics by sample name and the value of the first label (`le` aside)."""
     text = (await api.client.get("/metrics")).text
     return {
         (sample.name, next((v for k, v in sample.labels.items() if k != "le"), "")): sample.value
@@ -101,7 +101,7 @@ async def test_acts_in_flight_and_live_episodes_go_up_and_down(tmp_path: Path, t
 
 
 def scraped(text: str) -> dict[str, dict[tuple[str, ...], float]]:
-    """Of our metrics, {sample name: {label values in the order of the labels' names: value}}."""
+    """Returns {sample name: {label values, in the order of the labels' names: value}}."""
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -214,8 +214,8 @@ async def test_a_count_that_takes_long_is_unknown_and_no_reason_to_be_unready(tm
 
 async def test_a_profiles_first_episode_is_counted_from_zero_on(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
-        named = {value for name, value in await samples(api) if name == "agent_episode_return_count"}
-        assert named >= {profile.name for profile in api.app.state.services.profiles} | {"none"}
+        profiles = {label for name, label in await samples(api) if name == "agent_episode_return_count"}
+        assert profiles >= {profile.name for profile in api.app.state.services.profiles} | {"none"}
 
 
 def test_what_has_not_happened_yet_is_zero_and_not_missing():
