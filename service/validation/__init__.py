@@ -1,1 +1,1 @@
-"""JSON and JSON schemas that come from outside: strict, and bounded in size, nesting and work."""
+"""Validation of JSON and JSON schemas from callers: strict, with limits on size, nesting and computation."""

@@ -1,4 +1,4 @@
-"""Owns JSON schemas as callers give them: which are accepted, and whether a value is valid, in bounded work."""
+"""Validates the JSON schemas of callers, and values against them, with a limit on the computation."""
 
 import json
 from collections.abc import Callable, Generator
@@ -16,20 +16,22 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_NESTING = 32
 MAX_COMPARISONS = 100_000
 _MAX_DEPTH = 120
-"""Keywords within each other; each takes up to five frames of the thousand that Python has."""
+"""Maximum number of nested keywords. Each takes up to five stack frames, and Python allows a thousand."""
 
 
 class SchemaRefused(ValueError):
-    """The schema cannot be served; the message says why."""
+    """The schema is invalid or not supported. The message says why."""
 
 
 class SchemaMismatch(ValueError):
-    """The value is not valid under the schema; the message says where."""
+    """The value is not valid under the schema. The message says what does not match."""
 
 
 class Schema:
-    """A JSON schema (draft 2020-12) that stands on its own. Raises SchemaRefused for one that is too large, nests too
-    deeply, refers to another document, or is not a schema. `text` is the schema as compact JSON."""
+    """A self-contained JSON schema (draft 2020-12). `text` is the schema as compact JSON.
+
+    Raises SchemaRefused if the schema is too large, nests too deeply, refers to another document, or is not a schema.
+    """
 
     def __init__(self, schema: dict[str, Any]) -> None:
         self.text = json.dumps(schema, separators=(",", ":"))
@@ -37,9 +39,9 @@ class Schema:
             raise SchemaRefused(f"the schema is {len(self.text)} bytes long; at most {MAX_SCHEMA_BYTES} are allowed")
         if _deeper_than(schema, MAX_NESTING):
             raise SchemaRefused(f"the schema nests more than {MAX_NESTING} levels deep")
-        if _names_dialect(schema):
-            raise SchemaRefused("a schema within the schema names a dialect of its own ($schema)")
-        if _refers_elsewhere(schema):
+        if _has_nested_dialect(schema):
+            raise SchemaRefused("a subschema declares its own dialect; $schema is only allowed at the top level")
+        if _has_external_reference(schema):
             raise SchemaRefused("the schema refers to another document; only references within it (#...) are allowed")
         try:
             Draft202012Validator.check_schema(schema)
@@ -48,29 +50,32 @@ class Schema:
         self._schema = {name: value for name, value in schema.items() if name != "$schema"}
 
     def validate(self, value: Any) -> None:
-        """Raises SchemaMismatch, also when telling would take too long."""
+        """Raises SchemaMismatch if the value is invalid, or if the validation exceeds the limit on computation."""
         validate(self._schema, value)
 
 
 @dataclass(slots=True)
 class Budget:
-    """What comparing may still take."""
+    """The computation that validations may still use."""
 
     left: int = MAX_COMPARISONS
+    """Number of comparisons. It is negative once a validation was stopped because it took too long."""
 
 
 def validate(schema: dict[str, Any], value: Any, budget: Budget | None = None) -> None:
-    """As Schema.validate, under a schema that was checked, or a part of one. Calls may share a budget: it is below zero
-    after one that took too long."""
+    """Validates a value under a schema, or a part of one, that `Schema` has accepted. Raises SchemaMismatch.
+
+    Several calls may share a budget. By default each call has its own.
+    """
     try:
         with _bounded(value, budget or Budget()):
             _Validator(schema).validate(value)
     except _TooMuchWork as error:
-        raise SchemaMismatch("comparing the value with the schema takes too long") from error
+        raise SchemaMismatch("validation takes too long: use a smaller value or a simpler schema") from error
     except ValidationError as error:
         raise SchemaMismatch(error.message[:500]) from error
     except Unresolvable as error:
-        raise SchemaMismatch(f"the schema refers to what it does not hold: {error.ref}"[:500]) from error
+        raise SchemaMismatch(f"a reference in the schema has no target: {error.ref}"[:500]) from error
     except (_TooDeep, RecursionError) as error:
         raise SchemaMismatch("the schema refers to itself without end, or the value nests too deeply") from error
     except ArithmeticError as error:
@@ -87,8 +92,11 @@ class _TooDeep(Exception):
 
 @dataclass(slots=True)
 class _Work:
-    """What comparing may still take, and the size of each list and object in the value, by its identity. `depth`:
-    keywords that are being checked within each other."""
+    """The state of one validation.
+
+    sizes: the size of each list and object in the value, by its `id()`.
+    depth: number of nested keywords that are being checked now.
+    """
 
     budget: Budget
     sizes: dict[int, int]
@@ -120,43 +128,50 @@ def _measure(value: Any, sizes: dict[int, int]) -> int:
 
 
 def _counted(check: Callable[..., Any]) -> Callable[..., Any]:
-    """Nested alternatives make a short schema take exponential time; no episode may stall the others with one. A
-    keyword counts for the list that it goes through, and for the size of a value that its message would show."""
+    """Wraps the check of a keyword so that it consumes the budget.
 
-    def counted(validator: Any, wanted: Any, instance: Any, schema: dict[str, Any]) -> Any:
+    A short schema with nested alternatives can take exponential time, and one episode must not block the others. The
+    cost of a check grows with the length of the keyword's list, and with the size of the value, because an error
+    message contains the value.
+    """
+
+    def counted(validator: Any, keyword_value: Any, instance: Any, schema: dict[str, Any]) -> Any:
         work = _work.get()
-        listed = len(cast("list[Any]", wanted)) if isinstance(wanted, list) else 0
-        work.budget.left -= 1 + listed + work.sizes.get(id(instance), 0) // 64
+        list_length = len(cast("list[Any]", keyword_value)) if isinstance(keyword_value, list) else 0
+        work.budget.left -= 1 + list_length + work.sizes.get(id(instance), 0) // 64
         if work.budget.left < 0:
             raise _TooMuchWork
-        found = check(validator, wanted, instance, schema)
-        return _within(work, cast("Generator[ValidationError]", found)) if isinstance(found, Generator) else found
+        errors = check(validator, keyword_value, instance, schema)
+        return _within(work, cast("Generator[ValidationError]", errors)) if isinstance(errors, Generator) else errors
 
     return counted
 
 
-def _within(work: _Work, found: Generator[ValidationError]) -> Generator[ValidationError]:
-    """Stops a schema that refers to itself before Python's recursion limit does: the library's compiled part (rpds)
-    panics at it, with an exception that is no Exception."""
+def _within(work: _Work, errors: Generator[ValidationError]) -> Generator[ValidationError]:
+    """Limits the depth of nested keywords, which a schema that refers to itself would exceed.
+
+    Python's recursion limit would be too late: the compiled part of the library (rpds) panics when it is reached, with
+    an exception that is not derived from Exception.
+    """
     work.depth += 1
     try:
         if work.depth > _MAX_DEPTH:
             raise _TooDeep
-        yield from found
+        yield from errors
     finally:
         work.depth -= 1
 
 
-def _unique_items(validator: Any, wanted: Any, instance: Any, schema: dict[str, Any]) -> Generator[ValidationError]:
-    """The keyword's own check compares each item with each other one."""
-    if wanted and isinstance(instance, list):
+def _unique_items(validator: Any, required: Any, instance: Any, schema: dict[str, Any]) -> Generator[ValidationError]:
+    """Checks `uniqueItems` in linear time. The library's check compares each item with every other item."""
+    if required and isinstance(instance, list):
         items = cast("list[Any]", instance)
         if len({_identity(item) for item in items}) < len(items):
             yield ValidationError(f"{str(items)[:100]} has non-unique elements")
 
 
 def _identity(value: Any) -> Any:
-    """Equal for values that JSON Schema takes as equal: 1 and 1.0 are, 1 and true are not."""
+    """Returns a hashable key. Keys are equal if JSON Schema treats the values as equal: 1 and 1.0, not 1 and true."""
     if isinstance(value, dict):
         return "object", frozenset((key, _identity(item)) for key, item in cast("dict[str, Any]", value).items())
     if isinstance(value, list):
@@ -164,12 +179,13 @@ def _identity(value: Any) -> Any:
     return isinstance(value, bool), value
 
 
-def _left_to_the_grammar(*_: Any) -> None:
-    """Passes: the grammar holds completions to patterns, and Python's backtracking matcher must not see them."""
+def _accept(*_: Any) -> None:
+    """Accepts everything. The engine's grammar enforces patterns on completions; Python's backtracking matcher must not
+    run them, because it can take exponential time."""
 
 
 def _additional_properties(validator: Any, allowed: Any, instance: Any, schema: dict[str, Any]) -> Any:
-    """The keyword's own check, but where patterns say which properties are additional."""
+    """Checks `additionalProperties`, unless patterns decide which properties are additional: they are not matched."""
     if "patternProperties" in schema:
         return ()
     return _KNOWN["additionalProperties"](validator, allowed, instance, schema)
@@ -178,11 +194,11 @@ def _additional_properties(validator: Any, allowed: Any, instance: Any, schema: 
 _KNOWN: dict[str, Callable[..., Any]] = cast("Any", Draft202012Validator).VALIDATORS
 _KEYWORDS = {
     **_KNOWN,
-    "pattern": _left_to_the_grammar,
-    "patternProperties": _left_to_the_grammar,
+    "pattern": _accept,
+    "patternProperties": _accept,
     "additionalProperties": _additional_properties,
     "uniqueItems": _unique_items,
-    "unevaluatedProperties": _left_to_the_grammar,  # it matches the patterns of all it evaluated
+    "unevaluatedProperties": _accept,  # the library's check would match `patternProperties`
 }
 _Validator: Any = cast("Any", jsonschema.validators).extend(
     Draft202012Validator, {name: _counted(check) for name, check in _KEYWORDS.items()}
@@ -205,7 +221,7 @@ def _children(node: Any) -> list[Any]:
 
 
 def _objects(value: Any) -> Generator[dict[str, Any]]:
-    """The value and all it holds, as far as they are objects."""
+    """Yields all objects in a JSON value, the value itself included."""
     pending = [value]
     while pending:
         node = pending.pop()
@@ -214,11 +230,11 @@ def _objects(value: Any) -> Generator[dict[str, Any]]:
         pending.extend(_children(node))
 
 
-def _refers_elsewhere(schema: Any) -> bool:
+def _has_external_reference(schema: Any) -> bool:
     targets = (node.get(key) for node in _objects(schema) for key in ("$ref", "$dynamicRef"))
     return any(isinstance(target, str) and not target.startswith("#") for target in targets)
 
 
-def _names_dialect(schema: dict[str, Any]) -> bool:
-    """Under a dialect of its own, a schema within would be checked by the library's validator instead of ours."""
+def _has_nested_dialect(schema: dict[str, Any]) -> bool:
+    """Whether a subschema has `$schema`. The library would check it with its own validator, which has no limits."""
     return any(isinstance(node.get("$schema"), str) for node in _objects(schema) if node is not schema)

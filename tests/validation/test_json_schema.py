@@ -1,4 +1,4 @@
-"""JSON schemas of callers: what is refused, what is valid, and that no schema makes checking a value take long."""
+"""JSON schemas of callers: which are refused, which values are valid, and that no schema makes validation slow."""
 
 import contextlib
 from typing import Any
@@ -32,7 +32,7 @@ def test_values_are_held_to_the_schema(schema: dict[str, Any], valid: Any, inval
 
 
 def alternatives(depth: int) -> dict[str, Any]:
-    """Each level asks the level below twice: 2**depth comparisons."""
+    """Returns a schema in which each level refers to the level below twice, which takes 2**depth comparisons."""
     schema: dict[str, Any] = {"$defs": {"l0": {"type": "null"}}, "$ref": f"#/$defs/l{depth}"}
     for level in range(depth):
         below = {"$ref": f"#/$defs/l{level}"}
@@ -103,7 +103,7 @@ def test_unique_items_are_told_apart_as_json_does(value: list[Any], unique: bool
 
 
 def test_a_large_value_under_many_alternatives_is_given_up():
-    """Each failed alternative would write the value out."""
+    """The error message of each failed alternative would contain the whole value."""
     with pytest.raises(SchemaMismatch, match="too long"):
         Schema({"anyOf": [{"type": "string"}] * 300}).validate([[number] * 500 for number in range(400)])
     Schema({"items": {"items": {"type": "integer"}}}).validate([[number] * 200 for number in range(100)])
