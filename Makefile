@@ -1,4 +1,4 @@
-# Every command of the project; `make help` lists them. Those that need .venv set it up first, once.
+# The commands of the project; `make help` lists them. A command that needs .venv sets it up first.
 SHELL  := /bin/bash
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -16,62 +16,62 @@ help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DEVICE=cpu|gpu       which engine to install (now: $(DEVICE))"
-	@echo "  MODEL=NAME|PATH      the policy that serve loads (default: the packaged one)"
-	@echo "  PYTHON=python3.12    the interpreter that makes .venv (now: $(PYTHON))"
-	@echo "  ROUNDS=100 SEED=7 STORE=sqlite|postgresql|both    what faults does"
-	@echo "  MINUTES=30           how long soak takes"
+	@echo "  MODEL=NAME|PATH      the model that serve loads (default: the packaged policy)"
+	@echo "  PYTHON=python3.12    the Python interpreter for .venv (now: $(PYTHON))"
+	@echo "  ROUNDS=100 SEED=7 STORE=sqlite|postgresql|both    options of faults"
+	@echo "  MINUTES=30           duration of soak"
 
-install: ## Set up .venv for DEVICE; does nothing when it is up to date
-	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Name one: make install PYTHON=python3.12"; exit 1; }
+install: ## Set up .venv for DEVICE, unless it is up to date
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Name an interpreter: make install PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) deploy/install.py $(DEVICE)
 
 serve: install ## Serve the policy on 127.0.0.1:8000; reads EPISODIC_* and MODEL
 	$(if $(MODEL),EPISODIC_MODEL='$(MODEL)') exec $(BIN)/episodic serve
 
-# The tests set what they need: the caller's EPISODIC_* variables stay out.
-test: install ## Run all tests, in two processes
+# The tests must not inherit the caller's settings, so EPISODIC_* variables are unset.
+test: install ## Run every test, in two processes
 	@env $(patsubst %,-u %,$(filter-out EPISODIC_TEST_%,$(filter EPISODIC_%,$(.VARIABLES)))) $(BIN)/pytest -n 2 --dist loadfile
 
-check: install ## Check format, lint, types and layers
+check: install ## Check format, lint, types and import layers
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-check-deploy: ## Check the Dockerfile, the compose files and deploy/, with tools of their own
+check-deploy: ## Check the Dockerfile, the compose files and deploy/
 	@$(PYTHON) deploy/install.py deploy
 	@.venv-deploy/bin/python deploy/check.py
 
-rules: ## Write the rules of deploy/prometheus into their Kubernetes object
+rules: ## Generate the Kubernetes object from deploy/prometheus/rules.yml
 	@$(PYTHON) deploy/prometheus_rule.py
 
-fuzz: install ## Feed a million hostile inputs to every parser; SEED=N for others
+fuzz: install ## Send a million hostile inputs to every parser; SEED=N for others
 	@$(BIN)/python -m tests.fuzz --seed $(SEED)
 
-audit: install ## Look the locks up in the published advisories
+audit: install ## Check the locked packages for known vulnerabilities
 	@$(BIN)/python deploy/audit.py
 
-bench: install ## Measure the service and write its report
+bench: install ## Run the benchmarks and write the report
 	$(BIN)/python -m bench
 
-faults: install ## Hurt the service under load, ROUNDS times a kind of fault, and check what it kept
+faults: install ## Inject faults under load, ROUNDS times each kind, and verify that nothing is lost
 	$(BIN)/python -m tests.faults --rounds $(ROUNDS) --seed $(SEED) --store $(STORE)
 
-soak: install ## Load the service for MINUTES and watch what grows
+soak: install ## Run the service under load for MINUTES and check for leaks
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
-secrets: ## Make the secrets of the compose stack in ./secrets, once
+secrets: ## Create the secrets of the compose stack in ./secrets, once
 	@$(PYTHON) deploy/make_secrets.py
 
-lab: install ## Build the image, run the compose stack on Docker, play, hurt and restore it
+lab: install ## Build the image, run the compose stack on Docker, and test upgrades, failures and restore
 	$(BIN)/python -m tests.lab --seed $(SEED)
 
-policy: install ## Train the packaged policy anew
+policy: install ## Train the packaged policy again
 	$(BIN)/python -m training.toy_text
 
 lock: install ## Resolve the dependencies again and write requirements/*.lock
 	@$(BIN)/python deploy/lock.py
 
-clean: ## Remove the environments and every cache
+clean: ## Remove the environments and the caches
 	rm -rf .venv .venv-deploy .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
