@@ -1,4 +1,4 @@
-"""Owns `make rules`: the rules and alerts of deploy/prometheus as an object of the Prometheus operator."""
+"""Writes deploy/prometheus/rules.yml as a PrometheusRule object for the Prometheus operator (`make rules`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DEPLOY = Path(__file__).resolve().parent
 RULES = DEPLOY / "prometheus" / "rules.yml"
 OBJECT = DEPLOY / "kubernetes" / "components" / "monitoring" / "prometheus-rule.yaml"
 HEAD = """\
-# Made from deploy/prometheus/rules.yml by `make rules`.
+# Generated from deploy/prometheus/rules.yml by `make rules`. Do not edit.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
@@ -19,6 +19,7 @@ spec:
 
 
 def prometheus_rule(rules: str) -> str:
+    """Returns the YAML of the object. `rules` is the content of rules.yml."""
     return HEAD + textwrap.indent(rules, "  ")
 
 
