@@ -1,7 +1,7 @@
-"""Owns the dashboard: `python deploy/grafana/dashboard.py` writes dashboards/episodic.json from the panels below.
+"""Generates the Grafana dashboard: `python deploy/grafana/dashboard.py` writes dashboards/episodic.json.
 
-A panel here is its title, unit, queries and what it tells; ids, places and what Grafana wants besides follow. It is a
-fifth of the JSON's length, and a test holds the two together.
+A panel is defined by its title, unit, description and queries. Its id, its position and Grafana's other fields are
+generated. This file is a fifth as long as the JSON; a test checks that the JSON is up to date.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ from typing import Any
 OUT = Path(__file__).parent / "dashboards" / "episodic.json"
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 S = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"'
-"""Selects the replicas that are chosen above the panels; all of them match where there is no such label."""
+"""Selects the replicas that are chosen in the menus above the panels. A series without the label matches "All"."""
 UP = f'up{{job="episodic", {S}}}'
-"""Prometheus's own word on each replica: it is there when the replica's metrics are not."""
+"""Prometheus's own series for each replica. It exists even if the replica cannot be scraped."""
 HEIGHT, FULL_WIDTH = 8, 24
+"""The height of a panel and the width of the dashboard, in units of Grafana's grid."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """`queries`: PromQL and what its lines are called. `description`: what it tells, and what to do."""
+    """A panel of the dashboard.
+
+    unit: Grafana's id of the unit.
+    description: what the panel shows, and what to do about unusual values.
+    queries: pairs of a PromQL expression and the legend of its series.
+    kind: Grafana's type of panel.
+    width: in units of Grafana's grid.
+    """
 
     title: str
     unit: str
@@ -31,15 +39,19 @@ class Panel:
     kind: str = "timeseries"
     width: int = 8
     top: float | None = None
-    """Of the axis, where a share cannot be more."""
+    """Maximum of the axis, such as 1 for a ratio."""
     below_zero: bool = False
+    """Whether the axis includes negative values."""
 
 
-def quantile(share: float, buckets: str, *by: str) -> str:
-    return f"histogram_quantile({share}, sum by ({', '.join([*by, 'le'])}) ({buckets}))"
+def quantile(q: float, buckets: str, *by: str) -> str:
+    """Returns the query of the quantile `q` (0 to 1) of a histogram, by the labels `by`. `buckets` is a query of the
+    rate of its buckets."""
+    return f"histogram_quantile({q}, sum by ({', '.join([*by, 'le'])}) ({buckets}))"
 
 
 def per_second(metric: str, *by: str, where: str = "") -> str:
+    """Returns the query of the rate of a counter, summed by the labels `by`. `where` adds label matchers."""
     selected = f"{where}, {S}" if where else S
     total = f"sum by ({', '.join(by)})" if by else "sum"
     return f"{total} (rate({metric}{{{selected}}}[$__rate_interval]))"
@@ -51,6 +63,7 @@ COMMIT_BUCKETS = f"instance_le:agent_store_commit_seconds_bucket:rate5m{{{S}}}"
 
 
 def acts(outcomes: str) -> str:
+    """Returns the query of the rate of acts by outcome. `outcomes` is a regular expression."""
     return f'sum by (outcome) (instance_outcome:agent_acts:rate5m{{outcome=~"{outcomes}", {S}}})'
 
 
@@ -58,11 +71,13 @@ def tokens(kind: str) -> str:
     return f'sum (instance_kind:agent_tokens:rate5m{{kind="{kind}", {S}}})'
 
 
-def engine_quantile(share: float, metric: str) -> str:
-    return quantile(share, f"rate({metric}_bucket{{{S}}}[$__rate_interval])")
+def engine_quantile(q: float, metric: str) -> str:
+    """Returns the query of the quantile `q` (0 to 1) of one of the engine's histograms."""
+    return quantile(q, f"rate({metric}_bucket{{{S}}}[$__rate_interval])")
 
 
-def returned(sign: str) -> str:
+def sum_of_returns(sign: str) -> str:
+    """Returns the query of the sum of positive or negative returns within 15 minutes, by profile."""
     return f'sum by (profile) (increase(agent_returns_total{{sign="{sign}", {S}}}[15m]))'
 
 
@@ -71,8 +86,9 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Ready replicas",
             "none",
-            "Replicas that serve acts, that answer Prometheus, and that it finds. ready below up: agent_readiness says "
-            "why. up below found: their logs do. None ready: callers get 503, or no answer.",
+            "ready: replicas that serve acts. up: replicas that Prometheus can scrape. found: replicas that it "
+            "discovers. If ready is less than up, agent_readiness shows why. If up is less than found, read the logs "
+            "of the replicas. If none is ready, callers get 503, or no answer.",
             (
                 (f'sum (agent_readiness{{state="ready", {S}}}) or vector(0)', "ready"),
                 (f"sum ({UP}) or vector(0)", "up"),
@@ -84,7 +100,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "What is served",
             "none",
-            "Version and policy of each replica. Different ones are normal during a rollout and only then.",
+            "Version and policy of each replica. Differences are normal only during a rollout.",
             ((f"agent_info{{{S}}}", ""),),
             kind="table",
             width=12,
@@ -92,22 +108,24 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Uptime",
             "s",
-            "Seconds since each process started. One that is always young ends by itself: its log says why.",
+            "Time since each process started. If it is always short, the process exits by itself: its log says why.",
             ((f"time() - process_start_time_seconds{{{S}}}", "{{instance}}"),),
             kind="stat",
         ),
         Panel(
             "Acts",
             "reqps",
-            "Answered acts a second: acted got an action, done ended its episode, replayed was a retry that got the "
-            "stored answer. Many replays: answers get lost on their way, or callers give up too early.",
+            "Answered acts per second. acted: answered with an action. done: ended its episode. replayed: a retry, "
+            "answered with the stored answer. Many replays: answers are lost in the network, or the callers' timeouts "
+            "are too short.",
             ((acts("acted|done|replayed"), "{{outcome}}"),),
         ),
         Panel(
             "Acts in flight",
             "none",
-            "Acts inside now; of them and of calls of /v1, those in the engine and those that wait for a place there. "
-            "A queue that never empties means that the engine is full: add replicas.",
+            "acts in flight: acts that are not answered yet. in the engine and waiting: acts and calls of /v1 that "
+            "hold a slot of the engine, or wait for one. If the queue is never empty, the engine is full: add "
+            "replicas.",
             (
                 (f"sum (agent_active_acts{{{S}}})", "acts in flight"),
                 (f"sum (agent_running_acts{{{S}}})", "in the engine"),
@@ -117,28 +135,29 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "HTTP requests by route",
             "reqps",
-            "All calls, /v1 and the probes included. A route that grows without the others: look who calls it.",
+            "All HTTP requests, /v1 and probes included. If only one route grows, find out who calls it.",
             ((per_second("agent_http_requests_total", "route"), "{{route}}"),),
         ),
     ],
     "Latency by part": [
         Panel(
-            "Act, whole",
+            "Duration of an act",
             "s",
-            "From the request to the answer, as the service sees it. If it grows, the panel beside says in which part.",
-            tuple((quantile(share, WHOLE_ACT), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)),
+            "From the request to the answer, measured by the service. If it grows, the next panel shows in which part.",
+            tuple((quantile(q, WHOLE_ACT), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)),
         ),
         Panel(
-            "Slowest hundredth by part",
+            "p99 by part",
             "s",
-            "p99 of the wait for a turn (queue_s), of the engine (engine_s) and of the commit (store_s). queue_s: add "
-            "replicas. engine_s: longer prompts or a missed cache. store_s: the disk or the database.",
+            "The wait for a slot of the engine (queue_s), the engine (engine_s) and the commit (store_s). If queue_s "
+            "grows, add replicas. engine_s: longer prompts, or fewer hits in the prefix cache. store_s: the disk or "
+            "the database.",
             ((quantile(0.99, ACT_BUCKETS, "part"), "{{part}}"),),
         ),
         Panel(
-            "Acts by their time",
+            "Distribution of durations",
             "s",
-            "How many acts took how long. Two bands are two kinds of acts, say discrete ones and long texts.",
+            "Number of acts by duration. Two bands are two kinds of acts, such as discrete actions and long texts.",
             (
                 (
                     f'sum by (le) (increase(agent_act_seconds_bucket{{part="total_s", {S}}}[$__rate_interval]))',
@@ -152,34 +171,36 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Tokens of acts",
             "cps",
-            "Tokens a second: prompt (of whole windows), cached (the part of it that was not computed again) and "
-            "completion. Prompt far above completion is normal: an episode's history is in every prompt.",
+            "Tokens per second: prompt (the whole context window), cached (the part of the prompt that the prefix "
+            "cache had) and completion. Prompt is usually far above completion, because every prompt contains the "
+            "history of its episode.",
             ((f"sum by (kind) (instance_kind:agent_tokens:rate5m{{{S}}})", "{{kind}}"),),
         ),
         Panel(
             "Prompt tokens from the cache",
             "percentunit",
-            "The share of the prompts that the prefix cache held. It falls when episodes change replicas (route by "
-            "X-Episode-Id), when the KV cache is too small, or when many episodes are new.",
+            "The share of prompt tokens that the prefix cache had. It falls if episodes move between replicas (route "
+            "by X-Episode-Id), if the KV cache is too small, or if many episodes are new.",
             ((f"{tokens('cached')} / {tokens('prompt')}", "cached"),),
             top=1,
         ),
         Panel(
-            "Tokens of one act",
+            "Tokens per act",
             "none",
-            "Mean prompt and completion. Prompts that grow make acts slower: bound them with context.max_tokens.",
+            "Mean length of prompts and completions. Longer prompts make acts slower: limit them with "
+            "context.max_tokens.",
             tuple(
-                (f"{tokens(kind)} / sum ({acts('acted')})", kind)  # those that end an episode have none
+                (f"{tokens(kind)} / sum ({acts('acted')})", kind)  # acts that end an episode have no tokens
                 for kind in ("prompt", "completion")
             ),
         ),
     ],
     "Episodes and returns": [
         Panel(
-            "Episodes begun and ended",
+            "Episodes started and ended",
             "cps",
-            "Episodes a second, the ended ones by their reason. idle_ttl: callers leave them; max_steps and "
-            "context_overflow: they are cut; aborted: ended from outside.",
+            "Episodes per second; those that ended by stop reason. idle_ttl: callers abandon them. max_steps and "
+            "context_overflow: they reach a limit. aborted: a caller ends them early.",
             (
                 (per_second("agent_episodes_started_total"), "started"),
                 (per_second("agent_episodes_ended_total", "stop_reason"), "{{stop_reason}}"),
@@ -188,10 +209,11 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Active episodes",
             "none",
-            "active: not ended, in the whole store. in memory: of all replicas. Active ones that only grow are never "
-            "ended: set idle_ttl_s. More than memory holds: raise EPISODIC_MAX_LIVE_EPISODES if latency suffers.",
+            "active: episodes in the store that have not ended. in memory: episodes that the replicas cache. If "
+            "active only grows, callers do not end their episodes: set idle_ttl_s. If active exceeds the cache and "
+            "acts are slow, raise EPISODIC_MAX_LIVE_EPISODES.",
             (
-                # Every replica tells of the store that it shares with the others of its installation.
+                # The replicas of an installation share a store, and each reports the number of the whole store.
                 (f"sum (max by (namespace, job) (agent_active_episodes{{{S}}}))", "active"),
                 (f"sum (agent_live_episodes{{{S}}})", "in memory"),
             ),
@@ -199,23 +221,24 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Length of episodes",
             "none",
-            "Steps of ended episodes, by profile: the middle one, and the one that only a twentieth exceed.",
+            "Steps of ended episodes, by profile: the median (p50), and the length that 5 % of the episodes exceed "
+            "(p95).",
             tuple(
                 (
-                    quantile(share, f"rate(agent_episode_steps_bucket{{{S}}}[15m])", "profile"),
-                    f"{{{{profile}}}} p{share * 100:g}",
+                    quantile(q, f"rate(agent_episode_steps_bucket{{{S}}}[15m])", "profile"),
+                    f"{{{{profile}}}} p{q * 100:g}",
                 )
-                for share in (0.5, 0.95)
+                for q in (0.5, 0.95)
             ),
         ),
         Panel(
             "Mean return",
             "short",
-            "Of the episodes that ended within 15 minutes, by profile. A fall after a change of policy is the policy; "
-            "one without it is the environment, or episodes that are cut.",
+            "Mean return of the episodes that ended within 15 minutes, by profile. If it falls after a change of the "
+            "policy, the policy is the reason. Otherwise it is the environment, or episodes that reach a limit.",
             (
                 (
-                    f"({returned('positive')} - {returned('negative')})\n"
+                    f"({sum_of_returns('positive')} - {sum_of_returns('negative')})\n"
                     f"/ sum by (profile) (increase(agent_episode_return_count{{{S}}}[15m]))",
                     "{{profile}}",
                 ),
@@ -226,7 +249,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Episodes with a return above 0",
             "percentunit",
-            "Their share, by profile: in tasks that reward success alone, the rate of success.",
+            "Share of such episodes, by profile. In tasks that only reward success, this is the success rate.",
             (
                 (
                     f'1 - sum by (profile) (increase(agent_episode_return_bucket{{le="0.0", {S}}}[15m]))\n'
@@ -240,23 +263,25 @@ ROWS: dict[str, list[Panel]] = {
     ],
     "Errors and refusals": [
         Panel(
-            "Acts that failed",
+            "Failed acts",
             "reqps",
-            "By code. engine_unavailable: the engine died or loads. store_unavailable: the database. draining: a "
-            "replica that ends. deadline_exceeded: callers wait less than acts take. internal_error: a fault.",
+            "By error code. engine_unavailable: the engine died or is loading. store_unavailable: the database or its "
+            "disk. draining: a replica is shutting down. deadline_exceeded: acts take longer than the callers' "
+            "deadlines. internal_error: a bug in the service.",
             ((acts("engine_unavailable|store_unavailable|draining|deadline_exceeded|internal_error"), "{{outcome}}"),),
         ),
         Panel(
-            "Acts that were refused for load",
+            "Acts refused with 429",
             "reqps",
-            "429: overloaded (the queue is full; add replicas) and quota_exceeded (one tenant has its share).",
+            "overloaded: the act queue is full; add replicas. quota_exceeded: a tenant has reached its quota.",
             ((acts("overloaded|quota_exceeded"), "{{outcome}}"),),
         ),
         Panel(
-            "Acts that were out of place",
+            "Invalid acts",
             "reqps",
-            "Mistakes of callers. step_conflict and episode_busy: two of them act in one episode. episode_ended and "
-            "episode_not_found: they go on where nothing is. idempotency_mismatch: a retry with another body.",
+            "Mistakes of callers. step_conflict and episode_busy: two callers act in the same episode. episode_ended "
+            "and episode_not_found: the episode has ended or does not exist. idempotency_mismatch: a retry with a "
+            "different body.",
             (
                 (
                     acts("step_conflict|idempotency_mismatch|episode_.*|context_overflow|invalid_request"),
@@ -267,8 +292,9 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Answers by status",
             "reqps",
-            "Of all routes but the probes and /metrics. More 401 and 403: a key was revoked, or somebody tries some. "
-            "499: callers leave before their answer. 500: a fault of the service; the log has it.",
+            "All routes except the probes and /metrics. More 401 and 403: a key was revoked, or somebody guesses "
+            "keys. 499: callers disconnect before the answer. 500: a bug in the service; search the log for "
+            "unexpected_failure.",
             (
                 (
                     per_second("agent_http_requests_total", "status", where='route!~"/readyz|/healthz|/metrics"'),
@@ -279,34 +305,36 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Completions without an action",
             "cps",
-            "By kind. length: max_tokens cut it. json and schema: the policy does not keep to what it is asked for.",
+            "By kind. length: max_tokens cuts completions short. json and schema: the policy does not follow the "
+            "action space.",
             ((per_second("agent_parse_failures_total", "kind"), "{{kind}}"),),
         ),
         Panel(
             "Engine failures",
             "none",
-            "Engines that died, hung or could not be loaded, within an hour. Each is loaded again; the log says why it "
-            "went, most often for memory.",
+            "Times within an hour that an engine died, hung or could not be loaded. The service loads it again. The "
+            "log says why it failed; the most frequent cause is a lack of memory.",
             ((f"sum by (instance) (increase(agent_engine_failures_total{{{S}}}[1h]))", "{{instance}}"),),
         ),
     ],
     "Store": [
         Panel(
-            "Time of a commit",
+            "Duration of a commit",
             "s",
-            "Every act waits for one. If it grows: the disk's write latency, other writers, PostgreSQL's checkpoints.",
-            tuple((quantile(share, COMMIT_BUCKETS), f"p{share * 100:g}") for share in (0.5, 0.99)),
+            "Every act waits for its commit. If it grows, check the disk's write latency, other writers, and "
+            "PostgreSQL's checkpoints.",
+            tuple((quantile(q, COMMIT_BUCKETS), f"p{q * 100:g}") for q in (0.5, 0.99)),
         ),
         Panel(
             "Commits",
             "cps",
-            "Transactions a second. Fewer than acts is good: acts that come together share one.",
+            "Commits per second. Concurrent acts share a commit, so under load there are fewer commits than acts.",
             ((per_second("agent_store_commits_total"), "commits"),),
         ),
         Panel(
-            "Changes in one commit",
+            "Changes per commit",
             "none",
-            "Mean number of acts and new episodes that share a commit. It grows with load, or with a slow disk.",
+            "Mean number of acts and new episodes that share a commit. It grows with the load, and with a slow disk.",
             ((f"{per_second('agent_store_batch_size_sum')}\n/ {per_second('agent_store_batch_size_count')}", "mean"),),
         ),
     ],
@@ -314,8 +342,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Requests in the engine",
             "none",
-            "What vLLM runs and what waits inside it, /v1 included. Waiting here while acts run: its batch or its KV "
-            "cache is full; let fewer acts run (EPISODIC_MAX_RUNNING_ACTS).",
+            "Requests that vLLM runs, and requests that wait inside it, /v1 included. If requests wait here, vLLM's "
+            "batch or KV cache is full: reduce EPISODIC_MAX_RUNNING_ACTS.",
             (
                 (f"sum (vllm:num_requests_running{{{S}}})", "running"),
                 (f"sum (vllm:num_requests_waiting{{{S}}})", "waiting"),
@@ -324,20 +352,20 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "KV cache in use",
             "percentunit",
-            "Near 1 requests are put aside and computed twice: give it more memory, or let fewer run.",
+            "Near 1 requests are preempted and computed again: give the engine more memory, or run fewer acts at once.",
             ((f"max by (instance) (vllm:kv_cache_usage_perc{{{S}}})", "{{instance}}"),),
             top=1,
         ),
         Panel(
-            "Requests put aside",
+            "Preempted requests",
             "cps",
-            "Preemptions a second: the KV cache ran out amid a request, which then begins anew. Should be 0.",
+            "Preemptions per second. The KV cache ran out during a request, which then starts again. Should be 0.",
             ((per_second("vllm:num_preemptions_total", "instance"), "{{instance}}"),),
         ),
         Panel(
             "Tokens of the engine",
             "cps",
-            "Prompt tokens read and tokens generated a second. Both 0 while acts are in flight: it hangs.",
+            "Prompt tokens and generated tokens per second. If both are 0 while requests run, the engine hangs.",
             (
                 (per_second("vllm:prompt_tokens_total"), "prompt"),
                 (per_second("vllm:generation_tokens_total"), "generated"),
@@ -346,20 +374,20 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Time to the first token",
             "s",
-            "From a request's arrival in the engine. It grows with prompts that are not cached, and with its queue.",
+            "Since the request arrived in the engine. It grows with uncached prompts, and with vLLM's internal queue.",
             tuple((engine_quantile(q, "vllm:time_to_first_token_seconds"), f"p{q * 100:g}") for q in (0.5, 0.99)),
         ),
         Panel(
             "Time between tokens",
             "s",
-            "What a reader of a stream feels. It grows with the batch: fewer running acts make each of them faster.",
+            "The speed of a stream for its reader. It grows with the batch: with fewer running acts each is faster.",
             tuple((engine_quantile(q, "vllm:inter_token_latency_seconds"), f"p{q * 100:g}") for q in (0.5, 0.99)),
         ),
         Panel(
             "Prefix cache hits",
             "percentunit",
-            "The share of looked-up tokens that the engine had, /v1 included. As for acts: it falls when episodes "
-            "change replicas or the KV cache is too small.",
+            "The share of prompt tokens that the prefix cache had, /v1 included. It falls if episodes move between "
+            "replicas, or if the KV cache is too small.",
             (
                 (
                     f"{per_second('vllm:prefix_cache_hits_total')}\n/ {per_second('vllm:prefix_cache_queries_total')}",
@@ -370,10 +398,10 @@ ROWS: dict[str, list[Panel]] = {
             top=1,
         ),
         Panel(
-            "Requests by how they ended",
+            "Requests by finish reason",
             "reqps",
-            "stop: by themselves. length: cut by max_tokens. abort: the caller left or a deadline ran out. error: see "
-            "the log. A discrete action is a request or more that ends with length.",
+            "stop: the model ended. length: cut by max_tokens. abort: the caller disconnected, or a deadline passed. "
+            "error: see the log. A discrete action takes one or more requests that end with length.",
             ((per_second("vllm:request_success_total", "finished_reason"), "{{finished_reason}}"),),
             width=12,
         ),
@@ -382,23 +410,24 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "CPU",
             "percentunit",
-            "Cores that the HTTP process uses; the engine has a process of its own. Near 1 it is the bound: add "
-            "replicas on this machine.",
+            "CPU cores that the HTTP process uses; the engine runs in another process. Near 1 the HTTP process is the "
+            "bottleneck: add replicas on this machine.",
             ((f"rate(process_cpu_seconds_total{{{S}}}[$__rate_interval])", "{{instance}}"),),
             width=6,
         ),
         Panel(
             "Memory",
             "bytes",
-            "Resident memory of the HTTP process. It grows with the episodes in memory and then stays; one that only "
-            "grows is a leak.",
+            "Resident memory of the HTTP process. It grows until the cache of episodes is full. If it continues to "
+            "grow, there is a leak.",
             ((f"process_resident_memory_bytes{{{S}}}", "{{instance}}"),),
             width=6,
         ),
         Panel(
             "File descriptors",
             "percentunit",
-            "Open ones, of those it may open. Each connection has one. Near 1 it refuses connections: raise the limit.",
+            "Open file descriptors relative to the limit. Each connection uses one. Near 1 connections are refused: "
+            "raise the limit (ulimit -n).",
             ((f"process_open_fds{{{S}}} / process_max_fds{{{S}}}", "{{instance}}"),),
             width=6,
             top=1,
@@ -406,7 +435,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Tasks of the event loop",
             "none",
-            "About a dozen, and 3 to 7 for each act in flight. If calm moments grow from hour to hour, it is a leak.",
+            "About a dozen, plus 3 to 7 for each in-flight act. If the minimum grows from hour to hour, there is a "
+            "leak.",
             ((f"agent_tasks{{{S}}}", "{{instance}}"),),
             width=6,
         ),
@@ -418,7 +448,7 @@ def dashboard() -> dict[str, Any]:
     return {
         "uid": "episodic",
         "title": "Episodic",
-        "description": "The service, from its traffic down to its process. Made by deploy/grafana/dashboard.py.",
+        "description": "Traffic, latency, store, engine and process. Generated by deploy/grafana/dashboard.py.",
         "tags": ["episodic"],
         "schemaVersion": 41,
         "version": 1,
@@ -442,14 +472,15 @@ def dashboard() -> dict[str, Any]:
 
 
 def choice(name: str, label: str, series: str) -> dict[str, Any]:
-    """Of the label `name`, as `series` have it; where none has it, all is the only choice, and matches."""
+    """Returns a menu with the values of the label `name` in `series`. If no series has the label, the only entry is
+    "All", which matches all series."""
     return {
         "name": name,
         "label": label,
         "type": "query",
         "datasource": DATASOURCE,
         "query": {"query": f"label_values({series}, {name})", "refId": name},
-        "refresh": 2,  # whenever the time range changes: replicas come and go
+        "refresh": 2,  # update when the time range changes, because replicas come and go
         "sort": 1,
         "multi": True,
         "includeAll": True,
@@ -459,7 +490,8 @@ def choice(name: str, label: str, series: str) -> dict[str, Any]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """Rows in order; the panels of each from left to right, in as many lines as they need."""
+    """Returns all rows and panels with their positions. The panels of a row are laid out from left to right, in as many
+    lines as needed."""
     placed: list[dict[str, Any]] = []
     y = 0
     for row, (title, content) in enumerate(ROWS.items(), 1):
@@ -506,15 +538,15 @@ def rendered(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]
 
 
 def field(panel: Panel) -> dict[str, Any]:
-    shown: dict[str, Any] = {"unit": panel.unit}
+    config: dict[str, Any] = {"unit": panel.unit}
     if panel.kind == "timeseries":
-        shown["color"] = {"mode": "palette-classic"}
-        shown["custom"] = {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 10, "showPoints": "never"}
+        config["color"] = {"mode": "palette-classic"}
+        config["custom"] = {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 10, "showPoints": "never"}
         if not panel.below_zero:
-            shown["min"] = 0
+            config["min"] = 0
         if panel.top is not None:
-            shown["max"] = panel.top
-    return shown
+            config["max"] = panel.top
+    return config
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -552,6 +584,7 @@ TABLE_COLUMNS = {
 
 
 def text() -> str:
+    """Returns the dashboard as JSON text."""
     return json.dumps(dashboard(), indent=2) + "\n"
 
 

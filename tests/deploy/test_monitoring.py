@@ -1,6 +1,6 @@
-"""What deploy/ has for Prometheus and Grafana: the files are whole, the alerts are tested, the key is sent.
+"""The files for Prometheus and Grafana: they are complete, every alert is tested, and a scrape sends its API key.
 
-That the queries find what they ask for, a loaded service shows: tests/e2e/test_monitoring.py.
+tests/e2e/test_monitoring.py tests the queries against a service under load.
 """
 
 import asyncio
@@ -41,43 +41,44 @@ def needs_prometheus() -> None:
 
 @pytest.mark.usefixtures("needs_prometheus")
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("check", "rules", "--lint-fatal", "rules.yml"),
-        ("check", "config", "--syntax-only", "--lint-fatal", "prometheus.yml"),  # the key's file is not here
+        ("check", "config", "--syntax-only", "--lint-fatal", "prometheus.yml"),  # the file with the key does not exist
         ("test", "rules", "rules_test.yml"),
     ],
 )
-def test_promtool_agrees(words: tuple[str, ...]) -> None:
-    command = [promtools.program("promtool"), *words]
-    ran = subprocess.run(command, cwd=prometheus.FOLDER, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+def test_promtool_agrees(arguments: tuple[str, ...]) -> None:
+    command = [promtools.program("promtool"), *arguments]
+    result = subprocess.run(command, cwd=prometheus.FOLDER, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.usefixtures("needs_prometheus")
 def test_the_rules_hold_where_windows_exclude_their_left_end(tmp_path: Path) -> None:
-    """As in Prometheus 3. Samples lie at whole seconds, so in Prometheus 2 a millisecond less does the same."""
+    """Prometheus 3 excludes the left end of a window. Samples are at whole seconds, so a window that is a millisecond
+    shorter gives the same result in Prometheus 2."""
     unit_ms = {"m": 60_000, "h": 3_600_000}
 
     def shorter(window: re.Match[str]) -> str:
         return f"[{int(window[1]) * unit_ms[window[2]] - 1}ms"
 
-    read = (prometheus.FOLDER / "rules.yml").read_text()
-    written, num_windows = re.subn(r"\[(\d+)([mh])", shorter, read)
+    original = (prometheus.FOLDER / "rules.yml").read_text()
+    changed, num_windows = re.subn(r"\[(\d+)([mh])", shorter, original)
     assert num_windows > 20
-    (tmp_path / "rules.yml").write_text(written)
+    (tmp_path / "rules.yml").write_text(changed)
     shutil.copy(prometheus.FOLDER / "rules_test.yml", tmp_path)
     command = [promtools.program("promtool"), "test", "rules", "rules_test.yml"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_what_is_healthy_has_all_that_the_rules_ask_for_and_outlasts_them() -> None:
     healthy = TESTS[-1]
     given = {series["series"].split("{")[0] for series in healthy["input_series"]}
-    asked = {name for rule in RULES for name in re.findall(r"\b(?:agent_|vllm:|process_|up\b)\w*", rule["expr"])}
+    used = {name for rule in RULES for name in re.findall(r"\b(?:agent_|vllm:|process_|up\b)\w*", rule["expr"])}
     recorded = {rule["record"].split(":")[1] for rule in RULES if "record" in rule}
-    assert asked - recorded <= given
+    assert used - recorded <= given
     assert {query["expr"] for query in healthy["promql_expr_test"]} == {
         'ALERTS{alertname=~"Episodic.*", alertstate="firing"}'
     }
@@ -85,7 +86,7 @@ def test_what_is_healthy_has_all_that_the_rules_ask_for_and_outlasts_them() -> N
     last = max(int(query["eval_time"].removesuffix("m")) for query in healthy["promql_expr_test"])
     assert last > 60 + max(
         int(rule["for"].removesuffix("m")) for rule in ALERTS if "for" in rule
-    )  # a window and a wait
+    )  # a window of an hour, and the longest `for`
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
@@ -137,12 +138,12 @@ async def test_a_scrape_asks_for_a_key_of_scope_admin(tmp_path: Path, tokenizer:
         expected = {"admin": ("up", ""), "others": ("down", "server returned HTTP status 403 Forbidden")}
         with prometheus.running(tmp_path, {**configured, "scrape_configs": jobs}) as server:
             async with asyncio.timeout(60):
-                while await asyncio.to_thread(targets, server) != expected:  # noqa: ASYNC110 - Prometheus's state
+                while await asyncio.to_thread(targets, server) != expected:  # noqa: ASYNC110 - state of a process
                     await asyncio.sleep(0.1)
 
 
 def test_the_dashboard_is_what_its_module_makes() -> None:
-    assert dashboard.OUT.read_text() == dashboard.text(), "run python deploy/grafana/dashboard.py"
+    assert dashboard.OUT.read_text() == dashboard.text(), "run `python deploy/grafana/dashboard.py`"
 
 
 def test_the_dashboard_has_a_place_for_each_panel() -> None:

@@ -1,4 +1,4 @@
-"""Every query of the dashboard and of the rules finds in a real Prometheus what a real, loaded service did."""
+"""Every query of the dashboard and of the rules finds data in a real Prometheus that scrapes a service under load."""
 
 import math
 import re
@@ -26,16 +26,16 @@ QUERIES = {
 CHOICES = [choice["query"]["query"] for choice in DASHBOARD["templating"]["list"] if choice["type"] == "query"]
 VALUES = {"$namespace": ".*", "$job": ".*", "$instance": ".*", "$__rate_interval": "15s"}
 NOT_CAUSED = {
-    "Acts in flight, C",  # those that wait: only for a moment, while acts are refused
+    "Acts in flight, C",  # waiting acts: there are some only for a moment, while acts are refused
     "Requests in the engine, B",
-    "Acts that failed, A",
+    "Failed acts, A",
     "job:agent_acts_failed:rate5m",
     "job:agent_http_requests_failed:rate5m",
     "Engine failures, A",
-    "Requests put aside, A",
-    "instance:agent_tasks_spare:min30m",  # below 0 while many acts are in flight
+    "Preempted requests, A",
+    "instance:agent_tasks_spare:min30m",  # negative while many acts are in flight
 }
-"""What the load does not make more than 0, so that it has to be there and no more."""
+"""Queries that the load does not make positive. They must find data, but its value may be 0."""
 FOUND_LIMIT_S = 90.0
 
 
@@ -51,26 +51,26 @@ def http(server: Server) -> Iterator[httpx.Client]:
 def scraping(
     server: Server, http: httpx.Client, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[prometheus.Prometheus]:
-    """Prometheus with the rules as they are, and with each alert once more as it fires where its query finds data."""
+    """Prometheus with the rules, and with a copy of each alert that fires as soon as its query finds data."""
     folder = tmp_path_factory.mktemp("prometheus")
-    again = folder / "always.yml"
-    again.write_text(yaml.safe_dump({"groups": [{"name": "always", "rules": [prometheus.always(a) for a in ALERTS]}]}))
-    rule_files = [prometheus.FOLDER / "rules.yml", again]
+    always = folder / "always.yml"
+    always.write_text(yaml.safe_dump({"groups": [{"name": "always", "rules": [prometheus.always(a) for a in ALERTS]}]}))
+    rule_files = [prometheus.FOLDER / "rules.yml", always]
     configured = prometheus.configuration(server.url.removeprefix("http://"), rule_files=rule_files)
     with prometheus.running(folder, configured) as started:
-        eventually(lambda: bool(started.query("agent_acts_total")), "nothing is scraped")
+        eventually(lambda: bool(started.query("agent_acts_total")), "Prometheus scrapes no metrics of the service")
         with loaded(http):
             yield started
 
 
 @contextmanager
 def loaded(http: httpx.Client) -> Iterator[None]:
-    """All that a service does, again and again in another thread."""
+    """Overloads the service once, then repeats all kinds of calls in another thread until the block ends."""
     overload(http)
-    ended = threading.Event()
+    stop = threading.Event()
 
     def work() -> None:
-        while not ended.is_set():
+        while not stop.is_set():
             use(http)
 
     with ThreadPoolExecutor(1) as pool:
@@ -78,12 +78,12 @@ def loaded(http: httpx.Client) -> Iterator[None]:
         try:
             yield
         finally:
-            ended.set()
+            stop.set()
             working.result()
 
 
 def use(http: httpx.Client) -> None:
-    """An episode with rewards, a stream, completions without an action, a call of /v1, mistakes."""
+    """Makes one call of each kind: an episode with rewards, a stream, a completion without an action, /v1, errors."""
     walk = opened(http, profile="frozen-lake")
     acted(http, walk, "row 0, column 0", step=0)
     acted(http, walk, "row 0, column 1", step=1, reward=-0.5)
@@ -96,14 +96,14 @@ def use(http: httpx.Client) -> None:
         assert "event: act" in stream.read().decode()
     cut = opened(http, action_space={"type": "json", "schema": {"type": "object"}}, sampling={"max_tokens": 1})
     assert acted(http, cut, "One.")["parse_failure"]["kind"] == "length"
-    asked = {"model": "toy-text", "prompt": "row 0", "max_tokens": 8, "ignore_eos": True}
-    assert http.post("/v1/completions", json=asked).status_code == 200
+    completion = {"model": "toy-text", "prompt": "row 0", "max_tokens": 8, "ignore_eos": True}
+    assert http.post("/v1/completions", json=completion).status_code == 200
     assert http.post("/act", json={"episode_id": "nobody", "observation": "Hm?"}).status_code == 404
     assert http.post("/act", json={"episode_id": talk}).status_code == 422
 
 
 def overload(http: httpx.Client) -> None:
-    """More acts at once than run and wait, until one is refused."""
+    """Sends more acts at once than can run and wait, until one is refused with 429."""
     parent = opened(http, sampling={"max_tokens": 256})
     names = [uuid.uuid4().hex for _ in range(256)]
     forked = http.post(f"/episode/{parent}/fork", json={"n": len(names), "episode_ids": names})
@@ -112,14 +112,15 @@ def overload(http: httpx.Client) -> None:
     with ThreadPoolExecutor(1) as pool:
         flood = pool.submit(http.post, "/act/batch", json={"acts": acts})
         while http.post("/act", json={"episode_id": parent, "observation": "And me?"}).status_code != 429:
-            assert not flood.done(), "the flood was over before an act was refused"
+            assert not flood.done(), "the batch was answered before an act was refused"
         assert flood.result().status_code == 200
 
 
-def eventually(found: Callable[[], bool], what: str) -> None:
+def eventually(condition: Callable[[], bool], message: str) -> None:
+    """Waits until the condition is true. Fails with the message after FOUND_LIMIT_S seconds."""
     deadline = time.monotonic() + FOUND_LIMIT_S
-    while not found():
-        assert time.monotonic() < deadline, what
+    while not condition():
+        assert time.monotonic() < deadline, message
         time.sleep(0.2)
 
 
@@ -148,9 +149,10 @@ def test_the_choices_above_the_panels_are_those_there_are(
     parts = re.fullmatch(r"label_values\((.*), (\w+)\)", substituted(query))
     assert parts is not None
     selected, label = parts.groups()
-    there = {"namespace": None, "job": "episodic", "instance": server.url.removeprefix("http://")}  # as in compose
+    # As in the compose stack, the series have no label `namespace`.
+    expected = {"namespace": None, "job": "episodic", "instance": server.url.removeprefix("http://")}
     found = [series.get(label) for series in scraping.get("series", **{"match[]": selected})]
-    assert found == [there[label]]
+    assert found == [expected[label]]
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
@@ -161,16 +163,16 @@ def test_an_alert_finds_what_it_compares_and_says_it(scraping: prometheus.Promet
 
     eventually(lambda: bool(raised()), prometheus.always(rule)["expr"])
     alert = raised()[0]
-    for written, said in zip(rule["annotations"].values(), alert["annotations"].values(), strict=True):
-        assert "<error" not in said, said
-        assert set(re.findall(r"\$labels\.(\w+)", written)) <= alert["labels"].keys()
+    for template, text in zip(rule["annotations"].values(), alert["annotations"].values(), strict=True):
+        assert "<error" not in text, text
+        assert set(re.findall(r"\$labels\.(\w+)", template)) <= alert["labels"].keys()
 
 
 def test_each_metric_that_is_asked_for_is_one_of_the_services(http: httpx.Client) -> None:
     families = text_string_to_metric_families(http.get("/metrics").text)
     scraped = {sample.name for family in families for sample in family.samples}
     expressions = [*QUERIES.values(), *CHOICES, *(rule["expr"] for rule in RULES)]
-    asked = {name for expr in expressions for name in re.findall(r"[a-zA-Z_:][\w:]*", expr)}
-    asked = {name for name in asked if name.startswith(("agent_", "vllm:", "process_"))}
-    assert len(asked) > 30
-    assert asked <= scraped
+    used = {name for expr in expressions for name in re.findall(r"[a-zA-Z_:][\w:]*", expr)}
+    used = {name for name in used if name.startswith(("agent_", "vllm:", "process_"))}
+    assert len(used) > 30
+    assert used <= scraped
