@@ -137,17 +137,17 @@ async def test_a_lock_that_another_holds_is_unavailable_until_it_is_gone(store: 
     await store.create(record())
     await store.create(record("f"))
     holder = SQLStore(own_server.url(database(store)), patience=Patience())
-    held = asyncio.Event()
+    is_locked = asyncio.Event()
     release = asyncio.Event()
 
     async def hold() -> None:
         async with holder._connections._engine.begin() as connection:  # pyright: ignore
             await connection.execute(text("SELECT 1 FROM episodes WHERE episode_id = 'e' FOR UPDATE"))
-            held.set()
+            is_locked.set()
             await release.wait()
 
     holding = asyncio.create_task(hold())
-    await held.wait()
+    await is_locked.wait()
     for call in (
         store.commit(commit(0)),
         store.delete("e"),
@@ -190,8 +190,8 @@ async def test_replicas_that_open_the_same_episodes_do_not_wait_in_a_circle(own_
     first = SQLStore(url)
     await first.open()
     await first.close()
-    held = """INSERT INTO episodes VALUES ('e050', '{}', '', '', 0, 0, 'active', NULL, NULL, 0, 0, 0)"""
-    async with at_once(own_server, url, held) as (one, two):
+    insert = """INSERT INTO episodes VALUES ('e050', '{}', '', '', 0, 0, 'active', NULL, NULL, 0, 0, 0)"""
+    async with at_once(own_server, url, insert) as (one, two):
         calls = [one.create(record(name)) for name in NAMES] + [two.create(record(name)) for name in NAMES[::-1]]
         racing = asyncio.gather(*calls, return_exceptions=True)
     kinds = Counter(type(result) for result in await racing)

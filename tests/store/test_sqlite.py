@@ -68,9 +68,9 @@ async def test_a_commit_is_on_disk_when_it_returns(store: SQLStore, tmp_path: Pa
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "no database": lambda _: b"this is no database" * 100,
-    "cut off": lambda data: data[: len(data) // 2],
-    "cut off in the header": lambda data: data[:50],
+    "not a database": lambda _: b"this is not a database" * 100,
+    "truncated": lambda data: data[: len(data) // 2],
+    "truncated in the header": lambda data: data[:50],
     "overwritten": lambda data: data[:8192] + b"\xff" * 8192 + data[16384:],
 }
 
