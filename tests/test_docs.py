@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -12,6 +13,13 @@ from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+
+
+def found(pattern: str, text: str) -> list[Any]:
+    """All matches of `pattern` in `text`, at least one: a pattern that stopped matching would check nothing."""
+    matches = re.findall(pattern, text, re.MULTILINE)
+    assert matches, f"nothing matches {pattern}"
+    return matches
 
 
 def test_the_settings_table_is_the_generated_one() -> None:
@@ -25,25 +33,27 @@ def test_the_settings_table_is_the_generated_one() -> None:
 def test_every_error_code_is_in_the_reference() -> None:
     for status, codes in CODES.items():
         row = next(line for line in REFERENCE.splitlines() if line.startswith(f"| {status} |"))
-        assert set(re.findall(r"`(\w+)`", row)) == set(codes)
+        assert set(found(r"`(\w+)`", row)) == set(codes)
 
 
 def test_every_metric_of_ours_is_in_the_reference() -> None:
     assert metrics.ACTS is not None
     ours = {family.name for family in REGISTRY.collect() if family.name.startswith("agent_")}
-    assert ours == set(re.findall(r"^\| `(agent_\w+)`", REFERENCE, re.MULTILINE))
+    assert ours == set(found(r"^\| `(agent_\w+)`", REFERENCE))
 
 
 def test_the_files_that_the_docs_point_to_exist() -> None:
+    link = r"\]\(([^)#:]+)(?:#[\w-]+)?\)"
+    found(link, (ROOT / "README.md").read_text())
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text()):
+        for target in re.findall(link, page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
 
 
 def test_architecture_stays_under_80_lines_and_names_tests_that_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     assert text.count("\n") < 80
-    for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
+    for name in found(r"`(tests/[\w/]+\.py)`", text):
         assert (ROOT / name).exists(), name
 
 
@@ -51,29 +61,27 @@ def test_architecture_stays_under_80_lines_and_names_tests_that_exist() -> None:
 def test_what_holds_a_promise_exists(page: str) -> None:
     """Each row of the tables names its tests, and each of these tests exists."""
     text = (ROOT / "docs" / page).read_text()
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
-    assert named
-    for path, name in named:
-        found = re.search(rf"^ *(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
-        assert found, f"{page}: the test {path}::{name} does not exist"
-    headings = re.findall(r"^\|.*\| test \|\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
-    for row in "".join(headings).splitlines():
+    for path, name in found(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        test = re.search(rf"^ *(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
+        assert test, f"{page}: the test {path}::{name} does not exist"
+    tables = found(r"^\|.*\| test \|\n\|.*\n((?:\|.*\n)+)", text)
+    for row in "".join(tables).splitlines():
         assert "::" in row.split("|")[-2], f"{page}: this row names no test: {row}"
 
 
 def test_the_page_on_deploying_names_what_there_is() -> None:
     text = (ROOT / "docs" / "deploy.md").read_text()
     kubernetes, targets = ROOT / "deploy" / "kubernetes", (ROOT / "Makefile").read_text()
-    rows = set(re.findall(r"^\| `([\w/-]+)` \|", text, re.MULTILINE))
+    rows = set(found(r"^\| `([\w/-]+)` \|", text))
     overlays = {f"overlays/{path.name}" for path in kubernetes.glob("overlays/*")}
     components = {path.name for path in kubernetes.glob("components/*")}
     assert rows == overlays | components - {"single"}  # `single` is part of two overlays
-    for path in re.findall(r"`((?:deploy|tests)/[\w./-]+)`", text):
+    for path in found(r"`((?:deploy|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
-    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):
+    for target in found(r"(?:`|^)make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", targets, re.MULTILINE), target
     compose = (ROOT / "docker-compose.yml").read_text()
-    for name in re.findall(r"EPISODIC_([A-Z]+(?:_[A-Z]+)*)", text):
+    for name in found(r"EPISODIC_([A-Z]+(?:_[A-Z]+)*)", text):
         assert name.lower() in Settings.model_fields or f"${{EPISODIC_{name}:-" in compose, name
-    for file in re.findall(r"secrets/(\w+)", text):
+    for file in found(r"secrets/(\w+)", text):
         assert file in compose, file
