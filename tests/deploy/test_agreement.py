@@ -144,7 +144,9 @@ def test_the_images_port_user_and_volumes_are_those_of_the_pods() -> None:
     assert set(served_as) == {str(POD["securityContext"]["runAsUser"])}
     single = container_of(one("Deployment", KUBERNETES / "components" / "single"))
     mounted = {mount["mountPath"] for mount in [*CONTAINER["volumeMounts"], *single["volumeMounts"]]}
-    for volumes in re.findall(r"^VOLUME (\[.*\])", dockerfile, re.MULTILINE):
+    declared = re.findall(r"^VOLUME (\[.*\])", dockerfile, re.MULTILINE)
+    assert declared
+    for volumes in declared:
         assert set(yaml.safe_load(volumes)) <= mounted
     assert re.search(r"HF_HOME=/models\b", dockerfile)
     assert re.search(r"EPISODIC_DATA=/data\b", dockerfile)
