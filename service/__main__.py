@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m service` is the same as `episodic`."""
+"""Runs the command line: `python -m service` does the same as `episodic`."""
 
 from service.cli.main import app
 

@@ -1,5 +1,7 @@
-"""Owns the settings, and alone reads them: a TOML file, files of secrets, EPISODIC_* variables, the command line; the
-later ones win."""
+"""The settings, and where they are read from: a TOML file, secret files, EPISODIC_* variables and the command line.
+
+Each source overrides the ones before it. Other modules receive a `Settings` and do not read the environment.
+"""
 
 import json
 import os
@@ -21,7 +23,7 @@ _STORE_URL = re.compile(r"sqlite:///(?!:memory:$|file:).+|postgresql(\+asyncpg)?
 
 
 class Quota(BaseModel):
-    """What one tenant may have; None for no bound."""
+    """The limits of one tenant. None means unlimited."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,7 +33,7 @@ class Quota(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. `Settings()` reads the environment; keyword arguments win over it."""
+    """All settings of the service. `Settings()` reads the environment; keyword arguments override it."""
 
     model_config = SettingsConfigDict(
         env_prefix="EPISODIC_",
@@ -39,94 +41,138 @@ class Settings(BaseSettings):
         extra="forbid",
         toml_file=None,
         validate_default=True,
-        hide_input_in_errors=True,  # a URL may hold a password
+        hide_input_in_errors=True,  # the input may be a URL with a password
     )
 
-    config: Path | None = Field(None, description="A TOML file with any of these settings.")
+    config: Path | None = Field(None, description="Path of a TOML file with any of these settings.")
     secrets: Path | None = Field(
-        None, description="A folder of files that give settings, such as `episodic_store` and `episodic_admin_key`."
+        None,
+        description="Folder of secret files. Each file is named after a setting (`episodic_store`, "
+        "`episodic_admin_key`) and contains its value.",
     )
-    host: str = Field("127.0.0.1", description="Address to serve on; any but loopback needs API keys.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to serve on; 0 takes a free one.")
-    model: str = Field("toy-text", description="A packaged policy, a folder, or a Hugging Face model id.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Addresses other than loopback need API keys.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 picks a free port.")
+    model: str = Field("toy-text", description="Model to serve: a packaged policy, a folder or a Hugging Face id.")
     engine: dict[str, Any] = Field(
         default_factory=dict,
-        description="Any option of vLLM's AsyncEngineArgs, e.g. EPISODIC_ENGINE__MAX_NUM_SEQS=64.",
+        description="Options of vLLM's AsyncEngineArgs, for example EPISODIC_ENGINE__MAX_NUM_SEQS=64.",
     )
     openai: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of /v1, by vLLM's names, e.g. EPISODIC_OPENAI__TOOL_CALL_PARSER=hermes.",
+        description="Options of /v1 under vLLM's names, for example EPISODIC_OPENAI__TOOL_CALL_PARSER=hermes.",
     )
-    media_hosts: list[str] = Field([], description="Hosts that /v1 may fetch media from; none: data URLs alone.")
-    data: Path = Field(Path("data"), description="Folder for what is kept.")
+    media_hosts: list[str] = Field(
+        [],
+        description="Hosts from which /v1 may download media. If the list is empty, /v1 accepts only data URLs.",
+    )
+    data: Path = Field(Path("data"), description="Folder for the service's files: SQLite store, copies of adapters.")
     store: str | None = Field(
         None,
-        description="`sqlite:///FILE`, or `postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE` for several replicas; "
-        "unset, a SQLite file under `data`.",
+        description="URL of the store: `sqlite:///FILE`, or `postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE` for "
+        "several replicas. Default: a SQLite file under `data`.",
     )
     admin_key: SecretStr | None = Field(
-        None, description="A key from `episodic keys new` that every start makes known: tenant `default`, all scopes."
+        None,
+        description="API key made with `episodic keys new`. At each start the service adds it to the store if it is "
+        "missing, for tenant `default` with all scopes.",
     )
     make_key: bool = Field(
         False,
-        description="Make such a key, and print it once, where an address but loopback is served and there is none.",
+        description="If the service listens on an address other than loopback and the store has no API key: create "
+        "one for tenant `default` with all scopes, and print it once.",
     )
     adapters: Path | None = Field(
-        None, description="Folder that LoRA adapters may be loaded from (PUT /policy/NAME); unset, adapters are off."
+        None,
+        description="Folder from which LoRA adapters may be loaded (PUT /policy/NAME). Unset: adapters are disabled.",
     )
-    profiles: Path | None = Field(None, description="Folder of profiles (TOML files) besides the packaged ones.")
-    max_live_episodes: int = Field(2048, ge=1, description="Episodes held in memory; the rest rest in the store.")
-    max_steps: int | None = Field(None, ge=1, description="Steps after which an episode ends, where it names none.")
-    idle_ttl_s: float | None = Field(None, gt=0, description="Seconds without an act that end an episode, likewise.")
-    max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
+    profiles: Path | None = Field(None, description="Folder with further profiles (TOML files).")
+    max_live_episodes: int = Field(
+        2048,
+        ge=1,
+        description="Maximum number of episodes cached in memory. Others are loaded from the store on demand.",
+    )
+    max_steps: int | None = Field(
+        None, ge=1, description="Maximum number of steps of an episode that sets no `max_steps`. Unset: no limit."
+    )
+    idle_ttl_s: float | None = Field(
+        None,
+        gt=0,
+        description="Idle timeout in seconds of an episode that sets no `idle_ttl_s`: without an act for so long, it "
+        "ends. Unset: no timeout.",
+    )
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="Maximum size of a request body, in bytes.")
     receive_limit_s: float = Field(
         30.0,
         gt=0,
-        description="Seconds a request's head may take to arrive, its body likewise, and an answer to be read.",
+        description="Timeout in seconds, separately for receiving the head of a request, for receiving its body, and "
+        "for a client that does not read the response.",
     )
-    docs: bool = Field(True, description="Serve /docs, /redoc and /openapi.json.")
-    max_tokens: int | None = Field(None, ge=1, description="Completion limit where a call names none.")
-    constraint_limit_s: float = Field(5.0, gt=0, description="Seconds a schema or pattern may take to compile.")
+    docs: bool = Field(True, description="Whether to serve /docs, /redoc and /openapi.json.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Maximum number of tokens of a completion if the episode sets no `max_tokens`."
+    )
+    constraint_limit_s: float = Field(
+        5.0, gt=0, description="Timeout in seconds for compiling a JSON schema or a pattern of an action space."
+    )
     max_running_acts: int | None = Field(
-        None, ge=1, description="Acts in the engine at once; unset, as many as it batches (max_num_seqs)."
+        None,
+        ge=1,
+        description="Number of slots in the engine. An act takes one slot for each request to the model that is in "
+        "flight, so this limits concurrent requests. Default: the engine's batch size (max_num_seqs).",
     )
     max_queued_acts: int | None = Field(
         None,
         ge=0,
-        description="Acts that wait for the engine; more get 429. Unset, a quarter of those that run.",
+        description="Size of the act queue. When it is full, further acts get 429. Default: a quarter of the slots.",
     )
     quota: Quota = Field(
         Quota(),
-        description="Of each tenant: calls_per_s, concurrent_acts, active_episodes; EPISODIC_QUOTA__CALLS_PER_S=50.",
+        description="Limits of each tenant: calls_per_s, concurrent_acts, active_episodes. Example: "
+        "EPISODIC_QUOTA__CALLS_PER_S=50.",
     )
     tenants: dict[str, Quota] = Field(
-        default_factory=dict, description="Quotas of single tenants in place of that: [tenants.NAME] in the file."
+        default_factory=dict,
+        description="Limits of single tenants, in place of EPISODIC_QUOTA: [tenants.NAME] in the TOML file.",
     )
     engine_canary_s: float = Field(
         30.0,
         gt=0,
-        description="Seconds without any output, and without an answer to a probe, after which an engine hangs.",
+        description="Hang timeout in seconds: an engine that produces no output and answers no probe for so long is "
+        "killed and loaded again.",
     )
     engine_backoff_s: float = Field(
-        1.0, ge=0, description="Seconds before an engine that died is loaded again; doubles with each failure."
+        1.0,
+        ge=0,
+        description="Seconds before a failed engine is loaded again. The delay doubles with each further failure.",
     )
     engine_max_failures: int = Field(
-        3, ge=1, description="Engine failures within the window below that end the process."
+        3,
+        ge=1,
+        description="Number of engine failures within EPISODIC_ENGINE_FAILURE_WINDOW_S after which the process exits.",
     )
-    engine_failure_window_s: float = Field(600.0, gt=0, description="Seconds that an engine failure counts for.")
+    engine_failure_window_s: float = Field(
+        600.0, gt=0, description="Window in seconds over which engine failures are counted."
+    )
     drain_delay_s: float = Field(
         0.0,
         ge=0,
-        description="Seconds after SIGTERM in which it is unready and still takes acts, for a proxy to see that.",
+        description="Seconds after SIGTERM in which /readyz already fails but acts are still accepted, so that load "
+        "balancers stop routing here.",
     )
-    drain_s: float = Field(30.0, ge=0, description="Seconds that acts in flight get after that.")
-    log_format: Literal["console", "json"] = Field("console", description="How log lines are written.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        description="Drain timeout in seconds, after that delay: new acts are refused and in-flight acts may finish.",
+    )
+    log_format: Literal["console", "json"] = Field("console", description="Format of log lines: console or json.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Minimum level of logged events: debug, info, warning or error."
+    )
 
     @field_validator("engine", "openai", mode="before")
     @classmethod
     def _read_engine_options(cls, value: Any) -> Any:
-        """Values from the environment and the command line are text; numbers, booleans and JSON are read as such."""
+        """Parses numbers, booleans and JSON. Values from the environment and the command line arrive as text."""
         if not isinstance(value, dict):
             return value
         return {name.lower(): _json_or_text(item) for name, item in cast("dict[str, Any]", value).items()}
@@ -142,21 +188,23 @@ class Settings(BaseSettings):
         )
 
     def quota_of(self, tenant: str) -> Quota:
+        """The tenant's own limits, or else those of every tenant."""
         return self.tenants.get(tenant, self.quota)
 
     @property
     def episode_defaults(self) -> dict[str, Any]:
-        """Fields of POST /episode where a call names none."""
+        """Default values of fields of POST /episode."""
         named = {"max_steps": self.max_steps, "idle_ttl_s": self.idle_ttl_s}
         return {name: value for name, value in named.items() if value is not None}
 
     @property
     def store_url(self) -> str:
+        """The store's URL, by default that of a SQLite file in `data`."""
         return self.store or f"sqlite:///{self.data / 'episodic.db'}"
 
     @property
     def model_path(self) -> str:
-        """What the engine loads: a packaged policy's folder, or `model` as it stands."""
+        """The model that the engine loads: the folder of a packaged policy, or else `model` unchanged."""
         packaged = _POLICIES / self.model
         return str(packaged) if "/" not in self.model and packaged.is_dir() else self.model
 
@@ -179,30 +227,38 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line (as keyword arguments), environment, folder of secrets, file. The first two name the others; the
-        file may name the folder."""
+        """Returns the sources, highest precedence first: keyword arguments (the command line), environment, secret
+        files, TOML file.
+
+        The path of the TOML file comes from the first two sources. The secrets folder may also be set in the file.
+        Raises FileNotFoundError.
+        """
         sources = [init_settings, env_settings]
         given = {**env_settings(), **init_settings()}
         if path := given.get("config"):
             if not Path(path).is_file():
-                raise FileNotFoundError(f"there is no file {path}")  # the source below would pass over it in silence
+                # TomlConfigSettingsSource silently ignores a missing file.
+                raise FileNotFoundError(f"config: file {path} not found")
             file = TomlConfigSettingsSource(settings_cls, Path(path))
             sources, given = [*sources, file], {**file(), **given}
         if folder := given.get("secrets"):
             if not Path(folder).is_dir():
-                raise FileNotFoundError(f"there is no folder {folder}")  # likewise
+                # SecretsSettingsSource only warns about a missing folder.
+                raise FileNotFoundError(f"secrets: folder {folder} not found")
             sources.insert(2, SecretsSettingsSource(settings_cls, folder))
         return tuple(sources)
 
 
 def client_key() -> str | None:
-    """EPISODIC_API_KEY: the key of commands that call a service. No option gives it, because everyone on the machine
-    can read the arguments of a process."""
+    """The API key of commands that call a service, from EPISODIC_API_KEY.
+
+    There is no option for it, because every user of the machine can read the arguments of a process.
+    """
     return os.environ.get("EPISODIC_API_KEY") or None
 
 
 def holds_password(url: str) -> bool:
-    """Whether a store's URL names a password, in whichever place it may stand."""
+    """Returns whether a store's URL contains a password, before the host or as a query parameter."""
     user_and_place = url.partition("://")[2].rpartition("@")[0]
     return ":" in user_and_place or "password=" in url.lower()
 

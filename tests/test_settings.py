@@ -1,4 +1,4 @@
-"""Settings: a TOML file, then the environment, then the command line; engine options by all three."""
+"""Settings from a TOML file, secret files, the environment and the command line, and which of them wins."""
 
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture
 def secrets(tmp_path: Path) -> Path:
-    """A folder of secrets as an orchestrator mounts one: the names are links into a folder that is swapped."""
+    """A secrets folder as Kubernetes mounts it: each name is a symbolic link to a file in `..data`."""
     folder = tmp_path / "secrets"
     (folder / "..data").mkdir(parents=True)
     for name, text in {"episodic_store": "sqlite:///s.db\n", "episodic_port": "7", "postgres_password": "x"}.items():
@@ -150,7 +150,7 @@ def test_a_folder_of_secrets_that_is_not_there_is_refused(command: list[str], mo
     monkeypatch.setenv("EPISODIC_SECRETS", "missing-folder")
     result = CliRunner().invoke(app, command)
     assert result.exit_code in (1, 2)
-    assert "there is no folder missing-folder" in result.output
+    assert "folder missing-folder not found" in result.output
 
 
 def test_a_packaged_policy_is_named_by_its_name(tmp_path: Path):

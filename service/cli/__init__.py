@@ -1,4 +1,4 @@
 """The `episodic` command: serve, rollout, episodes, export, keys, migrate, settings.
 
-The top layer: may import everything. Commands that talk to a running service do so through `service.client`.
+This is the top layer: it may import every other package. Commands that call a running service use `service.client`.
 """

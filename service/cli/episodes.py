@@ -1,5 +1,7 @@
-"""Owns the commands that read from a running service: `episodic episodes` and `episodic export`. Its key is in
-EPISODIC_API_KEY."""
+"""The commands `episodic episodes` and `episodic export`, which read from a running service.
+
+The API key comes from EPISODIC_API_KEY.
+"""
 
 import inspect
 import os
@@ -22,13 +24,13 @@ from service.client import DEFAULT_URL, Client, EpisodicError
 from service.filters import FILTERS, EpisodeFilter
 from service.settings import client_key
 
-Url = Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Where the service is.")]
+Url = Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Base URL of the service.")]
 
 Command = Callable[..., None]
 
 
 def with_filters(command: Command) -> Command:
-    """Gives the command an option for each filter of episodes; it gets those that were used as `**where`."""
+    """Adds an option to the command for each filter of episodes. The command receives the used ones as `**where`."""
 
     @wraps(command)
     def filtered(*args: Any, **options: Any) -> None:
@@ -45,7 +47,7 @@ def with_filters(command: Command) -> Command:
         )
         for name, (kind, text) in FILTERS.items()
     ]
-    filtered.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined] - Typer reads it
+    filtered.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined] - Typer reads the signature
     filtered.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
     return filtered
 
@@ -56,8 +58,8 @@ _COLUMNS = ("status", "steps", "return", "policy", "group", "created")
 @with_filters
 def episodes_command(
     url: Url = DEFAULT_URL,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of episodes to list.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     **where: Unpack[EpisodeFilter],
 ) -> None:
     """List episodes, newest first."""
@@ -71,21 +73,21 @@ def episodes_command(
         for episode in found:
             state = f"{episode.status} ({episode.stop_reason})" if episode.stop_reason else episode.status
             created = episode.created_at.astimezone() if episode.created_at else datetime.fromtimestamp(0).astimezone()
-            shown = (episode.episode_id, state, str(episode.step), f"{episode.episode_return:g}")
-            table.add_row(*shown, episode.policy or "", episode.group or "", f"{created:%Y-%m-%d %H:%M:%S}")
+            cells = (episode.episode_id, state, str(episode.step), f"{episode.episode_return:g}")
+            table.add_row(*cells, episode.policy or "", episode.group or "", f"{created:%Y-%m-%d %H:%M:%S}")
         Console().print(table)
 
 
 @with_filters
 def export_command(
-    output: Annotated[str, typer.Option(help="A file, or - for standard output.")] = "-",
-    format: Annotated[Literal["steps", "messages", "tokens"], typer.Option(help="The face of a trajectory.")] = "steps",
+    output: Annotated[str, typer.Option(help="File to write, or - for standard output.")] = "-",
+    format: Annotated[Literal["steps", "messages", "tokens"], typer.Option(help="Format of the export.")] = "steps",
     url: Url = DEFAULT_URL,
     **where: Unpack[EpisodeFilter],
 ) -> None:
-    """Write trajectories as NDJSON, one a line. A file appears when it is whole."""
+    """Write trajectories as NDJSON, one per line. The file is created only when the export is complete."""
     count = 0
-    with _errors(), Client(url, client_key()) as client, _written(output) as out:
+    with _errors(), Client(url, client_key()) as client, _open_output(output) as out:
         for document in client.export(format, **where):
             out.write(orjson.dumps(document).decode() + "\n")
             count += 1
@@ -93,7 +95,8 @@ def export_command(
 
 
 @contextmanager
-def _written(output: str) -> Generator[TextIO]:
+def _open_output(output: str) -> Generator[TextIO]:
+    """Opens the output. A file is written under a temporary name and renamed at the end."""
     if output == "-":
         yield sys.stdout
         return
@@ -108,6 +111,7 @@ def _written(output: str) -> Generator[TextIO]:
 
 @contextmanager
 def _errors() -> Generator[None]:
+    """Prints expected errors in one line, without a traceback, and exits with code 1."""
     try:
         yield
     except (EpisodicError, OSError, ValueError, httpx.InvalidURL) as error:

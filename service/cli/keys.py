@@ -1,4 +1,7 @@
-"""Owns `episodic keys`: API keys are made, listed and revoked on the store itself, whether the service runs or not."""
+"""The command `episodic keys`: creates, lists and revokes API keys.
+
+It works directly on the store, so the service need not run.
+"""
 
 import asyncio
 import re
@@ -20,17 +23,17 @@ from service.trajectory import DEFAULT_TENANT
 T = TypeVar("T")
 _NOTHING: dict[str, Any] = {}
 
-keys_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys in the store (EPISODIC_STORE).")
+keys_app = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys in the store (EPISODIC_STORE).")
 
 
 @keys_app.command()
 def create(
     tenant: Annotated[
-        str, typer.Option(help="Whose key it is: a tenant sees its own episodes alone.")
+        str, typer.Option(help="Tenant of the key. A tenant sees only its own episodes.")
     ] = DEFAULT_TENANT,
-    scopes: Annotated[str, typer.Option(help="Of act, read, admin; commas between them.")] = "act,read",
+    scopes: Annotated[str, typer.Option(help="Comma-separated scopes: act, read, admin.")] = "act,read",
 ) -> None:
-    """Make a key and print it: it is shown this once, the store keeps its digest."""
+    """Create a key and print it. It cannot be printed again: the store keeps only its digest."""
     key, record = new_key(_tenant(tenant), _scopes(scopes), time.time())
     _on_store(lambda store: store.add_key(record))
     typer.echo(f"{record.key_id} for {record.tenant}: {','.join(record.scopes)}", err=True)
@@ -39,26 +42,26 @@ def create(
 
 @keys_app.command()
 def new() -> None:
-    """Print a key that no store knows, for a file of secrets: the service makes it known (EPISODIC_ADMIN_KEY)."""
+    """Print a new key without storing it, for EPISODIC_ADMIN_KEY: the service adds it to the store when it starts."""
     key, _ = new_key(DEFAULT_TENANT, SCOPES, time.time())
     typer.echo(key)
 
 
 @keys_app.command("list")
 def list_keys() -> None:
-    """List the keys by their public ids."""
-    table = Table("key", "tenant", "scopes", "made", "revoked", box=None)
+    """List the keys by their public ids. Times are in UTC."""
+    table = Table("key", "tenant", "scopes", "created", "revoked", box=None)
     for record in _on_store(lambda store: store.keys()):
-        revoked = "" if record.revoked_at is None else _shown(record.revoked_at)
-        table.add_row(record.key_id, record.tenant, ",".join(record.scopes), _shown(record.created_at), revoked)
+        revoked = "" if record.revoked_at is None else _format_time(record.revoked_at)
+        table.add_row(record.key_id, record.tenant, ",".join(record.scopes), _format_time(record.created_at), revoked)
     Console().print(table)
 
 
 @keys_app.command()
-def revoke(key_id: Annotated[str, typer.Argument(help="The key's public id.")]) -> None:
-    """Revoke a key: within a second the service refuses it."""
+def revoke(key_id: Annotated[str, typer.Argument(help="Public id of the key, from `episodic keys list`.")]) -> None:
+    """Revoke a key. A running service refuses it within a second."""
     if not _on_store(lambda store: store.revoke_key(key_id, time.time())):
-        _fail(f"there is no valid key {key_id!r}")
+        _fail(f"key {key_id!r} does not exist or is already revoked; see `episodic keys list`")
 
 
 def _on_store(work: Callable[[Store], Awaitable[T]]) -> T:
@@ -74,18 +77,20 @@ def _on_store(work: Callable[[Store], Awaitable[T]]) -> T:
 
 def _tenant(name: str) -> str:
     if not re.fullmatch(TENANT, name):
-        raise typer.BadParameter(f"{name!r} must have 1 to 64 of a-z, 0-9, _ and -", param_hint="--tenant")
+        expected = "use 1 to 64 of the characters a-z, 0-9, _ and -"
+        raise typer.BadParameter(f"{name!r} is not a valid tenant name: {expected}", param_hint="--tenant")
     return name
 
 
 def _scopes(listed: str) -> list[Scope]:
-    asked = listed.split(",")
-    if unknown := set(asked) - set(SCOPES):
-        raise typer.BadParameter(f"there is no scope {min(unknown)!r}", param_hint="--scopes")
-    return [scope for scope in SCOPES if scope in asked]
+    requested = listed.split(",")
+    if unknown := set(requested) - set(SCOPES):
+        hint = f"unknown scope {min(unknown)!r}; the scopes are {', '.join(SCOPES)}"
+        raise typer.BadParameter(hint, param_hint="--scopes")
+    return [scope for scope in SCOPES if scope in requested]
 
 
-def _shown(at: float) -> str:
+def _format_time(at: float) -> str:
     return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M}"
 
 

@@ -1,4 +1,4 @@
-"""The `episodic` command: every subcommand, and the module that implements it."""
+"""The `episodic` command: registers every subcommand."""
 
 import typer
 
@@ -20,5 +20,5 @@ app.command("migrate")(migrate_command)
 
 @app.command("settings")
 def settings_command() -> None:
-    """Prints every setting as a Markdown table."""
+    """Print all settings as a Markdown table."""
     typer.echo(Settings.markdown())

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the settings made from them."""
+"""Options that several commands share, and the function that makes settings from them."""
 
 from typing import Annotated, Any
 
@@ -10,15 +10,22 @@ from service.settings import Settings, holds_password
 
 def _without_password(url: str | None) -> str | None:
     if url is not None and holds_password(url):
-        hint = "everyone on the machine can read a process's arguments: set EPISODIC_STORE, or `store` in a TOML file"
-        raise typer.BadParameter(f"the URL holds a password, and {hint}")
+        reason = "the URL contains a password, and every user of the machine can read the arguments of a process"
+        raise typer.BadParameter(f"{reason}; set EPISODIC_STORE, or `store` in a TOML file, instead")
     return url
 
 
-Store = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the store.", callback=_without_password)]
+Store = Annotated[
+    str | None,
+    typer.Option(help="URL of the store, without a password (see EPISODIC_STORE).", callback=_without_password),
+]
 
 
 def read_settings(given: dict[str, Any], engine: dict[str, str]) -> Settings:
+    """Makes the settings from a command's options; options that are None were not used.
+
+    Prints what is wrong and exits with code 2 if a setting is invalid.
+    """
     named = {name: value for name, value in given.items() if value is not None}
     if engine:
         named["engine"] = engine

@@ -1,4 +1,4 @@
-"""Owns the command `episodic rollout`: its options, its progress bar and its table."""
+"""The command `episodic rollout`: its options, progress bar and output."""
 
 import asyncio
 import json
@@ -18,25 +18,29 @@ from service.rollout.report import Report, Summary
 from service.settings import client_key
 
 _LOAD_S = 600.0
-"""How long a service that answers may take until it is ready: it may be loading its model."""
+"""Timeout in seconds until a running service is ready. It may still be loading its model."""
 
 
 def rollout_command(
     env: Annotated[str, typer.Option(help="A Gymnasium environment id.")] = "episodic/FrozenLakeRandom-v0",
-    episodes: Annotated[int, typer.Option(min=1, help="How many episodes to play.")] = 200,
-    concurrency: Annotated[int, typer.Option(min=1, help="How many of them at a time.")] = 32,
+    episodes: Annotated[int, typer.Option(min=1, help="Number of episodes to play.")] = 200,
+    concurrency: Annotated[int, typer.Option(min=1, help="Number of episodes to play at the same time.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Episode i is reset with seed + i.")] = 0,
-    env_kwargs: Annotated[str, typer.Option(help="A JSON object of arguments for the environment.")] = "{}",
+    env_kwargs: Annotated[str, typer.Option(help="Arguments of the environment, as a JSON object.")] = "{}",
     max_episode_steps: Annotated[
-        int | None, typer.Option(min=1, help="Truncate episodes here; unset, at the environment's limit, else at 200.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Truncate each episode after this many steps. Default: the environment's own limit, or else 200.",
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    url: Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Where the service is.")] = DEFAULT_URL,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature. 0 is greedy.")] = 0.0,
+    url: Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Base URL of the service.")] = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
-    """Play episodes of a Gymnasium environment with the service's policy, and compare it with a random one.
+    """Play episodes of a Gymnasium environment with the service's policy, and compare it with a random policy.
 
-    A service that asks for a key gets EPISODIC_API_KEY."""
+    The API key comes from EPISODIC_API_KEY. The exit code is 1 if an episode failed."""
     factory = EnvironmentFactory(env, _json_object(env_kwargs), max_episode_steps)
     try:
         report = asyncio.run(_play(factory, url, episodes, concurrency, seed, temperature))
@@ -56,7 +60,7 @@ async def _play(
     seed: int,
     temperature: float,
 ) -> Report:
-    factory.make().env.close()  # a wrong id or argument is said before the service is asked for
+    factory.make().env.close()  # reports a wrong id or argument before the service is called
     api_key = client_key()
     async with _client(url, api_key) as client:
         await _find_service(client, url, api_key)
@@ -78,12 +82,13 @@ async def _play(
 
 
 async def _find_service(client: AsyncClient, url: str, api_key: str | None) -> None:
-    """A service that does not answer at all is said at once; one that still loads is waited for."""
+    """Waits until the service is ready. Raises ConnectionFailed at once if nothing answers at the URL."""
     try:
         async with AsyncClient(url, api_key, timeout_s=10.0, retry=Retry(max_retries=0)) as impatient:
             await impatient.version()
     except ConnectionFailed as error:
-        raise ConnectionFailed(f"no service answers at {url} ({error.__cause__}): is `episodic serve` up?") from error
+        hint = "start one with `episodic serve`, or set --url"
+        raise ConnectionFailed(f"no service answers at {url} ({error.__cause__}): {hint}") from error
     await client.wait_ready(_LOAD_S)
 
 
@@ -98,9 +103,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--env-kwargs") from error
+        raise typer.BadParameter(f"invalid JSON: {error}", param_hint="--env-kwargs") from error
     if not isinstance(value, dict):
-        raise typer.BadParameter(f"not a JSON object: {text}", param_hint="--env-kwargs")
+        raise typer.BadParameter(f"expected a JSON object, got {text}", param_hint="--env-kwargs")
     return cast("dict[str, Any]", value)
 
 
@@ -126,7 +131,7 @@ def print_table(report: Report) -> None:
     table.add_row("/act p99", _milliseconds(report.p99_s), "")
     console = Console()
     console.print(table)
-    console.print("[dim]Intervals: 95%, Wilson's for the rate, Student's t for the mean.[/dim]")
+    console.print("[dim]95% confidence intervals: Wilson for the rate, Student's t for the mean.[/dim]")
     for reason, count in report.cut.items():
         console.print(f"{count} cut short: {reason}", style="yellow", markup=False)
     for error, count in Counter(failure.error for failure in report.failures).most_common(_MAX_ERRORS):

@@ -1,4 +1,4 @@
-"""`episodic serve`: API keys before the port opens, then the server until a signal or the loss of the engine."""
+"""The command `episodic serve`: checks the API keys, then runs the server until a signal or an engine failure."""
 
 import asyncio
 import gc
@@ -23,20 +23,26 @@ from service.trajectory import DEFAULT_TENANT
 
 
 def serve_command(
-    model: Annotated[str | None, typer.Option(help="A packaged policy, a folder, or a Hugging Face model id.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to serve on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to serve on.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to serve: a packaged policy, a folder or a Hugging Face id.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. 0 picks a free port.")] = None,
     store: Store = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
-    engine: Annotated[list[str] | None, typer.Option(help="A vLLM engine option, NAME=VALUE; may be repeated.")] = None,
-    log_format: Annotated[str | None, typer.Option(help="console or json.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Path of a TOML file with settings.")] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Option of the vLLM engine, NAME=VALUE. Can be repeated.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="Format of log lines: console or json.")] = None,
 ) -> None:
-    """Serves the policy over HTTP. Every setting is also an EPISODIC_* variable and a key of the TOML file."""
+    """Serve the policy over HTTP.
+
+    Further settings are EPISODIC_* variables or keys of the TOML file: `episodic settings` lists them."""
     given = {"model": model, "host": host, "port": port, "store": store, "config": config, "log_format": log_format}
     settings = read_settings(given, dict(_pair(option) for option in engine or []))
     logs.configure(settings.log_format, settings.log_level)
     try:
-        asyncio.run(_settle_keys(settings))
+        asyncio.run(_prepare_keys(settings))
         raise typer.Exit(_serve(settings))
     except KeyRefused as error:
         typer.secho(f"admin_key: {error}", fg="red", err=True)
@@ -52,12 +58,15 @@ def serve_command(
 def _pair(option: str) -> tuple[str, str]:
     name, equals, value = option.partition("=")
     if not equals:
-        raise typer.BadParameter(f"{option!r} is not NAME=VALUE", param_hint="--engine")
+        raise typer.BadParameter(f"expected NAME=VALUE, got {option!r}", param_hint="--engine")
     return name, value
 
 
-async def _settle_keys(settings: Settings) -> None:
-    """Without API keys nobody but this machine may connect. Makes the admin key known, or one where it may."""
+async def _prepare_keys(settings: Settings) -> None:
+    """Adds the admin key to the store, or creates a key if `make_key` allows it.
+
+    Exits with code 2 if the address is not loopback and the store has no key: without keys every caller is accepted.
+    """
     record, now = None, time.time()
     if settings.admin_key is not None:
         record = record_of(settings.admin_key.get_secret_value(), DEFAULT_TENANT, SCOPES, now)
@@ -72,13 +81,14 @@ async def _settle_keys(settings: Settings) -> None:
             key, made = new_key(DEFAULT_TENANT, SCOPES, now)
             await store.add_key(made)
             typer.echo(key)
-            typer.echo("^ the API key, shown this once: send Authorization: Bearer KEY, or set EPISODIC_API_KEY=KEY")
+            usage = "send Authorization: Bearer KEY; for episodic commands, set EPISODIC_API_KEY=KEY"
+            typer.echo(f"^ the new API key, printed only this once. To use it, {usage}")
 
 
 def _refuse_to_serve_others(host: str) -> NoReturn:
     typer.secho(
-        f"host {host}: without API keys the service serves loopback only (127.0.0.1, ::1, localhost). "
-        "Make one: episodic keys create --tenant NAME",
+        f"host {host}: without API keys the service listens only on loopback addresses (127.0.0.1, ::1, localhost). "
+        "Create a key: episodic keys create --tenant NAME",
         fg="red",
         err=True,
     )
@@ -86,7 +96,7 @@ def _refuse_to_serve_others(host: str) -> NoReturn:
 
 
 def _serve(settings: Settings) -> int:
-    """Runs until a signal (0), or until there is no engine any more or no port (1)."""
+    """Runs the server. Returns the exit code: 0 after a signal, 1 if the engine failed or the port is not available."""
     failed = False
 
     def fail() -> None:
@@ -94,26 +104,29 @@ def _serve(settings: Settings) -> int:
         failed = True
         running.should_exit = True
 
-    served = create_app(settings, on_ready=_settle, on_fatal=fail)
+    served = create_app(settings, on_ready=_freeze_garbage_collector, on_fatal=fail)
     config = server.config(
         served,
         host=settings.host,
         port=settings.port,
-        lifespan="off",  # the server below runs it
+        lifespan="off",  # DrainingServer runs the lifespan itself
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
     running = DrainingServer(config, drain_delay_s=settings.drain_delay_s, drain_s=settings.drain_s)
     try:
         running.run()
-    except SystemExit:  # uvicorn's, which has said why it cannot listen
+    except SystemExit:  # uvicorn raises it if it cannot listen, after logging the reason
         failed = True
     if served.state.services.lifecycle.is_loading_engine:
-        end(int(failed))  # a thread loads on, and nothing else would interrupt it
+        end(int(failed))  # the thread that loads the engine cannot be interrupted and would keep the process alive
     return int(failed)
 
 
-def _settle() -> None:
-    """What is loaded stays, and the collector need not walk it again; an engine that died goes."""
+def _freeze_garbage_collector() -> None:
+    """Excludes all objects loaded so far from garbage collection, because they live as long as the process.
+
+    Objects of an engine that failed earlier are unfrozen and collected first.
+    """
     gc.unfreeze()
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""`episodic migrate`: the schema of the store."""
+"""The command `episodic migrate`: migrates the schema of the store."""
 
 import asyncio
 from typing import Annotated
@@ -12,13 +12,15 @@ from service.store.sql import SQLStore
 
 def migrate_command(
     store: Store = None,
-    to: Annotated[str, typer.Option(help="A schema's number: go back to it before an older version serves.")] = "head",
+    to: Annotated[
+        str, typer.Option(help="Schema revision to migrate to. Downgrade with it before you run an older version.")
+    ] = "head",
 ) -> None:
-    """Brings the store's schema up to date; serve does so too."""
+    """Migrate the store to the latest schema. `episodic serve` does this too when it starts."""
     settings = read_settings({"store": store}, {})
     try:
         asyncio.run(SQLStore(settings.store_url).migrate(to))
     except (StoreRefused, StoreUnavailable) as error:
         typer.secho(f"store: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
-    typer.echo("The store's schema is up to date." if to == "head" else f"The store has schema {to}.")
+    typer.echo("The store's schema is up to date." if to == "head" else f"The store's schema is now revision {to}.")
