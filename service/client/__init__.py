@@ -1,4 +1,4 @@
-"""A typed client of the service, blocking and asyncio, that retries without taking a step twice.
+"""A typed client of the service, blocking and for asyncio. Its retries never take a step twice.
 
     with Client("http://127.0.0.1:8000") as client:
         observation, _ = env.reset(seed=7)
@@ -8,7 +8,7 @@
             observation, reward, terminated, truncated, _ = env.step(index[act.action])
             act = episode.act(describe(observation), reward=reward, terminated=terminated, truncated=truncated)
 
-`AsyncClient` is the same with `await`. The errors are drawn in `service.client.errors`.
+`AsyncClient` has the same methods, to be awaited. `service.client.errors` shows the tree of errors.
 """
 
 from service.client.asynchronous import AsyncClient, AsyncEpisode

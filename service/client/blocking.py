@@ -1,4 +1,4 @@
-"""Owns the blocking client. `asynchronous` is the same for asyncio: the two differ in their I/O alone."""
+"""The blocking client. `asynchronous` has the same client for asyncio; the two differ only in how they do I/O."""
 
 from __future__ import annotations
 
@@ -34,60 +34,70 @@ T = TypeVar("T")
 
 
 class Episode(EpisodeState["Client"]):
-    """One episode, acted in by one caller at a time."""
+    """One episode. Only one caller at a time may act in it."""
 
     def act(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Act:
-        """The policy's action for `observation`, which carries the reward of the action before.
+        """Sends an observation and returns the policy's action. A `reward` is for the previous action.
 
-        The step index goes along, so a repeated request, by the retries here or by calling this again with the same
-        arguments after ConnectionFailed, takes the step once. Raises ValueError for NaN or infinity anywhere.
+        The request names the step index. A repeated request therefore takes the step only once, whether the client
+        retries it or you call `act` again with the same arguments after ConnectionFailed.
+
+        Raises EpisodicError, and ValueError if an argument contains NaN or infinity, which JSON does not have.
         """
         return self.advance(self._client.run(calls.act(self.id, self.step, observation, fields)))
 
     def stream(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Generator[Event]:
-        """As `act`, with what the policy writes as it writes it; the act comes last. Closing it early, as
-        `with contextlib.closing(episode.stream(...)) as events` does, aborts the act."""
+        """Like `act`, but yields a `Delta` for each piece of text as soon as the policy produces it, then the `Act`.
+
+        Closing the generator early aborts the act: `with contextlib.closing(episode.stream(...)) as events`.
+        """
         call = calls.stream_act(self.id, self.step, observation, fields)
         with closing(self._client.stream(call, EventReader())) as events:
             for event in events:
                 yield self.advance(event) if isinstance(event, Act) else event
 
     def record(self, action: Any, observation: Observation, **fields: Unpack[RecordFields]) -> Act:
-        """Records an action that a human or another policy chose for `observation`, as the step."""
+        """Stores an action that a human or another policy chose for `observation` as the next step."""
         return self.advance(self._client.run(calls.record(self.id, self.step, observation, action, fields)))
 
     def fork(self, n: int = 1, *, at_step: int | None = None, group: str | None = None) -> list[Episode]:
-        """n episodes that share this one's history up to `at_step` (default: now) and go on from there."""
-        made = self._client.run(calls.fork(self.id, new_ids(n), at_step, group))
-        return [Episode(self._client, resource) for resource in made]
+        """Creates n episodes that share this episode's history up to step `at_step` (default: the current step)."""
+        forks = self._client.run(calls.fork(self.id, new_ids(n), at_step, group))
+        return [Episode(self._client, resource) for resource in forks]
 
     def feedback(
         self, rating: int, comment: str | None = None, *, rater: str | None = None, step: int | None = None
     ) -> Feedback:
-        """A human's rating, 1 to 5, of a step or of the episode; a named rater's newer one replaces the older."""
-        said = {"rating": rating, "comment": comment, "rater": rater, "step": step}
-        return self._client.run(calls.feedback(self.id, said))
+        """Stores a human's rating, 1 to 5, of a step or (without `step`) of the episode.
+
+        A second rating by the same `rater` replaces the first. Ratings without a rater are all kept.
+        """
+        fields = {"rating": rating, "comment": comment, "rater": rater, "step": step}
+        return self._client.run(calls.feedback(self.id, fields))
 
     def end(self, **fields: Unpack[EndFields]) -> EpisodeResource:
-        return self._see(self._client.run(calls.end_episode(self.id, fields)))
+        """Ends the episode. If it has already ended, it stays as it is."""
+        return self._update(self._client.run(calls.end_episode(self.id, fields)))
 
     def refresh(self) -> EpisodeResource:
-        """Reads the episode again, with the next step index, for example after StepConflict."""
-        return self._see(self._client.run(calls.get_episode(self.id)))
+        """Reads the episode again, for example after StepConflict, and updates `step` to the next step index."""
+        return self._update(self._client.run(calls.get_episode(self.id)))
 
     def trajectory(self, format: TrajectoryFormat = "steps") -> Any:
+        """The episode's whole trajectory as JSON."""
         return self._client.run(calls.trajectory(self.id, format))
 
     def delete(self) -> None:
+        """Deletes the episode."""
         self._client.run(calls.delete_episode(self.id))
 
 
 class Client:
-    """Talks to one Episodic service at `base_url`.
+    """A client of the Episodic service at `base_url`.
 
-    An attempt may wait `timeout_s` seconds for bytes to move: an act that takes longer is aborted. `retry` says when a
-    call is sent again. `transport` replaces the network, as in httpx. Threads may share a client, each with episodes of
-    its own.
+    `timeout_s` is the timeout of an attempt in seconds without any data received or sent; an act that takes longer is
+    aborted. `retry` decides when a call is sent again. `transport` replaces the network, as in httpx. Threads can share
+    a client, but not an episode.
     """
 
     def __init__(
@@ -103,29 +113,33 @@ class Client:
         self._http = httpx.Client(transport=transport, **http_options(base_url, api_key, timeout_s))
 
     def episode(self, *, episode_id: str | None = None, **fields: Unpack[EpisodeFields]) -> Episode:
-        """Begins an episode under an id made here, unless one is given."""
+        """Opens an episode. Without `episode_id`, the client generates one (a UUID of version 7)."""
         return Episode(self, self.run(calls.create_episode(episode_id or str(uuid7()), fields)))
 
     def resume(self, episode_id: str) -> Episode:
-        """Takes up an episode that exists, at its next step."""
+        """Continues an existing episode at its next step. Raises EpisodeNotFound."""
         return Episode(self, self.run(calls.get_episode(episode_id)))
 
     def act_batch(self, acts: Sequence[BatchItem[Episode]]) -> list[Act | ApiError]:
-        """Acts in distinct episodes at once: (episode, observation, further fields of an act) each. Answers in order;
-        an act that failed is the error it met, and its episode stays where it was."""
+        """Acts in several distinct episodes with one request.
+
+        Each item is an episode, its observation, and further fields of the act. Returns the results in the same order.
+        If an act failed, its result is the error, and its episode stays at the same step.
+        """
         batch, attempts = Batch(acts), Attempts(self._retry)
         while True:
             batch.take(self.run(batch.call()))
-            wait_s = attempts.backoff_s() if batch.due else None
+            wait_s = attempts.backoff_s() if batch.pending else None
             if wait_s is None:
                 return batch.results
             time.sleep(wait_s)
 
     def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
+        """One page of the episodes that match the filters, newest first."""
         return self.run(calls.list_episodes(filters))
 
     def episodes(self, **where: Unpack[EpisodeFilter]) -> Generator[EpisodeResource]:
-        """Every episode with these labels, newest first, page by page."""
+        """Yields all episodes that match the filters, newest first. Reads them page by page."""
         page = self.run(calls.list_episodes(Filters(**where)))
         while True:
             yield from page.episodes
@@ -134,34 +148,41 @@ class Client:
             page = self.run(calls.list_episodes(Filters(**where, cursor=page.next_cursor)))
 
     def export(self, format: TrajectoryFormat = "steps", **where: Unpack[EpisodeFilter]) -> Generator[dict[str, Any]]:
-        """Finished trajectories (or those of another status), newest first, one in memory at a time. An export that was
-        cut off raises ConnectionFailed."""
+        """Yields trajectories that match the filters, newest first. Without a `status` filter, of ended episodes only.
+
+        Holds one trajectory in memory at a time. Raises ConnectionFailed if the export is incomplete.
+        """
         return self.stream(calls.export(format, where), LineReader())
 
     def profiles(self) -> list[Profile]:
-        """The presets that an episode can name."""
+        """The profiles that `episode(profile=...)` accepts."""
         return self.run(calls.profiles())
 
     def policies(self) -> list[Policy]:
-        """The base model, then its adapters."""
+        """The base model, followed by the loaded adapters."""
         return self.run(calls.policies())
 
     def load_policy(self, name: str, path: str) -> Policy:
-        """Loads a LoRA adapter from a folder of the service's, or puts another in its place."""
+        """Loads a LoRA adapter under a name, or replaces the one that has it.
+
+        `path` is a folder on the service's machine, relative to EPISODIC_ADAPTERS.
+        """
         return self.run(calls.load_policy(name, path))
 
     def remove_policy(self, name: str) -> None:
+        """Unloads an adapter."""
         self.run(calls.remove_policy(name))
 
     def wait_ready(self, timeout_s: float = 300.0) -> None:
-        """Returns once an act would be served. Raises Unavailable or ConnectionFailed after `timeout_s` seconds."""
+        """Waits until the service is ready. Raises Unavailable or ConnectionFailed after `timeout_s` seconds."""
         self.run(calls.ready(PROBE_TIMEOUT_S), until_ready(timeout_s))
 
     def version(self) -> dict[str, Any]:
+        """The versions of the service and of its policy."""
         return self.run(calls.version())
 
     def run(self, call: Call[T], retry: Retry | None = None) -> T:
-        """Makes one call, retries included."""
+        """Sends one call, with retries, and returns its result."""
         request = call.request(self._http)
         attempts = Attempts(retry or self._retry, repeatable=call.repeatable)
         while True:
@@ -172,17 +193,18 @@ class Client:
             time.sleep(wait_s)
 
     def stream(self, call: Call[Any], reader: Reader[T]) -> Generator[T]:
-        """Makes one call and reads what streams back; until the first byte of it comes, retries as `run` does."""
-        with closing(self._opened(call)) as answer:
+        """Sends one call and yields the values of its streamed response. Retries only until the response begins."""
+        with closing(self._open_stream(call)) as response:
             try:
-                for chunk in answer.iter_bytes():
+                for chunk in response.iter_bytes():
                     with reading(str(call)):
                         yield from reader.feed(chunk)
             except httpx.RequestError as error:
-                raise ConnectionFailed(f"{call} was cut off: {error}") from error
+                raise ConnectionFailed(f"{call}: the connection failed while the response arrived: {error}") from error
         reader.end()
 
-    def _opened(self, call: Call[Any]) -> httpx.Response:
+    def _open_stream(self, call: Call[Any]) -> httpx.Response:
+        """Sends the call, with retries, until a successful response begins."""
         request, attempts = call.request(self._http), Attempts(self._retry, repeatable=call.repeatable)
         while True:
             outcome = self._send(request, stream=True)
@@ -191,11 +213,11 @@ class Client:
             wait_s = attempts.wait_s(outcome)
             if wait_s is None:
                 call.settle(outcome)
-                raise AssertionError("settle raises what is no success")
+                raise AssertionError("settle raises if the call did not succeed")
             time.sleep(wait_s)
 
     def _send(self, request: httpx.Request, *, stream: bool = False) -> Outcome:
-        """The response; one of a stream is read already where it is no success."""
+        """One attempt. With `stream`, the body is still unread if the response is a success."""
         try:
             response = self._http.send(request, stream=stream)
             if not response.is_success:
@@ -205,6 +227,7 @@ class Client:
             return error
 
     def close(self) -> None:
+        """Closes all connections."""
         self._http.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Owns the calls of the HTTP contract: how each request is written and its answer read. It does no I/O."""
+"""The calls of the HTTP API: how to build each request and how to parse its response. No I/O happens here."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ from service.filters import EpisodeFilter
 T = TypeVar("T")
 JsonObject = Mapping[str, Any]
 Observation = str | JsonObject | Sequence[JsonObject]
-"""Text, a JSON object, or a list of parts {"type": "text" | "image", ...}."""
+"""A text, a JSON object, or a list of parts {"type": "text" | "image", ...}."""
 
 _EPISODE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _ACT_MARGIN_S = 5.0
-"""How much longer than an act's own deadline to wait for the answer that says whether it was met."""
+"""Seconds that the client waits beyond an act's own deadline, so that it receives the service's response."""
 
 
 class EpisodeFields(TypedDict, total=False):
-    """What POST /episode takes; what is left out gets the profile's value, or else the service's default. None is sent
-    as null: it takes back what the profile gives."""
+    """The fields of POST /episode.
+
+    A field that is left out has the profile's value, or else the service's default. A field that is None is sent as
+    null, which removes the profile's value.
+    """
 
     instructions: str
     goal: str | None
@@ -55,7 +58,7 @@ class EpisodeFields(TypedDict, total=False):
 
 
 class EndFields(TypedDict, total=False):
-    """How an episode ended. `reward` is for the last action; `info` is stored and not shown to the policy."""
+    """How an episode ended. `reward` is for the last action. `info` is stored, but the policy does not see it."""
 
     reward: SupportsFloat | None
     terminated: bool
@@ -65,20 +68,20 @@ class EndFields(TypedDict, total=False):
 
 
 class ActFields(EndFields, total=False):
-    """What goes with an observation. `legal_actions` narrows a discrete space; `timeout_s` is the act's deadline."""
+    """Further fields of an act. `legal_actions` restricts a discrete action space. `timeout_s` is the deadline."""
 
     legal_actions: Sequence[Any] | None
     timeout_s: float | None
 
 
 class RecordFields(EndFields, total=False):
-    """What goes with an observation and somebody else's action."""
+    """Further fields of a step whose action was chosen elsewhere."""
 
     legal_actions: Sequence[Any] | None
 
 
 class Filters(EpisodeFilter, total=False):
-    """Which episodes to list, how many, and from where on."""
+    """Which episodes to list, at most how many, and the cursor of the page."""
 
     limit: int
     cursor: str
@@ -86,7 +89,7 @@ class Filters(EpisodeFilter, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One request, and `read`, which makes of a good response what the caller gets."""
+    """One request. `read` parses a successful response."""
 
     method: str
     path: str
@@ -96,15 +99,15 @@ class Call(Generic[T]):
     timeout_s: float | None = None
     accept: str | None = None
     accepted_status: int | None = None
-    """A status from 400 up that is as good as a success."""
+    """An error status (400 or above) that counts as a success."""
     repeatable: bool = True
-    """Whether the service recognizes it when it comes again."""
+    """Whether the request is idempotent, so that it can be retried after its response was lost."""
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """Built once: every attempt sends the same bytes."""
+        """Builds the request. It is built only once, so that every attempt sends the same bytes."""
         headers: dict[str, str] = {}
         if self.episode_id is not None:
             headers["X-Episode-Id"] = self.episode_id
@@ -116,7 +119,7 @@ class Call(Generic[T]):
         return http.build_request(self.method, self.path, content=self.body, headers=headers, timeout=timeout)
 
     def settle(self, outcome: Outcome) -> T:
-        """The value of the last attempt's outcome, or the error it stands for."""
+        """The result of the call, from the outcome of its last attempt. Raises EpisodicError."""
         if isinstance(outcome, httpx.RequestError):
             raise ConnectionFailed(_sentence(outcome)) from outcome
         if not outcome.is_success and outcome.status_code != self.accepted_status:
@@ -164,7 +167,7 @@ def fork(
 
 
 def feedback(episode_id: str, fields: JsonObject) -> Call[Feedback]:
-    named = fields.get("rater") is not None  # whose rating takes the place of the one before
+    named = fields.get("rater") is not None  # a second rating by the same rater replaces the first
     path = f"{_path(episode_id)}/feedback"
     return Call("POST", path, _feedback, episode_id, encode(fields), repeatable=named)
 
@@ -204,7 +207,7 @@ def trajectory(episode_id: str, format: TrajectoryFormat) -> Call[Any]:
 
 
 def delete_episode(episode_id: str) -> Call[None]:
-    # 410: an earlier attempt, whose answer was lost, deleted it.
+    # The status is 410 if an earlier attempt, whose response was lost, deleted the episode.
     return Call("DELETE", _path(episode_id), _nothing, episode_id, accepted_status=410)
 
 
@@ -218,11 +221,11 @@ def version() -> Call[dict[str, Any]]:
 
 def check_episode_id(episode_id: str) -> None:
     if not _EPISODE_ID.fullmatch(episode_id):
-        raise ValueError(f"an episode id is 1 to 128 of A-Z a-z 0-9 _ -, not {episode_id!r}")
+        raise ValueError(f"invalid episode id {episode_id!r}: use 1 to 128 of the characters A-Z, a-z, 0-9, _ and -")
 
 
 def encode(fields: JsonObject) -> bytes:
-    """JSON without the fields that are None. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """The fields as JSON, except those that are None. Raises ValueError for NaN and infinity, which JSON lacks."""
     return _ENCODER.encode(_given(fields)).encode()
 
 
@@ -236,7 +239,7 @@ def _query(fields: JsonObject) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and scalars of NumPy and its kin know how to become plain values."""
+    """Converts arrays and scalars of NumPy and similar libraries to plain Python values."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, SupportsFloat):
@@ -283,7 +286,7 @@ def _policy(response: httpx.Response) -> Policy:
 def _results(num_acts: int, response: httpx.Response) -> list[Act | ApiError]:
     items: list[dict[str, Any]] = response.json()["results"]
     if len(items) != num_acts:
-        raise ValueError(f"{len(items)} results for {num_acts} acts")
+        raise ValueError(f"expected {num_acts} results, got {len(items)}")
     return [problem_of(item["status"], item, None) if "code" in item else Act.model_validate(item) for item in items]
 
 

@@ -1,15 +1,15 @@
-"""Owns the errors of the client.
+"""The errors of the client.
 
 * EpisodicError
-  x ConnectionFailed        no answer came: refused, dropped or timed out, retries included
-  x InvalidResponse         an answer came that the contract does not know
-  x ApiError                the service answered with a problem (RFC 9457); look at `code`
+  x ConnectionFailed        no complete response: connection refused, lost or timed out, also after the retries
+  x InvalidResponse         the response does not follow the API
+  x ApiError                the service reported a problem (RFC 9457); see `code`
     + EpisodeNotFound       404
     + EpisodeEnded          409, has `stop_reason`
-    + StepConflict          409, has `expected_step`: someone else acts in this episode, `refresh()` it
-    + ContextOverflow       409, the prompt no longer fits
-    + DeadlineExceeded      504, `timeout_s` ran out and nothing was committed
-    + Unavailable           429 or 503, still so after the retries
+    + StepConflict          409, has `expected_step`: another caller acts in this episode; call `refresh()`
+    + ContextOverflow       409, the prompt no longer fits into the context
+    + DeadlineExceeded      504, `timeout_s` expired and nothing was committed
+    + Unavailable           429, 502 or 503, also after the retries
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ import httpx
 
 
 class EpisodicError(Exception):
-    """The base of every error the client raises about a call."""
+    """The base class of all errors of calls."""
 
 
 class ConnectionFailed(EpisodicError):
-    """No answer came. The call may or may not have taken effect. Making it again with the same arguments is safe, but
-    for a rating without a rater, which would count twice."""
+    """No complete response arrived, so the call may or may not have taken effect.
+
+    Making the call again with the same arguments is safe, except for a rating without a rater, which would count twice.
+    """
 
 
 class InvalidResponse(EpisodicError):
-    """The answer does not follow the contract, for example because something other than the service sent it."""
+    """The response does not follow the API, for example because a proxy sent it and not the service."""
 
 
 class ApiError(EpisodicError):
     """A problem that the service reported.
 
-    `status` is the HTTP status, `code` the stable name of the problem, `detail` a sentence for people,
-    `request_id` what to quote to the operator, `context` the problem's further fields.
+    `status` is the HTTP status, `code` the stable name of the problem, and `detail` an explanation for people. Quote
+    `request_id` to the operator of the service. `context` has the problem's further fields.
     """
 
     def __init__(self, status: int, code: str, detail: str, request_id: str | None, context: dict[str, Any]) -> None:
@@ -52,11 +54,11 @@ class ApiError(EpisodicError):
 
 
 class EpisodeNotFound(ApiError):
-    """No such episode, or it belongs to another tenant."""
+    """The episode does not exist, or it belongs to another tenant."""
 
 
 class EpisodeEnded(ApiError):
-    """The episode has ended and takes no further act."""
+    """The episode has ended and accepts no further act."""
 
     @property
     def stop_reason(self) -> str | None:
@@ -64,7 +66,7 @@ class EpisodeEnded(ApiError):
 
 
 class StepConflict(ApiError):
-    """The step sent is neither the next one nor a replay."""
+    """The act's step index is neither the next one nor that of a retry."""
 
     @property
     def expected_step(self) -> int | None:
@@ -72,15 +74,15 @@ class StepConflict(ApiError):
 
 
 class ContextOverflow(ApiError):
-    """The episode was made with overflow "error" and its prompt no longer fits."""
+    """The prompt no longer fits into the context, and the episode was opened with overflow "error"."""
 
 
 class DeadlineExceeded(ApiError):
-    """`timeout_s` ran out. Nothing was committed: the same act may be tried again."""
+    """`timeout_s` expired. Nothing was committed, so the same act can be sent again."""
 
 
 class Unavailable(ApiError):
-    """The service is overloaded, starting or draining, and stayed so through the retries."""
+    """The service was overloaded, starting or draining at every attempt, retries included."""
 
 
 _BY_CODE: dict[str, type[ApiError]] = {
@@ -96,23 +98,23 @@ _STANDARD_FIELDS = frozenset({"type", "title", "status", "code", "detail", "requ
 
 @contextmanager
 def reading(what: str) -> Generator[None]:
-    """Raises InvalidResponse for an answer that is not what `what` should give."""
+    """Turns errors of parsing a response into InvalidResponse. `what` names the call."""
     try:
         yield
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InvalidResponse(f"{what}: {error}") from error
+        raise InvalidResponse(f"cannot parse the response to {what}: {error}") from error
 
 
 def problem(response: httpx.Response) -> EpisodicError:
-    """The error that a response without success stands for, whoever sent it."""
+    """The error for a response that is not a success. A proxy may have sent it."""
     if response.status_code < 400:
         request = response.request
-        return InvalidResponse(f"{request.method} {request.url}: status {response.status_code} is no answer of its")
+        return InvalidResponse(f"unexpected status {response.status_code} from {request.method} {request.url}")
     return problem_of(response.status_code, _fields(response), response.headers.get("X-Request-ID"))
 
 
 def problem_of(status: int, fields: dict[str, Any], request_id: str | None) -> ApiError:
-    """The error that a problem document stands for."""
+    """The error for the fields of a problem document."""
     code = str(fields.get("code") or fields.get("reason") or f"http_{status}")
     kind = _BY_CODE.get(code, Unavailable if status in _UNAVAILABLE_STATUS else ApiError)
     return kind(
@@ -125,7 +127,7 @@ def problem_of(status: int, fields: dict[str, Any], request_id: str | None) -> A
 
 
 def _fields(response: httpx.Response) -> dict[str, Any]:
-    """A proxy in between answers in its own words: then there are no fields."""
+    """The fields of the problem document; none if a proxy answered with something else."""
     try:
         fields = json.loads(response.content)
     except ValueError:

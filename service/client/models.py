@@ -1,4 +1,4 @@
-"""Owns the values the service answers with, as the client sees them: frozen, and blind to fields it does not know."""
+"""The values in the service's responses, as frozen models that ignore unknown fields."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ TrajectoryFormat = Literal["steps", "messages", "tokens"]
 
 
 class Value(BaseModel):
-    """A newer service may answer with more fields than this client knows: they are ignored."""
+    """Base class. Unknown fields are ignored, because a newer service may send more fields than this client knows."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Usage(Value):
-    """Tokens of one act; `cached_tokens` of the prompt's were not computed again."""
+    """Numbers of tokens of one act. `cached_tokens` of the prompt tokens came from the prefix cache."""
 
     prompt_tokens: int = 0
     cached_tokens: int | None = None
@@ -25,7 +25,7 @@ class Usage(Value):
 
 
 class Timing(Value):
-    """Where the time of one act went, in seconds."""
+    """Durations of the parts of one act, in seconds."""
 
     queue_s: float | None = None
     engine_s: float | None = None
@@ -34,17 +34,17 @@ class Timing(Value):
 
 
 class ParseFailure(Value):
-    """Why a completion is not an action of the action space."""
+    """Why a completion could not be parsed into an action of the action space."""
 
     kind: str
     detail: str | None = None
 
 
 class Act(Value):
-    """The answer to one observation.
+    """The response to one observation.
 
-    `action` is None when the episode is `done`, and when the completion did not parse (then see `parse_failure`).
-    `action_probs` maps each legal action to its probability where the action space is discrete.
+    `action` is None if the episode is `done`, or if the completion could not be parsed (see `parse_failure`).
+    `action_probs` maps each legal action of a discrete action space to its probability.
     """
 
     episode_id: str
@@ -64,14 +64,14 @@ class Act(Value):
 
 
 class Parent(Value):
-    """Where a fork branched off."""
+    """The episode and the step at which a fork branched off."""
 
     episode_id: str
     step: int
 
 
 class EpisodeResource(Value):
-    """An episode as the service keeps it; `step` is the index of the next act."""
+    """An episode's fields and state. `step` is the index of the next act."""
 
     episode_id: str
     status: str
@@ -101,7 +101,7 @@ class EpisodeResource(Value):
 
 
 class Feedback(Value):
-    """A rating as the service keeps it."""
+    """A stored rating."""
 
     episode_id: str
     step: int | None = None
@@ -112,7 +112,7 @@ class Feedback(Value):
 
 
 class Profile(Value):
-    """A preset; `fields` are those of an episode."""
+    """A preset for opening episodes. `fields` are fields of POST /episode."""
 
     name: str
     description: str = ""
@@ -120,7 +120,7 @@ class Profile(Value):
 
 
 class Policy(Value):
-    """What acts: the base model, or an adapter of it."""
+    """A policy: the base model, or an adapter of it."""
 
     name: str
     kind: str
@@ -131,7 +131,7 @@ class Policy(Value):
 
 
 class EpisodePage(Value):
-    """Episodes, newest first; pass `next_cursor` as `cursor` to get the page after it."""
+    """One page of episodes, newest first. Pass `next_cursor` as `cursor` to get the next page."""
 
     episodes: tuple[EpisodeResource, ...]
     next_cursor: str | None = None

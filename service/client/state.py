@@ -1,4 +1,4 @@
-"""Owns what both forms of the client are made of: where an episode is, a batch on its way, how HTTP is set up."""
+"""Code that both clients share: the state of an episode, the state of a batch, and the configuration of httpx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.client.retries import Retry
 
 Owner = TypeVar("Owner")
 BatchItem = tuple[Owner, Observation | None, ActFields]
-"""An episode, what it observes, and further fields of the act."""
+"""An episode, its observation, and further fields of the act."""
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 600.0
@@ -34,52 +34,61 @@ class HttpOptions(TypedDict):
 
 
 class EpisodeState(Generic[Owner]):
-    """What the client knows of an episode: the last resource seen, the index of the next step, whether it ended."""
+    """The client's copy of an episode's state.
+
+    `resource` is the last resource received, `step` the index of the next step, `done` whether the episode has ended.
+    """
 
     def __init__(self, client: Owner, resource: EpisodeResource) -> None:
         self._client = client
-        self._see(resource)
+        self._update(resource)
 
     @property
     def id(self) -> str:
         return self.resource.episode_id
 
-    def _see(self, resource: EpisodeResource) -> EpisodeResource:
+    def _update(self, resource: EpisodeResource) -> EpisodeResource:
         self.resource = resource
         self.step = resource.step
         self.done = resource.status == "ended"
         return resource
 
     def advance(self, act: Act) -> Act:
-        """Takes over an act's answer: the next step is the one after it."""
+        """Advances `step` and `done` after an act."""
         self.done = act.done
         self.step = act.step if act.done else act.step + 1
         return act
 
 
 class Batch:
-    """Acts of distinct episodes on their way; those that met a passing problem are `due` again."""
+    """A batch of acts in distinct episodes.
+
+    `pending` has the indices of the acts to send: first all, then those that failed with a retryable error.
+    """
 
     def __init__(self, acts: Sequence[BatchItem[Any]]) -> None:
         self._episodes: list[EpisodeState[Any]] = [episode for episode, _, _ in acts]
         self._items = [(episode.id, episode.step, observation, fields) for episode, observation, fields in acts]
         self._results: dict[int, Act | ApiError] = {}
-        self.due = list(range(len(acts)))
+        self.pending = list(range(len(acts)))
 
     @property
     def results(self) -> list[Act | ApiError]:
-        return [self._results[place] for place in range(len(self._items))]
+        """The latest result of each act, in order."""
+        return [self._results[index] for index in range(len(self._items))]
 
     def call(self) -> Call[list[Act | ApiError]]:
-        return calls.batch([self._items[place] for place in self.due])
+        """The request for the pending acts."""
+        return calls.batch([self._items[index] for index in self.pending])
 
     def take(self, results: list[Act | ApiError]) -> None:
-        found = dict(zip(self.due, results, strict=True))
-        self._results |= found
-        for place, result in found.items():
+        """Stores the results of the pending acts. Those that are Unavailable stay pending."""
+        received = dict(zip(self.pending, results, strict=True))
+        self._results |= received
+        for index, result in received.items():
             if isinstance(result, Act):
-                self._episodes[place].advance(result)
-        self.due = [place for place, result in found.items() if isinstance(result, Unavailable)]
+                self._episodes[index].advance(result)
+        self.pending = [index for index, result in received.items() if isinstance(result, Unavailable)]
 
 
 def new_ids(n: int) -> list[str]:
@@ -88,16 +97,17 @@ def new_ids(n: int) -> list[str]:
 
 def http_options(base_url: str, api_key: str | None, timeout_s: float) -> HttpOptions:
     if not base_url.startswith(("http://", "https://")):
-        raise ValueError(f"a base_url begins with http:// or https://, unlike {base_url!r}")
+        raise ValueError(f"base_url must start with http:// or https://, got {base_url!r}")
     return {
         "base_url": base_url,
         "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
         "timeout": httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
-        # Each act in flight holds a connection: a cap here would be a hidden cap on concurrent episodes.
+        # Each in-flight act uses a connection, so a limit here would limit the number of concurrent episodes.
         "limits": httpx.Limits(max_connections=None, max_keepalive_connections=None),
         "verify": httpx.create_ssl_context(),
     }
 
 
 def until_ready(timeout_s: float) -> Retry:
+    """Retries that end only after `timeout_s` seconds."""
     return Retry(max_retries=1_000_000, total_s=timeout_s, first_s=0.2, max_s=1.0)

@@ -1,4 +1,4 @@
-"""Owns the reading of streams: server-sent events of an act, and lines of an export."""
+"""Incremental parsers of streamed responses: the server-sent events of an act and the NDJSON lines of an export."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Reader(Protocol[T_co]):
-    """Makes values of a stream's bytes, however they are cut."""
+    """Parses a stream of bytes that arrives in chunks of any size."""
 
     def feed(self, chunk: bytes) -> Iterator[T_co]:
-        """The values that end in this chunk. Raises ValueError, KeyError, TypeError for what is none."""
+        """Yields the values that are complete with this chunk. Raises ValueError, KeyError or TypeError if invalid."""
         ...
 
     def end(self) -> None:
-        """Raises ConnectionFailed if the stream ended before it should."""
+        """Called at the end of the stream. Raises ConnectionFailed if it is incomplete."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What the policy wrote since the last one: of its reasoning, or of its text."""
+    """Text that the policy generated since the previous delta, of its reasoning or of its action."""
 
     kind: Literal["reasoning", "text"]
     text: str
 
 
 Event = Delta | Act
-"""An act's stream: deltas, and the act itself at the end."""
+"""An item of an act's stream: any number of deltas, then the act."""
 
 
 class EventReader:
-    """Makes events of the bytes of a text/event-stream (WHATWG HTML, 9.2.6), however they are cut."""
+    """Parses a text/event-stream (WHATWG HTML, 9.2.6) that arrives in chunks of any size."""
 
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
@@ -49,15 +49,15 @@ class EventReader:
         self.complete = False
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
-        """Raises the ApiError of an `error` event."""
+        """Yields the events that are complete with this chunk. Raises ApiError at an `error` event."""
         *lines, self._rest = (self._rest + self._decode(chunk)).split("\n")
         for line in lines:
             yield from self._line(line.removesuffix("\r"))
 
     def end(self) -> None:
-        """Raises ConnectionFailed unless the act came: making it again with the same arguments is safe."""
+        """Raises ConnectionFailed if no act arrived. The act can then be sent again with the same arguments."""
         if not self.complete:
-            raise ConnectionFailed("the stream ended before the act")
+            raise ConnectionFailed("the stream ended before its `act` event; send the same act again")
 
     def _line(self, line: str) -> Generator[Event]:
         name, _, value = line.partition(":")
@@ -83,7 +83,7 @@ class EventReader:
 
 
 class LineReader:
-    """Makes documents of NDJSON, a line each; only a line feed ends a line."""
+    """Parses NDJSON, one document per line. Only a line feed ends a line."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -95,4 +95,4 @@ class LineReader:
 
     def end(self) -> None:
         if self._rest:
-            raise ConnectionFailed("the stream ended within a line")
+            raise ConnectionFailed("the stream ended in the middle of a line, so the export is incomplete")
