@@ -1,4 +1,5 @@
-"""The HTTP API: `routes` has one module for each resource, `http` what every request passes.
+"""The HTTP API. `routes` has one module for each resource; `http` has the code that all requests share.
 
-May import everything below. A route translates a request into a call of the sessions, and the result into an answer.
+A route translates a request into a method call on the sessions, and the result into an HTTP response. This package may
+import every lower layer.
 """

@@ -1,1 +1,1 @@
-"""What every HTTP request passes: server limits, API keys, body parsing, problem documents, schemas, serialization."""
+"""Code that all HTTP calls share: server limits, API keys, body parsing, problem documents, schemas, serialization."""

@@ -1,4 +1,4 @@
-"""What surrounds an act of a caller's: its admission, and its end when the caller disconnects."""
+"""Admits acts, and cancels them when the caller disconnects."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -12,13 +12,15 @@ from service.api.http.services import services
 
 
 class ClientClosed(Exception):
-    """The caller disconnected before the answer. Nobody receives it; the log shows status 499."""
+    """The caller disconnected before the response. Nobody receives this error; the log shows status 499."""
 
 
 @asynccontextmanager
 async def acting(request: Request, num_acts: int = 1) -> AsyncGenerator[None]:
-    """Counts acts of the caller's while they run, and cancels them when the caller disconnects. Raises TooManyRequests,
-    ClientClosed."""
+    """Admits the caller's acts and counts them while the block runs. Cancels the block when the caller disconnects.
+
+    Raises TooManyRequests if the acts are not admitted, ClientClosed if the caller disconnected.
+    """
     async with while_connected(request):
         with services(request).admission.admitted(caller(request).tenant, num_acts):
             yield
@@ -26,27 +28,27 @@ async def acting(request: Request, num_acts: int = 1) -> AsyncGenerator[None]:
 
 @asynccontextmanager
 async def while_connected(request: Request) -> AsyncGenerator[None]:
-    """Cancels what runs inside when the caller disconnects, and raises ClientClosed then.
+    """Cancels the block when the caller disconnects, and raises ClientClosed.
 
-    The body must have been read: the next message is http.disconnect.
+    Read the whole body before: the next ASGI message must be http.disconnect.
     """
-    inside = asyncio.current_task()
-    assert inside is not None
-    is_inside = True
+    block = asyncio.current_task()
+    assert block is not None
+    is_running = True
 
-    def leave(task: "asyncio.Future[Any]") -> None:
-        if is_inside and not task.cancelled():
-            inside.cancel()
+    def cancel_block(task: "asyncio.Future[Any]") -> None:
+        if is_running and not task.cancelled():
+            block.cancel()
 
     watching = asyncio.ensure_future(request.receive())
-    watching.add_done_callback(leave)
+    watching.add_done_callback(cancel_block)
     try:
         yield
     except asyncio.CancelledError as error:
         if not watching.done():
             raise
-        inside.uncancel()
+        block.uncancel()
         raise ClientClosed from error
     finally:
-        is_inside = False  # the answer may be complete as the caller disconnects
+        is_running = False  # a disconnect after the block must not cancel the task any more
         watching.cancel()

@@ -1,4 +1,4 @@
-"""Answers in JSON."""
+"""JSON responses."""
 
 from collections.abc import Mapping
 
@@ -7,4 +7,5 @@ from starlette.responses import Response
 
 
 def json_answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns a JSON response. Values that orjson does not know are written as str."""
     return Response(orjson.dumps(document, default=str), status, headers, media_type="application/json")

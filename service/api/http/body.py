@@ -1,4 +1,4 @@
-"""Owns the reading of a request body: its limit, strict JSON, and the digest that tells a retry from another call."""
+"""Reads request bodies: size and time limits, strict JSON, validation, and the digest that identifies a retry."""
 
 import asyncio
 import hashlib
@@ -13,27 +13,27 @@ from service.validation import strict_json
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# What says how to send a call, not what it says.
+# A retry may change its timeout. The id and the step of a retry are compared on their own.
 _NOT_DIGESTED = ("episode_id", "step", "timeout_s")
 
 
 async def read(request: Request, model: type[Model]) -> tuple[Model, bytes]:
-    """The body as `model`, and its 16-byte digest. Raises BadRequest, TooLarge, Unprocessable."""
+    """Reads the body. Returns it as a `model`, and its 16-byte digest. Raises BadRequest, TooLarge, Unprocessable."""
     document = await read_document(request)
-    identity = digest(document)  # first: what cannot be kept is malformed, whatever else it is
+    identity = digest(document)  # before validation: a value that cannot be stored is 400, not 422
     return validated(document, model), identity
 
 
 async def read_document(request: Request) -> dict[str, Any]:
-    """The body, a JSON object. Raises BadRequest, TooLarge, Unprocessable."""
+    """Reads the body as a JSON object. Raises BadRequest, TooLarge, Unprocessable."""
     parsed = _parse(await read_bytes(request))
     if not isinstance(parsed, dict):
-        raise Unprocessable("the body must be a JSON object")
+        raise Unprocessable("The request body is not a JSON object. Send an object of named fields: {...}.")
     return cast("dict[str, Any]", parsed)
 
 
 def validated(document: dict[str, Any], model: type[Model]) -> Model:
-    """Raises Unprocessable, which says where the document is wrong."""
+    """Validates the document as a `model`. Raises Unprocessable with the location of each error (at most 20)."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -46,10 +46,10 @@ def validated(document: dict[str, Any], model: type[Model]) -> Model:
 
 
 async def read_bytes(request: Request) -> bytes:
-    """The body as it was sent. Raises TooLarge, and BadRequest for one that is compressed, ends early, or takes more
-    seconds than a request may."""
+    """Reads the raw body. Raises TooLarge, and BadRequest if the body is compressed, incomplete or too slow."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise BadRequest("malformed_json", "The body is compressed (Content-Encoding); send it as it is.")
+        detail = "Content-Encoding: compressed request bodies are not supported. Send the body uncompressed."
+        raise BadRequest("malformed_json", detail)
     settings = services(request).settings
     limit, limit_s = settings.max_body_bytes, settings.receive_limit_s
     if int(request.headers.get("content-length", 0)) > limit:
@@ -62,18 +62,23 @@ async def read_bytes(request: Request) -> bytes:
                 if len(body) > limit:
                     raise _too_large(limit)
     except ClientDisconnect as error:
-        raise BadRequest("malformed_json", "The body ended early.") from error
+        raise BadRequest("malformed_json", "The connection closed before the whole body arrived. Retry.") from error
     except TimeoutError as error:
-        raise BadRequest("malformed_json", f"The body did not arrive within {limit_s:g} s.") from error
+        detail = (
+            f"The request body did not arrive within {limit_s:g} s (EPISODIC_RECEIVE_LIMIT_S). "
+            "Send it faster, or send a smaller one."
+        )
+        raise BadRequest("malformed_json", detail) from error
     return bytes(body)
 
 
 def _too_large(limit: int) -> TooLarge:
-    return TooLarge("payload_too_large", f"A body may have at most {limit} bytes.", max_body_bytes=limit)
+    detail = f"The request body is larger than {limit} bytes (EPISODIC_MAX_BODY_BYTES). Send a smaller one."
+    return TooLarge("payload_too_large", detail, max_body_bytes=limit)
 
 
 def check_json(content: bytes) -> None:
-    """Raises BadRequest for JSON that is not strict, nests too deeply or holds too large a number."""
+    """Raises BadRequest for JSON that is not strict, nests too deeply or has an integer of more than 64 bits."""
     _canonical(_parse(content))
 
 
@@ -81,20 +86,24 @@ def _parse(body: bytes) -> Any:
     try:
         return strict_json.parse(body, object_pairs_hook=strict_json.without_twins)
     except ValueError as error:
-        raise BadRequest("malformed_json", f"The body is not JSON: {error}") from error
+        raise BadRequest("malformed_json", f"The request body is not valid JSON: {error}.") from error
 
 
 def digest(document: dict[str, Any]) -> bytes:
-    """Tells a retry from another call, 16 bytes. Raises BadRequest for what cannot be kept."""
-    said = {key: value for key, value in document.items() if key not in _NOT_DIGESTED}
-    return hashlib.blake2b(_canonical(said), digest_size=16).digest()
+    """Returns the 16-byte digest of a request body. A retry has the same digest; another call has another one.
+
+    Raises BadRequest for a value that cannot be stored.
+    """
+    content = {key: value for key, value in document.items() if key not in _NOT_DIGESTED}
+    return hashlib.blake2b(_canonical(content), digest_size=16).digest()
 
 
 def idempotency_key(request: Request) -> str | None:
-    """The Idempotency-Key header. Raises Unprocessable."""
+    """Returns the Idempotency-Key header, or None. Raises Unprocessable if its length is wrong."""
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= 255:
-        raise Unprocessable("Idempotency-Key must have 1 to 255 characters", "Idempotency-Key")
+        detail = f"Header Idempotency-Key: must have 1 to 255 characters, not {len(key)}."
+        raise Unprocessable(detail, "Idempotency-Key")
     return key
 
 
@@ -102,4 +111,8 @@ def _canonical(value: Any) -> bytes:
     try:
         return strict_json.dump(value, sort_keys=True)
     except ValueError as error:
-        raise BadRequest("malformed_json", f"The body cannot be kept: {error}") from error
+        detail = (
+            f"The request body has an unsupported value: {error}. Use integers of at most 64 bits, valid Unicode, and "
+            "less nesting."
+        )
+        raise BadRequest("malformed_json", detail) from error

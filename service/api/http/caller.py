@@ -1,4 +1,4 @@
-"""Owns whose call a request is: what `security` found out, for the handlers behind it."""
+"""The authenticated caller of a request: `security` sets it, handlers read it."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from service.trajectory import DEFAULT_TENANT, qualified
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose call it is, and what its key may do; `key_id` is None where there are no keys."""
+    """The tenant of a request and the scopes of its API key. `key_id` is None if the service runs without keys."""
 
     tenant: str
     scopes: frozenset[str]
@@ -18,12 +18,14 @@ class Caller:
 
 
 ANYBODY = Caller(DEFAULT_TENANT, frozenset(SCOPES))
+"""The caller of every request if the service runs without keys."""
 
 
 def caller(request: Request) -> Caller:
+    """Returns the caller of the request."""
     return request.scope["caller"]
 
 
 def own(request: Request, episode_id: str) -> str:
-    """The id below the API of what the caller calls `episode_id`: nobody can name another tenant's episode."""
+    """Returns the caller's episode id, qualified by its tenant, so that nobody can name another tenant's episode."""
     return qualified(caller(request).tenant, episode_id)

@@ -1,4 +1,4 @@
-"""Owns what every request gets: a request id, on the answer and in the log, a log line, and a count."""
+"""Middleware for every request: sets the request id, writes a log line, counts the request."""
 
 import re
 import time
@@ -17,15 +17,15 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestContext:
-    """Echoes X-Request-ID or makes one, binds it and X-Episode-Id to the log's context, logs the request.
+    """Returns the caller's X-Request-ID or generates one, adds it and X-Episode-Id to all log lines, logs the request.
 
-    An act that is served, or refused for too much load, is logged at debug level: at a thousand a second its line would
-    cost more than its answer.
+    Acts that are served or refused with 429 are logged at debug level: at a thousand acts per second, writing the log
+    line would cost more than serving the act.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._prefix = token_hex(6)  # of this process; a random id for each request would cost a system call
+        self._prefix = token_hex(6)  # one per process: a random id for each request would cost a system call
         self._numbers = count()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +53,7 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            status = 500  # rendered further out
+            status = 500  # Starlette's outer error middleware renders the response
             raise
         finally:
             status = status or 499
@@ -72,7 +72,7 @@ def _is_quiet(path: str, status: int) -> bool:
 
 
 def _ids(scope: Scope) -> tuple[bytes | None, bytes | None]:
-    """X-Request-ID and X-Episode-Id, where they are sent and printable."""
+    """Returns X-Request-ID and X-Episode-Id; None for a header that is missing or not printable."""
     found = {b"x-request-id": None, b"x-episode-id": None}
     for name, value in scope["headers"]:
         if name in found and _REQUEST_ID.fullmatch(value):

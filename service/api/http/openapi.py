@@ -1,4 +1,4 @@
-"""Owns the OpenAPI document's request bodies, which FastAPI cannot know: `body.read` reads them, not FastAPI."""
+"""Adds the request bodies to the OpenAPI document. FastAPI does not know them, because `body.read` parses them."""
 
 from typing import Any
 
@@ -30,19 +30,20 @@ IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-    "description": "Makes a retry safe, as `step` does.",
+    "description": "Makes retries safe: a request with the same key and body returns the stored step and takes no new "
+    "one. The same key with another body is refused (409 `idempotency_mismatch`). `step` has the same effect.",
 }
 _REFERENCE = "#/components/schemas/{model}"
 
 
 def request_body(model: type[BaseModel]) -> dict[str, Any]:
-    """A JSON body of this model, as `openapi_extra` takes it."""
+    """Returns OpenAPI's `requestBody` for a JSON body of this model, for FastAPI's `openapi_extra`."""
     reference = {"$ref": _REFERENCE.format(model=model.__name__)}
     return {"required": True, "content": {"application/json": {"schema": reference}}}
 
 
 def install(app: FastAPI) -> None:
-    """Adds the request models, and those that they are made of, to the document's components."""
+    """Adds the request models, and the models nested in them, to the components of the app's OpenAPI document."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

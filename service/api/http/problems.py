@@ -1,4 +1,4 @@
-"""Owns the one place where a failure becomes an HTTP answer: an RFC 9457 problem document with a stable code."""
+"""Translates every exception into an HTTP response: an RFC 9457 problem document with a stable code."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ from service.store.base import StoreUnavailable
 _log = logs.get(__name__)
 
 CLIENT_CLOSED = 499
-"""Nobody receives this status; the log shows it."""
+"""The caller disconnected. Nobody receives this status; it appears in the log and in metrics."""
 _RETRY_AFTER_S = 1
 _LOAD_S = 5
-"""What an engine that has to be loaded first takes at least."""
+"""Retry-After while the engine is unavailable: loading takes at least this many seconds."""
 
 CODES: dict[int, tuple[str, ...]] = {
     400: ("malformed_json",),
@@ -48,7 +48,7 @@ CODES: dict[int, tuple[str, ...]] = {
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` for these statuses, and for those that any call may meet."""
+    """Returns OpenAPI's `responses` for these statuses, and for 401, 403 and 429, which every call may return."""
     statuses = (*statuses, 401, 403, 429)
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
@@ -57,7 +57,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: Starlette) -> None:
-    """Every failure of the app is rendered here."""
+    """Registers the exception handlers of the app."""
     for kind in (EpisodicError, EngineUnavailable, StoreUnavailable):
         app.add_exception_handler(kind, _expected)
     app.add_exception_handler(ClientClosed, _closed)
@@ -67,7 +67,7 @@ def install(app: Starlette) -> None:
 
 
 def expected(error: Exception) -> EpisodicError:
-    """The failure as callers meet it."""
+    """Translates an exception into the error that the caller receives. Logs it if the cause is on the server."""
     match error:
         case EpisodicError():
             return error
@@ -76,15 +76,17 @@ def expected(error: Exception) -> EpisodicError:
             return Unavailable("engine_unavailable", str(error), retry_after_s=_LOAD_S)
         case StoreUnavailable():
             _log.error("store_unavailable", reason=str(error))
-            detail = "The store cannot be used now."  # its own words may name files and hosts
+            # The store's own message may contain file names and host names.
+            detail = "The store is unavailable. Retry after the number of seconds in Retry-After."
             return Unavailable("store_unavailable", detail, retry_after_s=_RETRY_AFTER_S)
         case _:
             _log.error("unexpected_failure", exc_info=error)
             metrics.UNEXPECTED_FAILURES.inc()
-            return EpisodicError("internal_error", "An unexpected failure; the log has it by request_id.")
+            return EpisodicError("internal_error", "Internal error. Search the server log for this request_id.")
 
 
 def document(request: Request, error: EpisodicError) -> dict[str, Any]:
+    """Returns the problem document of an error."""
     return {
         "type": f"/problems/{error.code}",
         "title": error.title,
@@ -97,6 +99,7 @@ def document(request: Request, error: EpisodicError) -> dict[str, Any]:
 
 
 def response(request: Request, error: EpisodicError) -> Response:
+    """Returns the error as an `application/problem+json` response."""
     body = orjson.dumps(document(request, error), default=str)
     return Response(body, error.status, error.headers, media_type="application/problem+json")
 
@@ -110,20 +113,26 @@ async def _closed(_: Request, __: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """A path or query parameter; bodies are read by `body.read`."""
+    """Handles an invalid path or query parameter. Bodies are validated in `body.read`."""
     assert isinstance(error, RequestValidationError)
     errors: list[dict[str, Any]] = [{"loc": list(item["loc"]), "msg": item["msg"]} for item in error.errors()]
-    return response(request, Unprocessable(f"{errors[0]['loc'][-1]}: {errors[0]['msg']}", errors=errors))
+    loc = errors[0]["loc"]
+    detail = f"{loc[0]} parameter {loc[-1]!r}: {errors[0]['msg']}"
+    return response(request, Unprocessable(detail, errors=errors))
 
 
 class _Http(EpisodicError):
-    """What routing refuses: an unknown path or method."""
+    """An unknown path or method."""
 
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    problem = _Http(code, str(error.detail))
+    details = {
+        404: "This path does not exist. Check it for typos; /docs lists all paths, unless it is turned off.",
+        405: f"This path does not support {request.method}. The Allow header lists the methods that it supports.",
+    }
+    problem = _Http(code, details.get(error.status_code, str(error.detail)))
     problem.status, problem.title = error.status_code, str(error.detail)  # type: ignore[misc]
     answer = response(request, problem)
     answer.headers.update(error.headers or {})
@@ -132,5 +141,5 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     answer = response(request, expected(error))
-    answer.headers["X-Request-ID"] = request.scope.get("request_id", "")  # this answer passes by the middleware
+    answer.headers["X-Request-ID"] = request.scope.get("request_id", "")  # this response bypasses the middleware
     return answer

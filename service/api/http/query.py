@@ -1,4 +1,4 @@
-"""Query parameters that several routes share: the filters of episodes, and the cursor of a page."""
+"""Query parameters that several routes share: the episode filters, and the cursor of keyset pagination."""
 
 import base64
 import inspect
@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 import orjson
 from fastapi import Depends, Query
 
+from service.api.http.serialization import Format
 from service.errors import Unprocessable
 from service.filters import FILTERS, EpisodeFilter
 from service.trajectory import StoredEpisode
@@ -29,20 +30,28 @@ _filter.__signature__ = inspect.Signature(  # type: ignore[attr-defined] - FastA
         for name, (kind, text) in FILTERS.items()
     ]
 )
+FormatQuery = Annotated[
+    Format,
+    Query(
+        description="`steps`: observations, actions, rewards and feedback. `messages`: a chat conversation. `tokens`: "
+        "token ids with the loss mask and the logprobs of the behaviour policy, for training."
+    ),
+]
 FilterQuery = Annotated[EpisodeFilter, Depends(_filter)]
-"""One query parameter for each filter of `service.filters`."""
+"""One optional query parameter for each filter of `service.filters`."""
 
 
 def cursor_of(stored: StoredEpisode) -> str:
-    """The cursor of the page behind this episode."""
+    """Returns the opaque cursor of the page that starts after this episode."""
     place = orjson.dumps([stored.config.created_at, stored.config.episode_id])
     return base64.urlsafe_b64encode(place).decode().rstrip("=")
 
 
 def read_cursor(cursor: str) -> tuple[float, str]:
-    """(created_at, episode_id) of the episode before the page. Raises Unprocessable."""
+    """Returns (created_at, episode_id) of the episode before the page. Raises Unprocessable for an invalid cursor."""
     try:
         created_at, episode_id = orjson.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
         return float(created_at), str(episode_id)
     except (ValueError, TypeError) as error:
-        raise Unprocessable("the cursor is not one that this service gave", "cursor") from error
+        detail = "query parameter 'cursor': not a valid cursor. Pass the next_cursor of the previous page unchanged."
+        raise Unprocessable(detail, "cursor") from error

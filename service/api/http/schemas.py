@@ -1,4 +1,4 @@
-"""Owns the shapes of requests and answers; the OpenAPI document is generated from them. Unknown fields are refused."""
+"""Models of request and response bodies. The OpenAPI document is generated from them and from their docstrings."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,46 +11,54 @@ JsonObject = dict[str, Any]
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class _Response(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class TextActions(_Request):
-    """Any text."""
+    """An action is any text."""
 
     type: Literal["text"]
 
 
 class DiscreteActions(_Request):
-    """One of 2 to 1,024 distinct strings."""
+    """An action is one of 2 to 1,024 distinct strings."""
 
     type: Literal["discrete"]
     actions: list[str] = Field(min_length=2, max_length=1024)
 
 
 class JsonActions(_Request):
-    """A JSON value valid under the schema."""
+    """An action is a JSON value that is valid under a JSON schema."""
 
     type: Literal["json"]
     schema_: JsonObject = Field(alias="schema")
+    """The JSON schema of an action."""
 
 
 class RegexActions(_Request):
-    """A text that the pattern matches in full."""
+    """An action is a text that a regular expression matches in full."""
 
     type: Literal["regex"]
     pattern: str = Field(min_length=1)
+    """The regular expression. It must match the whole action."""
 
 
 class Tool(_Request):
-    """A function as chat APIs describe it; `parameters` is the JSON schema of its arguments, an object."""
+    """A function that the policy can call, as chat APIs describe it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str = ""
+    """What the tool does. The policy reads it."""
     parameters: JsonObject | None = None
+    """The JSON schema of the arguments, of type `object`. Without it, the tool takes no arguments."""
 
 
 class ToolActions(_Request):
-    """A call of one of the tools: {"name", "arguments"}, valid under that tool's schema."""
+    """An action is a tool call, `{"name": ..., "arguments": {...}}`, that is valid under the tool's schema."""
 
     type: Literal["tools"]
     tools: list[Tool] = Field(min_length=1, max_length=128)
@@ -62,62 +70,86 @@ ActionSpace = Annotated[
 
 
 class SamplingRequest(_Request):
-    """How actions are drawn; the policy's own defaults where not given. For discrete actions top_k, top_p and min_p
-    filter the distribution over actions."""
+    """How actions are sampled. A field that is left out has the policy's default.
+
+    In a discrete action space, `top_k`, `top_p` and `min_p` filter the distribution over actions, not over tokens.
+    """
 
     temperature: float | None = Field(None, ge=0, le=100)
+    """0 takes the most likely action or token."""
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
+    """0 means no limit."""
     min_p: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
+    """Maximum number of tokens of an action. Must be less than the context."""
     seed: int | None = Field(None, ge=0, lt=2**63)
+    """Makes each step reproducible: it is drawn from a generator seeded with (seed, step)."""
     stop: list[Annotated[str, StringConstraints(min_length=1, max_length=256)]] | None = Field(None, max_length=16)
+    """Strings that end an action. Only for text action spaces."""
 
 
 class ContextRequest(_Request):
-    """What happens when an episode outgrows its context, and how large that is in tokens."""
+    """The size of the context, and what happens when an episode outgrows it."""
 
     overflow: Literal["slide", "error", "end"] = "slide"
+    """`slide`: drop the oldest steps but step 0. `error`: 409 `context_overflow`. `end`: end the episode."""
     max_tokens: int | None = Field(None, ge=16)
+    """Size of the context in tokens: prompt and completion. At most, and by default, that of the model."""
 
 
 class ReasoningRequest(_Request):
-    """A thought before each action, of at most `max_tokens` tokens. `history`: whether later prompts keep it."""
+    """The policy writes a thought before each action."""
 
     max_tokens: int = Field(ge=1)
+    """Maximum number of tokens of a thought."""
     history: Literal["keep", "drop"] = "keep"
+    """Whether the prompts of later steps contain the thought."""
 
 
 _NO_NUL = r"^[^\x00]*$"
-"""PostgreSQL has no such text."""
+"""PostgreSQL cannot store a NUL character in text."""
 Label = Annotated[str, StringConstraints(max_length=128, pattern=_NO_NUL)]
 
 
 class EpisodeFields(_Request):
-    """What an episode is opened with; a profile may hold any of it."""
+    """The options of an episode. A profile can set each of them."""
 
     instructions: str = ""
+    """The system message of the policy."""
     goal: str | None = None
+    """What the policy should achieve. It is added to the system message."""
     action_space: ActionSpace = TextActions(type="text")
     sampling: SamplingRequest | None = None
     reasoning: ReasoningRequest | None = None
+    """Without it, the policy writes no thoughts."""
     context: ContextRequest | None = None
     policy: str | None = None
+    """A name from GET /policy. The default is the base model."""
     max_steps: int | None = Field(None, gt=0, lt=2**31)
+    """The episode ends after this many steps."""
     idle_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Idle timeout: the episode ends after this many seconds without an act."""
     tags: list[Label] = Field([], max_length=64)
+    """Labels to filter episodes by. The policy does not see them."""
     metadata: JsonObject = {}
+    """Any JSON object. It is stored and returned with the episode. The policy does not see it."""
     group: Label | None = None
+    """A label shared by related episodes, to filter by. The policy does not see it."""
 
 
 class EpisodeRequest(EpisodeFields):
-    """POST /episode. `profile` names a preset (GET /profile); fields given here override its."""
+    """Body of POST /episode."""
 
     episode_id: EpisodeId | None = None
+    """The id of the episode. Choose it to make retries safe; otherwise the service generates a UUIDv7."""
     profile: str | None = Field(None, max_length=128)
+    """A preset from GET /profile. Fields of this body override those of the profile."""
 
 
 class TextPart(_Request):
+    """A part of an observation."""
+
     type: Literal["text"]
     text: str
 
@@ -128,15 +160,26 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 class _ActFields(_Request):
     observation: Observation | None = None
+    """What the policy observes: text, a JSON object, or a list of parts. Required unless this message ends the
+    episode."""
     reward: Number | None = None
+    """The reward for the previous action."""
     terminated: bool = False
+    """The environment reached a final state: the episode ends, and no action is chosen."""
     truncated: bool = False
+    """The episode was cut short, for example by a time limit: the episode ends, and no action is chosen."""
     success: bool | None = None
+    """Whether the episode reached its goal. Only with `terminated` or `truncated`."""
     info: JsonObject | None = None
+    """Any JSON object. It is stored with the step. The policy does not see it."""
     legal_actions: list[str] | None = None
+    """The actions of a discrete space that are allowed in this step. By default all are allowed."""
     step: int | None = Field(None, ge=0, lt=2**31)
+    """The index of this step, from 0. It makes retries safe: the same step with the same body returns the stored step.
+    A step that is not the next one is refused (409 `step_conflict`)."""
 
     def message(self) -> Message:
+        """Returns the part of the body that is stored with the step."""
         observation = self.observation
         if isinstance(observation, list):
             observation = [part.model_dump() for part in observation]
@@ -152,58 +195,76 @@ class _ActFields(_Request):
 
 
 class ActRequest(_ActFields):
-    """POST /act."""
+    """Body of POST /act."""
 
     episode_id: EpisodeId
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Timeout in seconds. If it expires before the commit, the answer is 504 `deadline_exceeded`: no step is taken."""
 
 
 class BatchRequest(_Request):
-    """POST /act/batch: acts of distinct episodes. Each is read by itself, so that a bad one spoils no other."""
+    """Body of POST /act/batch."""
 
     acts: list[JsonObject] = Field(min_length=1, max_length=1024)
+    """Bodies of POST /act, each of another episode. Each is validated on its own: an invalid one affects no other."""
 
 
 class RecordRequest(_ActFields):
-    """POST /episode/{id}/action: an observation, and the action that somebody else chose for it."""
+    """Body of POST /episode/{episode_id}/action: an observation, and the action that was chosen for it."""
 
     action: Any
+    """An action of the episode's action space."""
 
 
 class ForkRequest(_Request):
-    """POST /episode/{id}/fork. `episode_ids`, `n` of them, make a retry safe; else the service makes them."""
+    """Body of POST /episode/{episode_id}/fork."""
 
     at_step: int | None = Field(None, ge=0)
+    """The forks share the steps before this one. By default they share all steps."""
     n: int = Field(1, ge=1, le=1024)
+    """The number of forks."""
     episode_ids: list[EpisodeId] | None = None
+    """The ids of the forks, `n` distinct ones. Choose them to make retries safe. By default they are generated."""
     group: Label | None = None
+    """The group of the forks. The default is the group of this episode, or its id if it has none."""
 
 
 class FeedbackRequest(_Request):
-    """POST /episode/{id}/feedback: a human's rating of a step, or of the episode."""
+    """Body of POST /episode/{episode_id}/feedback: a human's rating of a step or of the whole episode."""
 
     rating: int = Field(ge=1, le=5)
+    """From 1 (worst) to 5 (best)."""
     comment: str | None = Field(None, max_length=10_000, pattern=_NO_NUL)
     rater: str | None = Field(None, min_length=1, max_length=128, pattern=_NO_NUL)
+    """The name of the person who rates. A later rating of the same step by the same rater replaces the earlier one."""
     step: int | None = Field(None, ge=0, lt=2**31)
+    """The index of the rated step. Without it, the rating is for the whole episode."""
 
 
 class AdapterRequest(_Request):
-    """PUT /policy/{name}: a folder below EPISODIC_ADAPTERS, in PEFT's format with safetensors."""
+    """Body of PUT /policy/{name}."""
 
     path: str = Field(min_length=1, max_length=1024)
+    """The folder of a LoRA adapter, relative to EPISODIC_ADAPTERS, in PEFT's format with safetensors."""
 
 
 class EndRequest(_Request):
-    """POST /episode/{id}/end. Neither terminated nor truncated: the episode is aborted."""
+    """Body of POST /episode/{episode_id}/end. The stop reason is `aborted` if neither `terminated` nor `truncated` is
+    true."""
 
     reward: Number | None = None
+    """The reward for the last action."""
     terminated: bool = False
+    """The environment reached a final state."""
     truncated: bool = False
+    """The episode was cut short, for example by a time limit."""
     success: bool | None = None
+    """Whether the episode reached its goal."""
     info: JsonObject | None = None
+    """Any JSON object. It is stored with the episode's last message."""
 
     def message(self) -> Message:
+        """Returns the message that ends the episode."""
         return Message(
             reward=self.reward,
             terminated=self.terminated,
@@ -213,71 +274,96 @@ class EndRequest(_Request):
         )
 
 
-class Usage(BaseModel):
+class Usage(_Response):
+    """Numbers of tokens."""
+
     prompt_tokens: int
     cached_tokens: int
+    """The part of the prompt that was in the prefix cache."""
     completion_tokens: int
 
 
-class Timing(BaseModel):
-    """Seconds: before the policy was asked, in the engine, in the store, and in all."""
+class Timing(_Response):
+    """Durations in seconds. All are 0 for a retry of a stored step."""
 
     queue_s: float
+    """From the arrival of the request until it got its first slot of the engine."""
     engine_s: float
+    """From the first slot until the decision."""
     store_s: float
+    """The commit of the step."""
     total_s: float
 
 
-class ParseFailure(BaseModel):
+class ParseFailure(_Response):
+    """Why the policy's text is not an action."""
+
     kind: Literal["length", "json", "schema"]
+    """`length`: `max_tokens` cut the text. `json`: not a storable JSON value. `schema`: invalid under the schema."""
     detail: str
 
 
-class Act(BaseModel):
-    """The answer to POST /act. At temperature 0 action_probs and logprob are those of temperature 1."""
+class Act(_Response):
+    """The answer to POST /act: one step of the episode."""
 
     episode_id: str
     step: int
+    """The index of the step, from 0."""
     action: Any
+    """The action as a JSON value. Null if the episode ended or the text is not an action (`parse_failure`)."""
     text: str | None
+    """The action as the policy wrote it."""
     reasoning: str | None
+    """The thought before the action."""
     action_probs: dict[str, float] | None
+    """The policy's distribution over the legal actions of a discrete space. At temperature 0, that of temperature 1."""
     logprob: float | None
+    """Log-probability of the action under the distribution that it was sampled from. At temperature 0, under that of
+    temperature 1. Null for a recorded action."""
     finish_reason: str | None
+    """`stop`, `length` (cut by `max_tokens`), or `recorded` (chosen by a human or another policy)."""
     parse_failure: ParseFailure | None
     done: bool
+    """Whether the episode has ended."""
     replayed: bool
+    """Whether this is the stored answer to an earlier request. A retry changes nothing."""
     policy_version: str
+    """The version of the weights that chose the action."""
     usage: Usage
     timing: Timing
 
 
-class BatchAnswer(BaseModel):
-    """One for each act, in order: its answer, or the problem it met."""
+class BatchAnswer(_Response):
+    """The answer to POST /act/batch."""
 
     results: list["Act | Problem"]
+    """One result for each act, in the order of the request: its answer, or the problem that made it fail."""
 
 
-class Parent(BaseModel):
-    """Where a fork branched off: the index of its own first step."""
+class Parent(_Response):
+    """The branch point of a fork."""
 
     episode_id: str
+    """The episode that was forked."""
     step: int
+    """The index of the first step that the fork does not share with its parent."""
 
 
-class Feedback(BaseModel):
-    """A rating as it is kept; `created_at` in Unix seconds."""
+class Feedback(_Response):
+    """A stored rating."""
 
     episode_id: str
     step: int | None
+    """Null if the rating is for the whole episode."""
     rating: int
     comment: str | None
     rater: str | None
     created_at: float
+    """Unix time in seconds."""
 
 
-class Episode(BaseModel):
-    """The episode resource. Times are Unix seconds."""
+class Episode(_Response):
+    """An episode: the options that it was opened with, and its current state. Times are Unix times in seconds."""
 
     episode_id: str
     profile: str | None
@@ -295,73 +381,108 @@ class Episode(BaseModel):
     group: str | None
     status: Literal["active", "ended"]
     stop_reason: str | None
+    """Why the episode ended: terminated, truncated, max_steps, idle_ttl, context_overflow, or aborted."""
     success: bool | None
     step: int
+    """The index of the next step, which is the number of steps taken."""
     episode_return: float
+    """The sum of all rewards."""
     num_tokens: int
+    """The number of tokens of all steps."""
     policy_version: str
+    """The version of the policy's weights when the episode was opened."""
     parent: Parent | None
+    """The branch point, if the episode is a fork."""
     created_at: float
     updated_at: float
     ended_at: float | None
 
 
-class Forks(BaseModel):
+class Forks(_Response):
+    """The answer to POST /episode/{episode_id}/fork."""
+
     episodes: list[Episode]
 
 
-class Policy(BaseModel):
-    """What acts; `rank` and `loaded_at` (Unix seconds) are an adapter's."""
+class Policy(_Response):
+    """A policy that episodes can be opened with: the base model, or the base model with a LoRA adapter."""
 
     name: str
     kind: Literal["base", "adapter"]
     policy_version: str
+    """Identifies the weights. It changes when an adapter is replaced."""
     base: str
+    """The name of the base model."""
     rank: int | None
+    """The rank of the adapter; null for the base model."""
     loaded_at: float | None
+    """When the adapter was loaded, as Unix time in seconds; null for the base model."""
 
 
-class PolicyList(BaseModel):
+class PolicyList(_Response):
+    """The answer to GET /policy."""
+
     policies: list[Policy]
 
 
-class Profile(BaseModel):
-    """A preset; `fields` are those of POST /episode."""
+class Profile(_Response):
+    """A preset for POST /episode."""
 
     name: str
     description: str
     fields: JsonObject
+    """The fields of POST /episode that the profile sets."""
 
 
-class ProfileList(BaseModel):
+class ProfileList(_Response):
+    """The answer to GET /profile."""
+
     profiles: list[Profile]
 
 
-class EpisodePage(BaseModel):
+class EpisodePage(_Response):
+    """A page of episodes."""
+
     episodes: list[Episode]
     next_cursor: str | None
+    """Pass it as `cursor` to get the next page, which may be empty. Null if there is no next page."""
 
 
-class Problem(BaseModel):
-    """RFC 9457 problem details; further members depend on the code."""
+class Problem(_Response):
+    """An error, as RFC 9457 problem details. Some codes have more members."""
 
     model_config = ConfigDict(extra="allow")
 
     type: str
+    """`/problems/` and the code."""
     title: str
+    """A short description of the kind of error."""
     status: int
+    """The HTTP status."""
     code: str
+    """A stable name of the error, for programs."""
     detail: str
+    """What was wrong, where, and what to do, for people. The text may change between versions."""
     request_id: str
+    """The request id, as in the header X-Request-ID and in the server's log."""
 
 
-class Ready(BaseModel):
+class Ready(_Response):
+    """The answer to a health check."""
+
     status: str
 
 
-class Version(BaseModel):
+class Version(_Response):
+    """The versions of the service and of the policy."""
+
     version: str
+    """The version of the service."""
     policy: str | None
+    """The name of the base model."""
     policy_version: str | None
+    """Identifies the weights of the base model."""
     max_model_len: int | None
+    """Maximum number of tokens of prompt and completion together."""
     template: dict[str, bool] | None
+    """How the model's chat template behaves."""

@@ -1,4 +1,4 @@
-"""Owns who may call: the API key of a request, the scope that its route asks for, and what is let in without keys."""
+"""Authenticates API keys and checks the scope of a call. Without keys, limits access to programs on this machine."""
 
 import ipaddress
 from functools import lru_cache
@@ -15,12 +15,11 @@ from service.errors import EpisodicError, Forbidden, Unauthenticated
 from service.store.base import StoreUnavailable
 
 _OPEN = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
-"""What orchestrators and readers of the documentation get without a key: nothing of any episode."""
+"""Public paths: health checks and documentation. They show nothing about episodes."""
 
 
 def scope_of(method: str, path: str) -> str | None:
-    """What a key must be allowed for this call; None where none is asked for. Whatever is added to the API needs a key
-    from the start."""
+    """Returns the scope that a key needs for this call; None for a public path. New paths need a key by default."""
     if path in _OPEN:
         return None
     reads = method in ("GET", "HEAD", "OPTIONS")
@@ -30,13 +29,17 @@ def scope_of(method: str, path: str) -> str | None:
 
 
 _ACTS = frozenset({"/act", "/act/batch"})
+_CREATE_KEY = "To allow more callers, create an API key: episodic keys create"
 
 
 class Security:
-    """Finds the caller of a request, or refuses it. Without keys the service answers this machine alone."""
+    """Middleware that authenticates the caller, checks its scope, and applies its rate limit.
+
+    Without API keys, only programs on this machine may call the service.
+    """
 
     def __init__(self, app: ASGIApp, keyring: Keyring, *, loopback: bool) -> None:
-        """`loopback`: the service listens on a loopback address, and may do without keys."""
+        """`loopback`: whether the service listens on a loopback address. If so, it may run without keys."""
         self._app = app
         self._keyring = keyring
         self._loopback = loopback
@@ -52,7 +55,7 @@ class Security:
             admission = services(request).admission
             admission.count_calls(found.tenant)
             if scope["path"] in _ACTS:
-                admission.check(found.tenant)  # before a flood's bodies are read
+                admission.check(found.tenant)  # before the body is read, so that refusing an overload is cheap
         except (EpisodicError, StoreUnavailable) as error:
             refuse = openai_errors.refusal if openai_errors.owns(scope["path"]) else problems.response
             await refuse(request, problems.expected(error))(scope, receive, send)
@@ -67,14 +70,15 @@ class Security:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         record = await self._keyring.find(key.strip()) if kind.lower() == "bearer" else None
         if record is None:
-            raise Unauthenticated("unauthenticated", "Send a valid API key: Authorization: Bearer KEY.")
+            detail = "The API key is missing, unknown or revoked. Send a valid one: Authorization: Bearer KEY."
+            raise Unauthenticated("unauthenticated", detail)
         if needed not in record.scopes:
-            raise Forbidden("forbidden", f"The key lacks the scope {needed!r}.")
+            raise Forbidden("forbidden", f"The API key does not have the scope {needed!r}. Use a key that has it.")
         return Caller(record.tenant, frozenset(record.scopes), record.key_id)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Returns whether the address is a loopback address, which only this machine can reach."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -82,18 +86,23 @@ def is_loopback(host: str) -> bool:
 
 
 def _refuse_other_sites(request: Request) -> None:
-    """A page in this machine's browser can reach loopback: by a name of its own that resolves there (DNS rebinding), or
-    by a request across sites. Programs send neither. Raises Forbidden."""
+    """Refuses requests that a foreign web page sends from a browser on this machine. Raises Forbidden.
+
+    A page can reach a loopback address by DNS rebinding (then Host is a foreign name) or by a cross-site request (then
+    Origin is a foreign site). Programs other than browsers send neither.
+    """
     if not _is_local(f"//{request.headers.get('host', 'localhost')}"):
-        raise Forbidden("forbidden", "Without API keys the service answers to a loopback name alone; make a key.")
+        detail = f"Header Host: without API keys it must be localhost or a loopback address. {_CREATE_KEY}"
+        raise Forbidden("forbidden", detail)
     origin = request.headers.get("origin")
     if origin is not None and not _is_local(origin):
-        raise Forbidden("forbidden", "Without API keys the service answers no page of another site; make a key.")
+        detail = f"Header Origin: without API keys, web pages of other sites are refused. {_CREATE_KEY}"
+        raise Forbidden("forbidden", detail)
 
 
-@lru_cache(256)  # callers are few, and say the same at each call
+@lru_cache(256)  # few callers, and each sends the same headers with every request
 def _is_local(url: str) -> bool:
     try:
         return is_loopback(urlsplit(url).hostname or "")
-    except ValueError:  # no address of any kind
+    except ValueError:  # not a URL
         return False

@@ -1,4 +1,4 @@
-"""Serialization: an episode as a resource; a trajectory as steps, chat messages, or tokens."""
+"""Serializes episodes and trajectories: as a resource, as steps, as chat messages, or as tokens for training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -28,7 +28,7 @@ _RESOURCE_DEFAULTS: dict[str, JsonValue] = {
 
 
 def resource(record: StoredEpisode) -> dict[str, JsonValue]:
-    """The episode resource of the HTTP contract."""
+    """Returns the episode resource, as `schemas.Episode` describes it."""
     config, state = record.config, record.state
     return {
         **_RESOURCE_DEFAULTS,
@@ -49,16 +49,18 @@ def resource(record: StoredEpisode) -> dict[str, JsonValue]:
 
 
 def as_steps(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
-    """Steps with the reward that came for each one's action, and the message that closed the episode, if any."""
+    """Returns the steps, each with the reward for its action, and the message that ended the episode, if any."""
     rewards = [row.message.reward for row in rows[1:]] + [None]
     steps = [_step(row, reward) for row, reward in zip(rows, rewards, strict=True) if not row.closing] if rows else []
-    closing = next((_said(row) for row in rows if row.closing), None)
+    closing = next((_closing_message(row) for row in rows if row.closing), None)
     return {"steps": steps, "closing": closing}
 
 
 def as_messages(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
-    """The conversation as chat messages: system, then user (observation) and assistant (action) in turns; a thought is
-    the assistant's `reasoning_content`, as the chat templates of models that think name it."""
+    """Returns the conversation as chat messages: system, then user (observation) and assistant (action) alternately.
+
+    A thought is in the assistant's `reasoning_content`, the name that the chat templates of reasoning models use.
+    """
     system = system_text(record.config.request)
     messages = [{"role": "system", "content": system}] if system else []
     for row in rows:
@@ -73,17 +75,20 @@ def as_messages(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
 
 
 def as_tokens(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
-    """Segments of steps that share a window. A step whose thought later steps do not see ends its segment.
+    """Returns the trajectory as segments: runs of steps that share a window. Each list has one entry for each token.
 
-    token_ids: all that the policy saw and drew in the segment. loss_mask: 1 if it drew the token in one of the
-    segment's own steps. logprobs: those of the drawn tokens, else 0. An encoder-decoder model has one segment for each
-    step, with `encoder_token_ids` beside the decoder's `token_ids`.
+    token_ids: all tokens that the policy saw or drew in the segment.
+    loss_mask: 1 for tokens that the policy drew in this segment's steps, else 0.
+    logprobs: log-probability of drawn tokens under the distribution that they were drawn from, else 0.
+
+    A step whose thought is dropped from later windows ends its segment. An encoder-decoder model has one segment for
+    each step, with the encoder's input in `encoder_token_ids` and the decoder's tokens in `token_ids`.
     """
     decided = [row for row in rows if not row.closing]
     if any(row.span.encoder_token_ids is not None for row in decided):
         return {"segments": [_encoder_decoder_segment(row) for row in decided]}
-    hiding = list(accumulate((row.dropped != (0, 0) for row in decided[:-1]), initial=0))
-    groups = groupby(zip(decided, hiding, strict=False), key=lambda pair: (pair[0].window_start, pair[1]))
+    num_dropped = list(accumulate((row.dropped != (0, 0) for row in decided[:-1]), initial=0))
+    groups = groupby(zip(decided, num_dropped, strict=False), key=lambda pair: (pair[0].window_start, pair[1]))
     return {"segments": [_segment(decided, key[0], [row for row, _ in members]) for key, members in groups]}
 
 
@@ -96,26 +101,27 @@ _FORMATS: dict[Format, Callable[[StoredEpisode, Sequence[Step]], Rendered]] = {
 
 
 def document(record: StoredEpisode, rows: Sequence[Step], feedback: Sequence[Feedback], format: Format) -> Rendered:
-    """The trajectory in one of its faces; what people said of it goes with its steps."""
-    said = {"feedback": [rating(item) for item in feedback]} if format == "steps" else {}
-    return {"episode": resource(record), "format": format, **_FORMATS[format](record, rows), **said}
+    """Returns the trajectory in one of its formats. The format `steps` also has the feedback."""
+    ratings = {"feedback": [rating(item) for item in feedback]} if format == "steps" else {}
+    return {"episode": resource(record), "format": format, **_FORMATS[format](record, rows), **ratings}
 
 
 def rating(feedback: Feedback) -> Rendered:
+    """Returns a rating, as `schemas.Feedback` describes it."""
     return {**asdict(feedback), "episode_id": public_id(feedback.episode_id)}
 
 
 def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rendered:
     first = members[0].index
-    seen = [row for row in rows[:first] if row.index == 0 or row.index >= start]
+    context = [row for row in rows[:first] if row.index == 0 or row.index >= start]
     token_ids: list[int] = []
     loss_mask: list[int] = []
     logprobs: list[float] = []
-    for row in seen:
-        left = [*row.span.token_ids[: row.dropped[0]], *row.span.token_ids[row.dropped[1] :]]
-        token_ids += left
-        loss_mask += bytes(len(left))
-        logprobs += [0.0] * len(left)
+    for row in context:
+        visible = [*row.span.token_ids[: row.dropped[0]], *row.span.token_ids[row.dropped[1] :]]
+        token_ids += visible
+        loss_mask += bytes(len(visible))
+        logprobs += [0.0] * len(visible)
     for row in members:
         token_ids += row.span.token_ids
         loss_mask += row.span.loss_mask
@@ -144,7 +150,7 @@ def _encoder_decoder_segment(row: Step) -> Rendered:
 
 def _step(row: Step, reward: float | None) -> dict[str, Any]:
     answer = row.answer
-    taken = (
+    copied = (
         "action",
         "text",
         "reasoning",
@@ -155,13 +161,13 @@ def _step(row: Step, reward: float | None) -> dict[str, Any]:
         "policy_version",
         "usage",
     )
-    said = {"step": row.index, "observation": row.message.observation, "info": row.message.info}
+    given = {"step": row.index, "observation": row.message.observation, "info": row.message.info}
     legal = row.message.legal_actions
-    decided = {name: answer[name] for name in taken}
-    return {**said, "legal_actions": legal, **decided, "reward": reward, "created_at": row.created_at}
+    decided = {name: answer[name] for name in copied}
+    return {**given, "legal_actions": legal, **decided, "reward": reward, "created_at": row.created_at}
 
 
-def _said(row: Step) -> dict[str, Any]:
+def _closing_message(row: Step) -> dict[str, Any]:
     message = row.message
     return {
         "step": row.index,

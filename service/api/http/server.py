@@ -1,8 +1,10 @@
-"""Owns how the app is served, and what a connection may cost before its request is there and after the answer.
+"""Configures uvicorn, and limits what one connection can cost: slow, large, pipelined and unread requests.
 
-uvicorn (0.54) bounds neither the size of a request's head nor the time that it takes, takes in requests that are sent
-ahead without limit, reads the rest of a refused body for as long as it comes, and waits forever for a caller that does
-not read its answer.
+uvicorn (0.54) lacks these limits:
+- on the size of a request's head (request line and headers), and on the time that it takes to arrive;
+- on the number of pipelined requests;
+- on the time for which it reads the rest of a refused body;
+- on the time for which it waits for a client that does not read the response.
 """
 
 import asyncio
@@ -16,7 +18,7 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_PIPELINED = 16
 _LINGER_S = 2.0
-"""How long the rest of a refused body is read, so that its sender finds the answer and not a reset connection."""
+"""Seconds for which the rest of a refused body is read, so that its sender receives the response and not a reset."""
 
 _HEADERS = [
     ("X-Content-Type-Options", "nosniff"),
@@ -25,12 +27,12 @@ _HEADERS = [
     ("Referrer-Policy", "no-referrer"),
     ("Cache-Control", "no-store"),
 ]
-"""On every answer, those that no handler has seen included."""
+"""Sent with every response, also with those that uvicorn writes itself."""
 
 
 def config(app: FastAPI, **options: Any) -> uvicorn.Config:
-    """How the app is served, in earnest and under test; `options` are uvicorn's."""
-    bounds: dict[str, Any] = {
+    """Returns the uvicorn configuration, for production and for tests. `options` are uvicorn's and win over ours."""
+    defaults: dict[str, Any] = {
         "http": BoundedHttp,
         "ws": "none",
         "headers": _HEADERS,
@@ -38,44 +40,47 @@ def config(app: FastAPI, **options: Any) -> uvicorn.Config:
         "proxy_headers": False,
         "log_config": None,
         "access_log": False,
-        "timeout_keep_alive": 75,  # an environment may take a while to step
+        "timeout_keep_alive": 75,  # seconds; a step of an environment may take long
     }
-    return uvicorn.Config(app, **{**bounds, **options})
+    return uvicorn.Config(app, **{**defaults, **options})
 
 
-_INVALID = 400, "Invalid HTTP request."
-_TOO_LARGE = 431, "The request's head is too large."
-_NO_UPGRADE = 400, "Only HTTP/1.1 is spoken here: send the request without Upgrade."
+_INVALID = 400, "The request is not valid HTTP/1.1. Check its request line, its headers and its Content-Length."
+_TOO_LARGE = (
+    431,
+    f"The request line and headers are too large. Send at most {MAX_HEAD_BYTES} bytes, {MAX_HEADERS} headers.",
+)
+_NO_UPGRADE = 400, "Only HTTP/1.1 is supported. Send the request without the Upgrade header."
 
 
 class _Refused(Exception):
-    """Leaves the parser."""
+    """Raised in a callback to stop the parser."""
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """A connection. A timer runs while its caller owes the rest of a request, or does not read.
+    """An HTTP connection with limits. A timer runs while a request is incomplete or the client does not read.
 
-    A request that arrives whole, as nearly all do, starts none.
+    A request that arrives in one piece, as nearly all do, starts no timer.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         app: Any = self.config.app
         self._limit_s: float = app.state.services.settings.receive_limit_s
-        self._deadline: asyncio.TimerHandle | None = None
-        self._unread: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._in_head = False
         self._in_message = False
-        self._num_head_bytes = 0  # in the pieces before this one
+        self._num_head_bytes = 0  # received before the current piece
         self._may_be_large = False
         self._refusal = _INVALID
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect(self._limit_s)
+        self._set_read_timer(self._limit_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._expect(None)
+        self._set_read_timer(None)
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -87,7 +92,7 @@ class BoundedHttp(HttpToolsProtocol):
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self._refusal = _TOO_LARGE
                 self.send_400_response("")
-        self._watch()
+        self._update_read_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -99,7 +104,7 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.headers) > MAX_HEADERS or (self._may_be_large and self._head_size() > MAX_HEAD_BYTES):
             self._refusal = _TOO_LARGE
             raise _Refused
-        assert self.parser is not None  # it calls this
+        assert self.parser is not None  # the parser calls this method
         if self.parser.should_upgrade() and self._has_body():
             self._refusal = _NO_UPGRADE
             raise _Refused
@@ -110,17 +115,17 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_message = False
-        if self._deadline is not None:
-            self._expect(None)
+        if self._read_timer is not None:
+            self._set_read_timer(None)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._in_message and not self._in_head and not self._is_busy:
             self._unset_keepalive_if_required()
-            self._expect(_LINGER_S)
+            self._set_read_timer(_LINGER_S)
 
     def send_400_response(self, msg: str) -> None:
-        """Says why in plain text, unless that would end up within another answer."""
+        """Sends the reason as plain text, unless it would end up within another response. Closes the connection."""
         if not self._is_busy and not self.transport.is_closing():
             status, reason = self._refusal
             headers = [*self.server_state.default_headers, (b"content-type", b"text/plain; charset=utf-8")]
@@ -130,33 +135,33 @@ class BoundedHttp(HttpToolsProtocol):
         self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
-        self.transport.abort()  # closing would wait for an answer that nobody reads to be read
+        self.transport.abort()  # close() would wait until the client has read the response
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(self._limit_s, self.transport.abort)
+        self._write_timer = self.loop.call_later(self._limit_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _unsupported_upgrade_warning(self) -> None:
-        """An offer to speak something else is passed over. What follows on the connection is not parsed any more."""
+        """Ignores the Upgrade header. The parser has stopped, so the connection closes after the response."""
         self.cycle.keep_alive = False
 
     @property
     def _is_busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
-    def _watch(self) -> None:
-        """Starts or stops the timer of a head that is to come, or to end."""
+    def _update_read_timer(self) -> None:
+        """Starts the read timer while a request's head is missing or incomplete; otherwise stops it."""
         if self._in_head or not (self._is_busy or self._in_message):
-            if self._deadline is None:
-                self._expect(self._limit_s)
-        elif self._is_busy and self._deadline is not None:
-            self._expect(None)  # the rest is the body's, whose reader limits it
+            if self._read_timer is None:
+                self._set_read_timer(self._limit_s)
+        elif self._is_busy and self._read_timer is not None:
+            self._set_read_timer(None)  # only the body is missing, and `body.read_bytes` has its own timeout
 
     def _has_body(self) -> bool:
         return any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
@@ -164,15 +169,15 @@ class BoundedHttp(HttpToolsProtocol):
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
 
-    def _expect(self, seconds: float | None) -> None:
-        """The caller has so long to send what it owes; None: it owes nothing."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._give_up)
+    def _set_read_timer(self, seconds: float | None) -> None:
+        """Restarts the read timer: the client has this many seconds to send the rest. None stops the timer."""
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+        self._read_timer = None if seconds is None else self.loop.call_later(seconds, self._on_read_timeout)
 
-    def _give_up(self) -> None:
-        self._deadline = None
-        if self._is_busy:  # the head of a request that was sent ahead; it is not read on before its turn
-            self._expect(self._limit_s)
+    def _on_read_timeout(self) -> None:
+        self._read_timer = None
+        if self._is_busy:  # the incomplete head is that of a pipelined request, which is not read before its turn
+            self._set_read_timer(self._limit_s)
         else:
             self.transport.abort()

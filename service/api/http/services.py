@@ -1,4 +1,4 @@
-"""The services behind the routes, and the one typed way to reach them from a request."""
+"""The services that routes use, with typed access from a request."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from service.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Everything that a route may use."""
+    """All services that a route may use."""
 
     settings: Settings
     lifecycle: Lifecycle
@@ -23,5 +23,5 @@ class Services:
 
 
 def services(request: Request) -> Services:
-    """The services of the app that the request came to."""
+    """Returns the services of the app that received the request."""
     return request.app.state.services

@@ -1,4 +1,4 @@
-"""Graceful shutdown: what the first and the second SIGTERM or SIGINT do, and what happens to in-flight acts."""
+"""Graceful shutdown: the first SIGTERM or SIGINT drains the server, the second ends the process at once."""
 
 import asyncio
 import contextlib
@@ -19,15 +19,18 @@ from service.observability import logs
 _log = logs.get(__name__)
 
 LAST_ANSWERS_S = 5
-"""Seconds for commits that have begun, and for answers to leave, once the acts' own time is over."""
+"""Seconds after the drain timeout in which running commits may finish and responses may be sent."""
 
 
 class DrainingServer(uvicorn.Server):
-    """At the first signal it is unready. After `drain_delay_s` seconds, in which what routes to it sees that, new acts
-    are refused, by answers: the socket stays open while requests are in flight. They get `drain_s` seconds, then acts
-    whose commit has not begun are aborted and their callers told. The second signal ends the process at once.
+    """A uvicorn server that shuts down gracefully at the first signal:
 
-    The app's lifespan runs around it (`lifespan="off"`), so that what it raises reaches the caller of `run`.
+    1. /readyz answers 503. For `drain_delay_s` seconds calls are still served, so that load balancers notice.
+    2. New acts are refused with 503 `draining`. In-flight requests get `drain_s` seconds, the drain timeout.
+    3. In-flight acts whose commit has not begun are aborted: their callers receive 503 `draining`.
+
+    The second signal ends the process at once. The server itself runs the app's lifespan (configure `lifespan="off"`),
+    so that exceptions of the lifespan reach the caller of `run`.
     """
 
     def __init__(self, config: uvicorn.Config, *, drain_delay_s: float, drain_s: float) -> None:
@@ -77,6 +80,6 @@ class DrainingServer(uvicorn.Server):
 
 
 def end(code: int) -> None:
-    """Ends this process now, and the engine's with it, whatever their threads are at."""
+    """Ends this process and the engine's processes at once, without waiting for threads."""
     orphan_guard.cut()
     os._exit(code)

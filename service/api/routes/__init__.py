@@ -1,1 +1,1 @@
-"""One module for each resource of the HTTP contract. A handler translates, calls the sessions, and translates back."""
+"""Routes: one module for each resource. A handler translates the request, calls the sessions, translates the result."""

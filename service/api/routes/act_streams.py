@@ -1,4 +1,4 @@
-"""An act as a stream of server-sent events: deltas of text as they are drawn, then the act."""
+"""Streams an act as server-sent events: text while it is generated, then the complete answer."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -17,15 +17,18 @@ from service.engine.base import TextSink
 from service.sessions.acts import ActRequest
 from service.sessions.sessions import Answer
 
-EVENTS = "Server-sent events `reasoning` and `text` ({delta}), then one `act`, or `error` (a problem)."
+EVENTS = (
+    'Server-sent events. `reasoning` and `text` carry a piece of text: `{"delta": "..."}`. The last event is `act` '
+    "(the answer) or `error` (a problem document). An error before the first event is an ordinary problem response."
+)
 _UNBUFFERED = {"X-Accel-Buffering": "no"}
-"""For nginx: it passes each event on at once."""
+"""Tells nginx to forward each event at once."""
 
 Delta = tuple[str, str]
 
 
 async def stream(request: Request, episode_id: str, act_request: ActRequest) -> Response:
-    """Events from the first one on. A failure before it is answered like that of any other call."""
+    """Starts the act and returns the response once the first event is known. Raises if the act fails before that."""
     deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
 
     def emit(kind: str, delta: str) -> None:
@@ -37,10 +40,10 @@ async def stream(request: Request, episode_id: str, act_request: ActRequest) -> 
         async with while_connected(request):
             first = await deltas.get()
     except (ClientClosed, asyncio.CancelledError):
-        await _cancelled(acting)
+        await _cancel(acting)
         raise
     if first is None:
-        acting.result()  # raises what the act failed with
+        acting.result()  # raises if the act failed
     return StreamingResponse(
         _events(request, first, deltas, acting), media_type="text/event-stream", headers=_UNBUFFERED
     )
@@ -54,7 +57,7 @@ async def _act(request: Request, episode_id: str, act_request: ActRequest) -> An
 async def _events(
     request: Request, item: Delta | None, deltas: "asyncio.Queue[Delta | None]", acting: "asyncio.Task[Answer]"
 ) -> AsyncGenerator[bytes]:
-    """When the reader of these events goes away, the act is cancelled."""
+    """Yields the events of an act. Cancels the act if the client disconnects."""
     kinds: set[str] = set()
     try:
         while item is not None:
@@ -62,20 +65,20 @@ async def _events(
             yield _event(item[0], {"delta": item[1]})
             item = await deltas.get()
         answer = acting.result()
-        for kind in ("reasoning", "text"):  # a stored or joined act, or an action that was not drawn token by token
+        for kind in ("reasoning", "text"):  # not streamed: a retry, or a discrete action
             if answer[kind] and kind not in kinds:
                 yield _event(kind, {"delta": answer[kind]})
         yield _event("act", answer)
-    except Exception as error:  # noqa: BLE001 - the status line was sent long ago
+    except Exception as error:  # noqa: BLE001 - the status was sent already
         yield _event("error", problems.document(request, problems.expected(error)))
     finally:
-        await _cancelled(acting)
+        await _cancel(acting)
 
 
 def _event(kind: str, data: Any) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(data, default=str))
 
 
-async def _cancelled(task: "asyncio.Task[Any]") -> None:
+async def _cancel(task: "asyncio.Task[Any]") -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""POST /act, as one answer or as a stream of events, and POST /act/batch."""
+"""POST /act, answered as JSON or as a stream of events, and POST /act/batch."""
 
 import asyncio
 from typing import Any
@@ -23,13 +23,18 @@ router = APIRouter(tags=["acts"])
 
 @router.post(
     "/act",
+    summary="Act",
     response_model=schemas.Act,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string", "description": EVENTS}}}}}
     | problems.documented(400, 404, 409, 410, 413, 422, 503, 504),
     openapi_extra={"requestBody": request_body(schemas.ActRequest), "parameters": [IDEMPOTENCY_KEY]},
 )
 async def act(request: Request) -> Response:
-    """Takes an observation to the policy's action. The step is durable before the answer leaves."""
+    """Sends an observation and returns the policy's action. The step is stored durably before the answer is sent.
+
+    To make retries safe, send `step` or the header Idempotency-Key: a retry then returns the stored step. With
+    `Accept: text/event-stream` the answer is streamed.
+    """
     asked, digest = await body.read(request, schemas.ActRequest)
     act_request = ActRequest(asked.message(), digest, asked.step, body.idempotency_key(request), asked.timeout_s)
     episode_id = own(request, asked.episode_id)
@@ -42,16 +47,21 @@ async def act(request: Request) -> Response:
 
 @router.post(
     "/act/batch",
+    summary="Act in many episodes",
     response_model=schemas.BatchAnswer,
     responses=problems.documented(400, 413, 422),
     openapi_extra={"requestBody": request_body(schemas.BatchRequest)},
 )
 async def batch(request: Request) -> Response:
-    """Acts in many episodes at once, as for vectorised environments; one bad act spoils no other."""
+    """Acts in many episodes with one call, for vectorized environments. The acts run concurrently.
+
+    The answer has one result for each act, in the same order. If an act fails, its result is a problem document; the
+    other acts are not affected.
+    """
     acts = body.validated(await body.read_document(request), schemas.BatchRequest).acts
     names = [item.get("episode_id") for item in acts]
-    if twice := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
-        raise Unprocessable(f"episode {twice[0]!r} is there twice", "acts")
+    if repeated := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
+        raise Unprocessable(f"acts: episode {repeated[0]!r} appears more than once. Send one act per episode.", "acts")
     if len(acts) > 1:
         services(request).admission.count_calls(caller(request).tenant, len(acts) - 1)
     async with acting(request, len(acts)):
@@ -64,5 +74,5 @@ async def _act_or_problem(request: Request, item: dict[str, Any]) -> Answer:
         asked = body.validated(item, schemas.ActRequest)
         act_request = ActRequest(asked.message(), body.digest(item), asked.step, timeout_s=asked.timeout_s)
         return await services(request).sessions.act(own(request, asked.episode_id), act_request)
-    except Exception as error:  # noqa: BLE001 - each act has an answer of its own
+    except Exception as error:  # noqa: BLE001 - an error of one act must not fail the batch
         return problems.document(request, problems.expected(error))

@@ -1,4 +1,4 @@
-"""The calls around an episode: open, list, read, record, fork, rate, end, trajectory, delete."""
+"""/episode: opens, lists, reads, forks, rates, ends and deletes episodes, records actions, returns trajectories."""
 
 import time
 from typing import Annotated
@@ -14,8 +14,8 @@ from service.api.http.acting import acting
 from service.api.http.answers import json_answer
 from service.api.http.caller import caller, own
 from service.api.http.openapi import IDEMPOTENCY_KEY, request_body
-from service.api.http.query import FilterQuery, cursor_of, read_cursor
-from service.api.http.serialization import Format, resource
+from service.api.http.query import FilterQuery, FormatQuery, cursor_of, read_cursor
+from service.api.http.serialization import resource
 from service.api.http.services import services
 from service.errors import Unprocessable
 from service.sessions.acts import ActRequest, RecordedAction
@@ -23,7 +23,7 @@ from service.trajectory import StopReason, public_id
 
 router = APIRouter(prefix="/episode", tags=["episodes"])
 
-EpisodeIdPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
+EpisodeIdPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$", description="The id of the episode.")]
 
 _ID = "$response.body#/episode_id"
 _LINKS = {
@@ -33,22 +33,27 @@ _LINKS = {
         for name in ("read", "trajectory", "record", "fork", "feedback", "end", "delete")
     },
 }
-"""What can be done with an episode once it is open, in OpenAPI's terms."""
+"""OpenAPI links: the calls that can follow once an episode is open."""
 
 
 @router.post(
     "",
+    summary="Open an episode",
     status_code=201,
     response_model=schemas.Episode,
     responses={
-        200: {"model": schemas.Episode, "description": "The episode exists with the same body."},
+        200: {"model": schemas.Episode, "description": "A retry: the same body opened this episode earlier."},
         201: {"links": _LINKS},
     }
     | problems.documented(400, 409, 410, 413, 422, 503),
     openapi_extra={"requestBody": request_body(schemas.EpisodeRequest)},
 )
 async def create(request: Request) -> Response:
-    """Opens an episode."""
+    """Opens an episode. Every field is optional.
+
+    To make retries safe, choose `episode_id`: the same body then returns the episode that exists (200). Another body
+    with the same id is refused (409 `idempotency_mismatch`).
+    """
     document = await body.read_document(request)
     digest = body.digest(document)
     sessions = services(request).sessions
@@ -56,7 +61,7 @@ async def create(request: Request) -> Response:
         asked = body.validated(services(request).profiles.fill(document), schemas.EpisodeRequest)
         fields = asked.model_dump(exclude_unset=True, exclude={"episode_id"}, by_alias=True)
         stored, is_new = await sessions.create(own(request, asked.episode_id or str(uuid7())), fields, digest)
-    except Unprocessable:  # a retry finds what was opened, also when its profile or policy is gone since
+    except Unprocessable:  # a retry still finds its episode if the profile or the policy was removed meanwhile
         known = await sessions.opened(own(request, str(document.get("episode_id"))), digest)
         if known is None:
             raise
@@ -65,14 +70,16 @@ async def create(request: Request) -> Response:
     return json_answer(resource(stored), 201 if is_new else 200, headers)
 
 
-@router.get("", response_model=schemas.EpisodePage, responses=problems.documented(422, 503))
+@router.get("", summary="List episodes", response_model=schemas.EpisodePage, responses=problems.documented(422, 503))
 async def listing(
     request: Request,
     where: FilterQuery,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    cursor: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Maximum number of episodes in the page.")] = 100,
+    cursor: Annotated[
+        str | None, Query(description="`next_cursor` of the previous page; leave it out for the first page.")
+    ] = None,
 ) -> Response:
-    """Episodes, newest first."""
+    """Returns a page of the caller's episodes that match all filters, newest first."""
     before = None if cursor is None else read_cursor(cursor)
     found = await services(request).sessions.page(caller(request).tenant, where, limit=limit, before=before)
     next_cursor = cursor_of(found[-1]) if len(found) == limit else None
@@ -81,12 +88,13 @@ async def listing(
 
 @router.post(
     "/{episode_id}/action",
+    summary="Record an action",
     response_model=schemas.Act,
     responses=problems.documented(400, 404, 409, 410, 413, 422, 503),
     openapi_extra={"requestBody": request_body(schemas.RecordRequest), "parameters": [IDEMPOTENCY_KEY]},
 )
 async def record(request: Request, episode_id: EpisodeIdPath) -> Response:
-    """Records an action that a human or another policy chose, as the step; the policy goes on from it."""
+    """Records an action that a human or another policy chose as the next step. The policy continues from it."""
     asked, digest = await body.read(request, schemas.RecordRequest)
     key, recorded = body.idempotency_key(request), RecordedAction(asked.action)
     act_request = ActRequest(asked.message(), digest, asked.step, key, recorded=recorded)
@@ -97,18 +105,23 @@ async def record(request: Request, episode_id: EpisodeIdPath) -> Response:
 
 @router.post(
     "/{episode_id}/fork",
+    summary="Fork an episode",
     status_code=201,
     response_model=schemas.Forks,
-    responses={200: {"model": schemas.Forks, "description": "These forks exist already."}}
+    responses={200: {"model": schemas.Forks, "description": "A retry: the same body opened these forks earlier."}}
     | problems.documented(400, 404, 409, 410, 413, 422, 503),
     openapi_extra={"requestBody": request_body(schemas.ForkRequest)},
 )
 async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
-    """Opens n episodes that share this one's history up to at_step (default: now)."""
+    """Opens `n` new episodes that share this episode's steps before `at_step` (default: all) and continue from there.
+
+    With a seed, the first fork draws the same actions as this episode would. Each other fork gets its own seed.
+    """
     asked, digest = await body.read(request, schemas.ForkRequest)
     ids = [own(request, name) for name in asked.episode_ids or (str(uuid7()) for _ in range(asked.n))]
     if len(ids) != asked.n or len(set(ids)) < len(ids):
-        raise Unprocessable(f"there must be n = {asked.n} distinct ids", "episode_ids")
+        detail = f"episode_ids: expected n = {asked.n} distinct ids, got {len(ids)} ({len(set(ids))} distinct)"
+        raise Unprocessable(detail, "episode_ids")
     sessions = services(request).sessions
     forks, are_new = await sessions.fork(own(request, episode_id), asked.at_step, ids, asked.group, digest)
     return json_answer({"episodes": [resource(fork) for fork in forks]}, 201 if are_new else 200)
@@ -116,33 +129,40 @@ async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
 
 @router.post(
     "/{episode_id}/feedback",
+    summary="Rate an episode or a step",
     status_code=201,
     response_model=schemas.Feedback,
     responses=problems.documented(400, 404, 410, 413, 422, 503),
     openapi_extra={"requestBody": request_body(schemas.FeedbackRequest)},
 )
 async def feedback(request: Request, episode_id: EpisodeIdPath) -> Response:
-    """Keeps a human's rating; a named rater's newer one for the same step takes the place of the older."""
+    """Stores a human's rating. If the same `rater` rates the same step again, the new rating replaces the old one."""
     asked, _ = await body.read(request, schemas.FeedbackRequest)
     given = trajectories.Feedback(own(request, episode_id), created_at=time.time(), **asked.model_dump())
     await services(request).sessions.add_feedback(given)
     return json_answer(serialization.rating(given), 201)
 
 
-@router.get("/{episode_id}", response_model=schemas.Episode, responses=problems.documented(404, 410, 422, 503))
+@router.get(
+    "/{episode_id}",
+    summary="Read an episode",
+    response_model=schemas.Episode,
+    responses=problems.documented(404, 410, 422, 503),
+)
 async def read(request: Request, episode_id: EpisodeIdPath) -> Response:
-    """The episode resource."""
+    """Returns the episode with its current state, without its steps."""
     return json_answer(resource(await services(request).sessions.get(own(request, episode_id))))
 
 
 @router.post(
     "/{episode_id}/end",
+    summary="End an episode",
     response_model=schemas.Episode,
     responses=problems.documented(400, 404, 409, 410, 413, 422, 503),
     openapi_extra={"requestBody": request_body(schemas.EndRequest)},
 )
 async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
-    """Ends the episode; an ended one stays as it is."""
+    """Ends the episode without another action. An episode that has already ended is returned unchanged."""
     asked, digest = await body.read(request, schemas.EndRequest)
     message = asked.message()
     stop_reason = message.ends or StopReason.ABORTED
@@ -152,19 +172,25 @@ async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
 
 @router.get(
     "/{episode_id}/trajectory",
-    responses={200: {"description": "The trajectory in the format asked for."}}
+    summary="Read a trajectory",
+    responses={200: {"description": "The trajectory in the requested format."}}
     | problems.documented(404, 410, 422, 503),
 )
-async def trajectory(request: Request, episode_id: EpisodeIdPath, format: Format = "steps") -> Response:
-    """What happened: steps, chat messages, or token ids with loss mask and behaviour logprobs."""
+async def trajectory(request: Request, episode_id: EpisodeIdPath, format: FormatQuery = "steps") -> Response:
+    """Returns the steps of the episode in one of three formats."""
     sessions = services(request).sessions
     stored, steps = await sessions.steps(own(request, episode_id))
     feedback = await sessions.feedback(stored.config.episode_id) if format == "steps" else ()
     return json_answer(serialization.document(stored, steps, feedback, format))
 
 
-@router.delete("/{episode_id}", status_code=204, responses=problems.documented(404, 409, 410, 422, 503))
+@router.delete(
+    "/{episode_id}",
+    summary="Delete an episode",
+    status_code=204,
+    responses=problems.documented(404, 409, 410, 422, 503),
+)
 async def delete(request: Request, episode_id: EpisodeIdPath) -> Response:
-    """Deletes the episode; a tombstone stays."""
+    """Deletes the episode and its steps. A tombstone remains: later calls with this id get 410 `episode_deleted`."""
     await services(request).sessions.delete(own(request, episode_id))
     return Response(status_code=204)

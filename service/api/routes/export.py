@@ -1,4 +1,4 @@
-"""GET /export: trajectories as NDJSON, one a line; only one is in memory at a time."""
+"""GET /export: streams trajectories as NDJSON, one per line. Only one trajectory is in memory at a time."""
 
 from collections.abc import AsyncGenerator
 
@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 
 from service.api.http import problems
 from service.api.http.caller import caller
-from service.api.http.query import FilterQuery
+from service.api.http.query import FilterQuery, FormatQuery
 from service.api.http.serialization import Format, document
 from service.api.http.services import services
 from service.errors import Gone
@@ -24,14 +24,16 @@ _PAGE = 100
 
 @router.get(
     "/export",
+    summary="Export trajectories",
     response_class=StreamingResponse,
     responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}}
     | problems.documented(422, 503),
 )
-async def export(request: Request, where: FilterQuery, format: Format = "steps") -> StreamingResponse:
-    """Finished trajectories (or those of another `status`), newest first, each as its /trajectory gives it.
+async def export(request: Request, where: FilterQuery, format: FormatQuery = "steps") -> StreamingResponse:
+    """Returns the trajectories of all matching episodes as NDJSON, newest first. The default `status` is `ended`.
 
-    An export that fails midway ends without its last chunk, which every HTTP client reports.
+    Each line is what GET /episode/{episode_id}/trajectory returns. If the export fails midway, the response ends
+    without its last chunk, and HTTP clients report an incomplete response.
     """
     sessions, tenant = services(request).sessions, caller(request).tenant
     where["status"] = where.get("status", "ended")
@@ -47,7 +49,7 @@ async def _lines(
             try:
                 stored, steps = await sessions.steps(listed.config.episode_id)
             except Gone:
-                continue  # deleted since its page was read
+                continue  # deleted after its page was read
             feedback = await sessions.feedback(stored.config.episode_id) if format == "steps" else ()
             yield orjson.dumps(document(stored, steps, feedback, format), option=orjson.OPT_APPEND_NEWLINE)
         last = page[-1].config

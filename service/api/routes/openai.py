@@ -1,4 +1,4 @@
-"""/v1 and its kin: hands the request to the engine's own OpenAI-compatible app, or says why it cannot."""
+"""/v1 and related paths: forwards requests to the engine's own OpenAI-compatible app, within the service's limits."""
 
 from contextlib import nullcontext
 
@@ -18,23 +18,25 @@ _RETRY_AFTER_S = "5"
 
 
 class _OpenAI:
-    """An ASGI app in front of the engine's."""
+    """An ASGI app that checks a request and forwards it to the engine's app."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         behind = services(request)
         if reason := behind.lifecycle.unready_reason:
             headers = {"Retry-After": _RETRY_AFTER_S}
-            await openai_error(503, f"The service is not ready: {reason}.", reason, headers)(scope, receive, send)
+            detail = f"The service is not ready ({reason}). Retry after the number of seconds in Retry-After."
+            await openai_error(503, detail, reason, headers)(scope, receive, send)
             return
         app = await behind.sessions.agent.engine.openai_app()
         if app is None:
-            await openai_error(501, "The engine serves episodes only.", "not_implemented")(scope, receive, send)
+            detail = "This engine has no OpenAI-compatible API. Use POST /episode and POST /act."
+            await openai_error(501, detail, "not_implemented")(scope, receive, send)
             return
         try:
             content = await body.read_bytes(request)
             if content and "json" in request.headers.get("content-type", ""):
-                body.check_json(content)  # vLLM would parse it without our limits
+                body.check_json(content)  # vLLM parses JSON without these limits
         except EpisodicError as error:
             await openai_error(error.status, error.detail, error.code)(scope, receive, send)
             return
@@ -44,13 +46,13 @@ class _OpenAI:
         try:
             with admission.admitted(tenant):
                 async with admission.slot(tenant) if scope["method"] == "POST" else nullcontext():
-                    await app(scope, _again(content, receive), send)
+                    await app(scope, _with_body(content, receive), send)
         except TooManyRequests as error:
             await refusal(request, error)(scope, receive, send)
 
 
-def _again(content: bytes, receive: Receive) -> Receive:
-    """Gives the body that was read, and then what follows it."""
+def _with_body(content: bytes, receive: Receive) -> Receive:
+    """Returns a `receive` that first gives the body that was already read, and then the messages after it."""
     first: Message | None = {"type": "http.request", "body": content, "more_body": False}
 
     async def replayed() -> Message:

@@ -1,4 +1,4 @@
-"""What operators and orchestrators call: health, readiness, version, metrics."""
+"""Calls for operators and orchestrators: health, readiness, version, metrics."""
 
 import asyncio
 import dataclasses
@@ -22,27 +22,35 @@ router = APIRouter(tags=["operations"])
 
 _VERSION = importlib.metadata.version("episodic")
 _STORE_LIMIT_S = 2.0
-"""Of the store for /readyz and /metrics: what waits for a store that hangs says nothing of it."""
+"""Timeout of the store for /readyz and /metrics. Without it, a hanging store would block both and stay unreported."""
 
 
-@router.get("/healthz", response_model=Ready)
+@router.get("/healthz", summary="Liveness", response_model=Ready)
 async def healthz() -> Response:
-    """The process lives, the model loaded or not."""
+    """Returns 200 while the process runs, whether the model is loaded or not. Use it as a liveness probe."""
     return json_answer({"status": "ok"})
 
 
-@router.get("/readyz", response_model=Ready, responses={503: {"description": "Not ready; `reason` says why."}})
+@router.get(
+    "/readyz",
+    summary="Readiness",
+    response_model=Ready,
+    responses={503: {"description": "`reason`: loading, engine_unavailable, store_unavailable, or draining."}},
+)
 async def readyz(request: Request) -> Response:
-    """200 when an act would be served, now and in a moment."""
+    """Returns 200 if the service can serve acts, 503 with a `reason` if not. Use it as a readiness probe."""
     reason = await _unready_reason(services(request))
     if reason:
         return json_answer({"status": "unready", "reason": reason}, 503)
     return json_answer({"status": "ready"})
 
 
-@router.get("/version", response_model=Version)
+@router.get("/version", summary="Version", response_model=Version)
 async def version(request: Request) -> Response:
-    """The service's version, the policy's, and how its chat template behaves; null while it loads."""
+    """Returns the versions of the service and of the policy, and how the policy's chat template behaves.
+
+    While the model loads, all fields but `version` are null.
+    """
     engine = _engine(request)
     if engine is None:
         policy: dict[str, object] = {name: None for name in ("policy", "policy_version", "max_model_len", "template")}
@@ -57,14 +65,14 @@ async def version(request: Request) -> Response:
     return json_answer({"version": _VERSION, **policy})
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """Prometheus text: ours `agent_*`, the engine's `vllm:*`."""
+    """Returns metrics in Prometheus text format: `agent_*` of the service, `vllm:*` of the engine."""
     behind = services(request)
     reason = await _unready_reason(behind)
     num_active = math.nan
     if reason != "store_unavailable":
-        with suppress(StoreUnavailable, TimeoutError):  # replicas open and end episodes, too: the store alone knows
+        with suppress(StoreUnavailable, TimeoutError):  # only the store knows the episodes of all replicas
             async with asyncio.timeout(_STORE_LIMIT_S):
                 num_active = await behind.sessions.store.num_active()
     ACTIVE_EPISODES.set(num_active)
@@ -76,7 +84,7 @@ async def metrics(request: Request) -> Response:
 
 
 async def _unready_reason(behind: Services) -> str | None:
-    """Why a load balancer should choose another replica."""
+    """Returns why a load balancer should choose another replica; None if this one is ready."""
     if reason := behind.lifecycle.routing_reason:
         return reason
     try:
@@ -88,7 +96,7 @@ async def _unready_reason(behind: Services) -> str | None:
 
 
 def _engine(request: Request) -> Engine | None:
-    """None while the first engine is loading."""
+    """Returns the engine; None while the first one is loading."""
     try:
         return services(request).sessions.agent.engine
     except EngineUnavailable:

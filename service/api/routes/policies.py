@@ -1,4 +1,4 @@
-"""/policy: the policies that are served; loading and removing LoRA adapters."""
+"""/policy: lists the served policies, and loads and removes LoRA adapters."""
 
 from typing import Annotated
 
@@ -16,34 +16,38 @@ from service.api.http.services import services
 
 router = APIRouter(prefix="/policy", tags=["policies"])
 
-NamePath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+NamePath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="The name of the policy.")]
 
 
-@router.get("", response_model=PolicyList, responses=problems.documented(503))
+@router.get("", summary="List policies", response_model=PolicyList, responses=problems.documented(503))
 async def listing(request: Request) -> Response:
-    """The base model, then its adapters."""
+    """Returns the policies that episodes can be opened with: the base model, then its adapters."""
     policies = _policies(request)
     return json_answer({"policies": [_resource(policies, policy) for policy in policies]})
 
 
 @router.put(
     "/{name}",
+    summary="Load an adapter",
     response_model=Policy,
-    responses={201: {"model": Policy, "description": "The adapter is loaded."}}
+    responses={201: {"model": Policy, "description": "A new adapter was loaded."}}
     | problems.documented(400, 413, 422, 503),
     openapi_extra={"requestBody": request_body(AdapterRequest)},
 )
 async def load(request: Request, name: NamePath) -> Response:
-    """Loads an adapter, or puts another in its place: `policy_version` tells them apart."""
+    """Loads a LoRA adapter under a name, or replaces the adapter of that name.
+
+    Acts that are in flight end with the previous weights. `policy_version` of each step names the weights that acted.
+    """
     asked, _ = await body.read(request, AdapterRequest)
     policies = _policies(request)
     policy, is_new = await policies.load(name, asked.path)
     return json_answer(_resource(policies, policy), 201 if is_new else 200)
 
 
-@router.delete("/{name}", status_code=204, responses=problems.documented(404, 422, 503))
+@router.delete("/{name}", summary="Remove an adapter", status_code=204, responses=problems.documented(404, 422, 503))
 async def remove(request: Request, name: NamePath) -> Response:
-    """Removes an adapter. Its episodes answer 503 until it is there again."""
+    """Removes an adapter. Acts of its episodes get 503 `engine_unavailable` until it is loaded again."""
     await _policies(request).remove(name)
     return Response(status_code=204)
 

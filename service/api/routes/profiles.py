@@ -1,4 +1,4 @@
-"""GET /profile."""
+"""GET /profile: lists the profiles, the named presets for POST /episode."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -11,9 +11,9 @@ from service.api.http.services import services
 router = APIRouter(tags=["profiles"])
 
 
-@router.get("/profile", response_model=ProfileList)
+@router.get("/profile", summary="List profiles", response_model=ProfileList)
 async def listing(request: Request) -> Response:
-    """The presets that POST /episode can be asked for by name."""
+    """Returns the profiles: presets that POST /episode can use by name."""
     profiles = services(request).profiles
     return json_answer(
         {"profiles": [{"name": p.name, "description": p.description, "fields": p.fields} for p in profiles]}

@@ -366,7 +366,7 @@ async def test_a_body_behind_an_upgrade_is_refused_and_not_lost(patient: Served)
     await caller.send(b"POST /act HTTP/1.1\r\nHost: localhost\r\n%b\r\n{}" % upgrade)
     answered = await caller.rest()
     assert answered.startswith(b"HTTP/1.1 400 ")
-    assert b"without Upgrade" in answered
+    assert b"without the Upgrade header" in answered
     caller.close()
 
 

@@ -95,7 +95,7 @@ async def test_a_batch_acts_in_order_and_a_bad_item_spoils_no_other(api: Served)
 @pytest.mark.parametrize(
     ("acts", "word"),
     [
-        ([{"episode_id": "e", "observation": "1"}] * 2, "twice"),
+        ([{"episode_id": "e", "observation": "1"}] * 2, "more than once"),
         ([{"episode_id": f"e{n}", "observation": "1"} for n in range(1025)], "1024"),
         ([], "acts"),
         ([1], "acts"),
