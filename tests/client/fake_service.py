@@ -1,4 +1,4 @@
-"""The calls of the HTTP contract that the client makes, in memory, behind a real socket, with faults by script."""
+"""A fake service in memory, served over a real socket. Tests script faults such as lost responses."""
 
 import asyncio
 import json
@@ -45,12 +45,14 @@ class FakeEpisode:
 
 
 def first_action(episode: FakeEpisode, body: dict[str, Any]) -> Any:
+    """A policy that always takes the first legal action."""
     return body.get("legal_actions", episode.fields["action_space"].get("actions", ["a text"]))[0]
 
 
 class FakeService:
-    """An ASGI app. `choose` is its policy; `received` holds (method, path, headers, body) of every request, and
-    `peers` the connections they came by.
+    """The ASGI app. `choose` is its policy.
+
+    `received` has (method, path, headers, body) of every request, and `peers` the addresses of the connections.
     """
 
     def __init__(self) -> None:
@@ -81,7 +83,7 @@ class FakeService:
         self._faults.clear()
 
     def script(self, path: str, *faults: Fault) -> None:
-        """The next requests for `path` meet these faults, one each; those after are served."""
+        """Schedules faults: each of the next requests for `path` gets one of them. Later requests are served."""
         self._faults.setdefault(path, deque()).extend(faults)
 
     def bodies(self, path: str) -> list[bytes]:
@@ -185,7 +187,7 @@ def problem(status: int, code: str, **context: Any) -> Response:
 
 
 def answer(response: Response) -> Fault:
-    """Answers without doing anything."""
+    """A fault that sends this response without doing what was requested."""
 
     async def fault(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         await response(scope, receive, send)
@@ -200,21 +202,21 @@ def overloaded(status: int = 503, code: str = "engine_unavailable", retry_after:
 
 
 async def drop_before(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Cuts the connection with nothing done."""
+    """Closes the connection without doing what was requested."""
     _cut(send)
 
 
 async def drop_after(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Does what was asked, then cuts the connection: the caller cannot know."""
-    await app(scope, receive, _unheard)
+    """Does what was requested, then closes the connection without a response."""
+    await app(scope, receive, _discard)
     _cut(send)
 
 
 def stall_after(seconds: float) -> Fault:
-    """Does what was asked and keeps silent about it."""
+    """A fault that does what was requested, and closes the connection only after `seconds`, without a response."""
 
     async def fault(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        await app(scope, receive, _unheard)
+        await app(scope, receive, _discard)
         await asyncio.sleep(seconds)
         _cut(send)
 
@@ -222,10 +224,11 @@ def stall_after(seconds: float) -> Fault:
 
 
 def _cut(send: Any) -> None:
-    send.__self__.transport.abort()  # uvicorn's request cycle: the only way to end a connection without an answer
+    # `send` is a method of uvicorn's request cycle. ASGI itself cannot close a connection without a response.
+    send.__self__.transport.abort()
 
 
-async def _unheard(message: Message) -> None:
+async def _discard(message: Message) -> None:
     pass
 
 
@@ -240,7 +243,7 @@ async def _read(receive: Receive) -> bytes:
 
 @contextmanager
 def serve(app: ASGIApp) -> Iterator[str]:
-    """The app over HTTP/1.1 on a free port of loopback; yields its URL."""
+    """Serves the app over HTTP/1.1 on a free loopback port. Yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -1,4 +1,4 @@
-"""The client over a real socket: exactly-once steps under faults, errors, and the same behaviour in both forms."""
+"""Both clients over a real socket: steps are taken exactly once despite faults, and problems become errors."""
 
 import asyncio
 import json

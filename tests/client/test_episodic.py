@@ -1,4 +1,4 @@
-"""The public package `episodic` is the client, the environments and the rollouts under a name of their own."""
+"""The public package `episodic` re-exports the client, the environments and the rollouts."""
 
 import episodic
 import episodic.environments

@@ -1,4 +1,4 @@
-"""The client against the service itself: streams, batches, forks, other hands, feedback, lists, exports, policies."""
+"""The client against the real service with a scripted engine: streams, batches, forks, feedback, exports, policies."""
 
 import asyncio
 import contextlib
@@ -221,7 +221,7 @@ async def test_an_export_that_is_cut_off_is_noticed(api: Served, monkeypatch: py
     await blocking(api, use)
 
 
-# Answers that are late, lost, or of something else
+# --- responses that are late, lost, or sent by something other than the service
 
 
 async def test_an_export_is_cut_into_lines_at_line_feeds_alone(api: Served):
@@ -264,7 +264,7 @@ async def test_closing_a_blocking_stream_aborts_its_act(api: Served, monkeypatch
 
 
 class Answers(httpx.BaseTransport):
-    """Gives each request the next of these, the last one for ever."""
+    """A transport that answers with these responses or errors in order, and repeats the last one."""
 
     def __init__(self, *answers: httpx.Response | httpx.RequestError) -> None:
         self._answers = answers
@@ -393,7 +393,7 @@ def test_a_batch_waits_as_long_as_its_acts_may_take():
     assert timeout_s(100.0, None) is None
 
 
-# The command line
+# --- the command line
 
 
 async def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -443,7 +443,7 @@ async def test_a_command_without_a_service_says_so(tmp_path: Path):
     assert not (tmp_path / "out.partial").exists()
 
 
-# Vectorised environments
+# --- vector environments
 
 
 async def test_a_vector_environment_is_driven_by_batches(api: Served):
@@ -467,7 +467,7 @@ async def test_a_vector_environment_is_driven_by_batches(api: Served):
     assert all(0 < episode["step"] <= 9 for episode in episodes)
     for episode in episodes:
         steps = (await api.trajectory(episode["episode_id"]))["steps"]
-        assert all(step["reward"] is not None for step in steps), "each action has its reward, the last one too"
+        assert all(step["reward"] is not None for step in steps), "an action has no reward"
     assert (await api.client.get("/episode?status=active")).json()["episodes"] == []
 
 

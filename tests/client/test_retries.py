@@ -1,4 +1,4 @@
-"""When a call is sent again."""
+"""Which outcomes of a call are retried, and after how long a delay."""
 
 import httpx
 import pytest
@@ -20,7 +20,7 @@ def test_the_wait_is_at_least_what_retry_after_asks_for() -> None:
     attempts = Attempts(Retry(first_s=0.5, max_s=0.5))
     waits = [attempts.wait_s(response(503, Retry_After="7")) for _ in range(10)]
     assert all(wait is not None and 7.0 <= wait <= 7.5 for wait in waits)
-    assert len(set(waits)) > 1, "clients told the same wait must not come back at the same moment"
+    assert len(set(waits)) > 1, "the delay has no jitter: clients with the same Retry-After would all retry at once"
 
 
 @pytest.mark.parametrize("header", ["soon", "-1", "nan", "1e9", "Wed, 21 Oct 2015 07:28:00 GMT", "٣"])

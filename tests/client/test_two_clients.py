@@ -1,4 +1,4 @@
-"""The blocking client and the one for asyncio offer the same: the same calls with the same parameters."""
+"""The blocking client and the asyncio client have the same methods with the same parameters."""
 
 import inspect
 from typing import Any
@@ -12,17 +12,17 @@ RENAMED = {"close": "aclose", "__enter__": "__aenter__", "__exit__": "__aexit__"
 
 
 def calls(kind: type[Any]) -> dict[str, inspect.Signature]:
-    """The public calls of a class, and those that `with` makes."""
+    """The public methods of a class and its methods for `with`."""
     named = inspect.getmembers(kind, inspect.isfunction)
     return {name: inspect.signature(call) for name, call in named if not name.startswith("_") or name in RENAMED}
 
 
 def shape(signature: inspect.Signature) -> list[tuple[str, Any, Any, str]]:
-    """Names, kinds, defaults and annotations of the parameters; Async is left out of the annotations."""
+    """Names, kinds, defaults and annotations of the parameters. "Async" is removed from the annotations."""
     return [
         (one.name, one.kind, one.default, str(one.annotation).replace("Async", ""))
         for one in signature.parameters.values()
-        if one.name != "transport"  # httpx has one for each
+        if one.name != "transport"  # httpx has a different type for each client
     ]
 
 
