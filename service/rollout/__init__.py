@@ -1,4 +1,4 @@
-"""Plays any Gymnasium environment with the service's policy, beside a random one, and reports how both did."""
+"""Plays a Gymnasium environment with the service's policy and with a random policy, and reports the results of both."""
 
 from service.rollout.environment import EnvironmentFactory, RewardNotFinite, UnusableEnvironment
 from service.rollout.play import rollout

@@ -1,4 +1,4 @@
-"""Owns the making of environments by Gymnasium id, each with its description in text."""
+"""Creates environments by their Gymnasium id, each with its text description."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,20 +10,20 @@ import gymnasium
 from service.environments import TextDescription, describe
 
 STEP_CAP = 200
-"""The length at which an episode is truncated where neither the environment nor the caller sets one."""
+"""The number of steps after which an episode is truncated if neither the environment nor the caller sets a limit."""
 
 
 class UnusableEnvironment(Exception):
-    """No environment to play: unknown id, missing dependency, refused arguments, or spaces that text cannot carry."""
+    """The environment cannot be played: unknown id, missing dependency, invalid arguments, or unsupported spaces."""
 
 
 class RewardNotFinite(Exception):
-    """The environment gave NaN or infinity as a reward, which neither JSON nor a mean can hold."""
+    """The environment returned NaN or infinity as a reward. JSON cannot represent it, and no mean can include it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextEnvironment:
-    """One environment instance and how it speaks: plays one episode at a time."""
+    """One environment instance with its text description. It plays one episode at a time."""
 
     env: gymnasium.Env[Any, Any]
     text: TextDescription
@@ -31,14 +31,14 @@ class TextEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentFactory:
-    """Makes instances of one environment. `max_episode_steps` overrides the environment's own limit."""
+    """Creates instances of one environment. `max_episode_steps` overrides the environment's own limit."""
 
     env_id: str
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     max_episode_steps: int | None = None
 
     def make(self) -> TextEnvironment:
-        """Raises UnusableEnvironment with a sentence that says why."""
+        """Creates one instance. Raises UnusableEnvironment with the reason."""
         try:
             env = gymnasium.make(self.env_id, max_episode_steps=self._step_limit(), **self.kwargs)
             return TextEnvironment(env, describe(env))
@@ -46,14 +46,15 @@ class EnvironmentFactory:
             raise UnusableEnvironment(f"{self.env_id}: {str(error) or type(error).__name__}") from error
 
     def _step_limit(self) -> int | None:
-        """None leaves the environment's own."""
+        """The limit to pass to Gymnasium. None keeps the environment's own limit."""
         if self.max_episode_steps is not None:
             return self.max_episode_steps
         return None if gymnasium.spec(self.env_id).max_episode_steps else STEP_CAP
 
 
 def finite(reward: Any) -> float:
+    """The reward as a float. Raises RewardNotFinite for NaN and infinity."""
     number = float(reward)
     if not isfinite(number):
-        raise RewardNotFinite(f"the environment gave {number} as a reward")
+        raise RewardNotFinite(f"the environment returned {number} as a reward; rewards must be finite numbers")
     return number

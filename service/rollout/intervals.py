@@ -1,4 +1,4 @@
-"""Owns the 95% intervals of a rate and of a mean."""
+"""95% confidence intervals of a rate (Wilson) and of a mean (Student's t)."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -10,8 +10,9 @@ _Z = NormalDist().inv_cdf(0.975)
 
 
 def wilson(num_successes: int, num_trials: int) -> Interval:
-    """The score interval of a rate: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical
-    Inference", JASA 22 (1927), 209-212. Unlike the normal approximation it holds near 0 and 1 too.
+    """Wilson's score interval of a rate. Unlike the normal approximation, it is also valid near 0 and 1.
+
+    E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927), 209-212.
     """
     rate = num_successes / num_trials
     shrink = 1 + _Z**2 / num_trials
@@ -21,7 +22,7 @@ def wilson(num_successes: int, num_trials: int) -> Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of the mean, None for fewer than two values."""
+    """Student's t interval of the mean. None for fewer than two values."""
     if len(values) < 2:
         return None
     half = student_t(len(values) - 1) * stdev(values) / sqrt(len(values))
@@ -29,8 +30,10 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 
 def student_t(degrees: int) -> float:
-    """The 97.5% point of Student's t by its expansion in 1/degrees, Abramowitz and Stegun, "Handbook of Mathematical
-    Functions", 26.7.5. Within 1% from 3 degrees up, too small below (9.7 for 12.7 at one degree).
+    """The 97.5% quantile of Student's t distribution, approximated by its expansion in 1/degrees.
+
+    Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5. The error is within 1% from 3 degrees of
+    freedom up. Below, the result is too small (9.7 instead of 12.7 at one degree of freedom).
     """
     z = _Z
     first = (z**3 + z) / 4

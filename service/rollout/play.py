@@ -1,4 +1,4 @@
-"""Owns the playing of episodes: by the service's policy, many at a time, and by a random one, here."""
+"""Plays episodes with the service's policy, many at the same time, and with a random policy for comparison."""
 
 import asyncio
 import time
@@ -13,10 +13,10 @@ from service.rollout.report import Failure, Outcome, Report, percentile, summari
 
 Player = Literal["random", "policy"]
 OnEpisode = Callable[[Player], None]
-"""Called after each episode, whoever played it."""
+"""Called after each episode with the player that played it."""
 
 SLOW_STEP_S = 0.002
-"""An environment slower than this steps in a thread: inline it would hold up the other episodes' requests."""
+"""An environment slower than this runs in threads. In the event loop it would delay the other episodes' requests."""
 
 
 def ignore(player: Player) -> None:
@@ -33,10 +33,11 @@ async def rollout(
     temperature: float = 0.0,
     on_episode: OnEpisode = ignore,
 ) -> Report:
-    """Plays `episodes` episodes, the one of index i reset with seed `seed` + i, at most `concurrency` at a time.
+    """Plays `episodes` episodes with each player, at most `concurrency` of the policy's at the same time.
 
-    An episode that the service fails, or whose reward is not finite, is a failure in the report; what the environment
-    raises, it raises here. Raises UnusableEnvironment before anything is played.
+    Episode i is reset with seed `seed` + i. An episode with a failed call or with a reward that is not finite is
+    reported as a failure. Errors that the environment raises are raised here. Raises UnusableEnvironment before any
+    episode is played.
     """
     seeds = range(seed, seed + episodes)
     first = factory.make()
@@ -66,7 +67,7 @@ async def rollout(
 
 
 async def _play_all(games: "_Games", workers: list[TextEnvironment], seeds: range, on_episode: OnEpisode) -> None:
-    todo = iter(seeds)  # shared: whichever worker is free takes the next
+    todo = iter(seeds)  # the workers share the iterator: each takes the next seed when it is free
     async with asyncio.TaskGroup() as group:
         for worker in workers:
             group.create_task(_work(games, worker, todo, on_episode))
@@ -80,7 +81,7 @@ async def _work(games: "_Games", worker: TextEnvironment, todo: Iterator[int], o
 
 @dataclass(slots=True)
 class _Games:
-    """Episodes played by the service's policy, and what is measured about them."""
+    """Plays episodes with the service's policy and collects the measurements."""
 
     client: AsyncClient
     env_id: str
@@ -92,7 +93,7 @@ class _Games:
     policy_version: str | None = None
 
     async def play(self, worker: TextEnvironment, seed: int) -> None:
-        """One episode. A failing one is data: the rest go on."""
+        """Plays one episode. A failure is recorded and does not stop the other episodes."""
         try:
             self.outcomes.append(await self._play(worker, seed))
         except (EpisodicError, RewardNotFinite) as error:
@@ -108,12 +109,12 @@ class _Games:
             observation, raw, terminated, truncated, info = await self._in_env(env.step, text.action(act.action))
             reward = finite(raw)
             length, episode_return = length + 1, episode_return + reward
-            shown = text.observation(observation, info)
+            described = text.observation(observation, info)
             if terminated or truncated:
                 success = text.success(reward, terminated, truncated, episode_return)
-                await episode.act(shown, reward=reward, terminated=terminated, truncated=truncated, success=success)
+                await episode.act(described, reward=reward, terminated=terminated, truncated=truncated, success=success)
                 return Outcome(seed, episode_return, length, success)
-            act = await self._act(episode, shown, reward)
+            act = await self._act(episode, described, reward)
         if act.done:
             return Outcome(seed, episode_return, length, False, "the service ended the episode")
         await episode.end(truncated=True, success=False)
@@ -140,18 +141,18 @@ class _Games:
 
 
 async def _play_random(worker: TextEnvironment, seeds: range, on_episode: OnEpisode) -> tuple[list[Outcome], float]:
-    """A uniformly random policy's episodes, and the seconds that one step of the environment takes."""
+    """Plays all episodes with a uniformly random policy. Also returns the mean time of a step in seconds."""
     outcomes: list[Outcome] = []
     began = time.perf_counter()
     for seed in seeds:
         outcomes.append(random_episode(worker, seed))
         on_episode("random")
-        await asyncio.sleep(0)  # lets a cancellation in
+        await asyncio.sleep(0)  # gives the event loop a chance to deliver a cancellation
     return outcomes, (time.perf_counter() - began) / sum(outcome.length for outcome in outcomes)
 
 
 def random_episode(worker: TextEnvironment, seed: int) -> Outcome:
-    """One episode of actions drawn from the action space, which is seeded as the environment is."""
+    """Plays one episode with actions sampled from the action space. The same seed sets environment and sampling."""
     env = worker.env
     env.action_space.seed(seed)
     env.reset(seed=seed)

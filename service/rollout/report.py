@@ -1,4 +1,4 @@
-"""Owns what a rollout found: what became of each episode, and the figures over all of them."""
+"""The results of a rollout: the outcome of each episode, and statistics over all of them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +13,10 @@ Cut = Literal["the completion was no action", "the service ended the episode"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """An episode that was played; `length` in steps of the environment. One `cut` short by the policy or the service,
-    before the environment ended it, is not completed.
+    """The outcome of one episode. `length` is in steps of the environment.
+
+    `cut` is the reason if the policy or the service ended the episode before the environment did. Such an episode is
+    not completed.
     """
 
     seed: int
@@ -26,7 +28,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An episode that could not be played to its end, and why."""
+    """An episode that could not be played to its end, and the error."""
 
     seed: int
     error: str
@@ -34,7 +36,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Figures over the episodes that one policy ended; the rates and means are None where there are none."""
+    """Statistics over the finished episodes of one policy. Without episodes, rates and means are None."""
 
     episodes: int
     completion_rate: float | None
@@ -46,7 +48,10 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A rollout's figures. Times are in seconds, as the caller of /act saw them, retries included."""
+    """The results of a rollout.
+
+    Durations are in seconds. Latencies of /act are measured at the client and include retries.
+    """
 
     env: str
     seed: int
@@ -60,16 +65,17 @@ class Report:
     p99_s: float | None
     wall_s: float
     cut: dict[Cut, int]
-    """How many of the policy's episodes were cut short, by reason."""
+    """The number of the policy's episodes that were ended early, by reason."""
     failures: tuple[Failure, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The policy's figures at the top, the random policy's under "random"."""
+        """The report as JSON: the policy's statistics at the top level, the random policy's under "random"."""
         own = {name: value for name, value in asdict(self).items() if name not in ("env", "policy", "random")}
         return {"env": self.env, **asdict(self.policy), **own, "random": asdict(self.random)}
 
 
 def summarize(outcomes: Sequence[Outcome]) -> Summary:
+    """The statistics over these outcomes."""
     if not outcomes:
         return Summary(0, None, None, None, None, None)
     num_completed = sum(outcome.completed for outcome in outcomes)
@@ -85,5 +91,5 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The nearest-rank percentile, None of nothing."""
+    """The nearest-rank percentile. None if there are no values."""
     return sorted(values)[max(0, ceil(len(values) * percent / 100) - 1)] if values else None

@@ -1,4 +1,4 @@
-"""Owns the playing of a vectorised environment: one batch of acts for each step of all its copies."""
+"""Plays a Gymnasium vector environment: one batch of acts for each step of all its copies."""
 
 from collections.abc import Generator
 from typing import Any
@@ -17,11 +17,12 @@ Info = dict[str, Any]
 def play_vector(
     client: Client, envs: SyncVectorEnv, *, num_episodes: int, seed: int = 0, temperature: float = 0.0
 ) -> Generator[float]:
-    """Plays at least `num_episodes` episodes in copies of one environment and yields each one's return as it ends.
-    Those under way by then, or when the caller leaves, are truncated.
+    """Plays at least `num_episodes` episodes in the copies of an environment. Yields the return of each at its end.
 
-    `envs` must be made with AutoresetMode.DISABLED: its copies are reset here, when the service has heard of their last
-    reward. Raises ApiError for an act that the service refuses, ValueError for another autoreset mode.
+    Episodes that are still running then, or when the generator is closed, are truncated.
+
+    `envs` must be made with AutoresetMode.DISABLED, because a copy may be reset only after the service has received its
+    last reward. Raises ValueError for another autoreset mode, and ApiError if an act fails.
     """
     if envs.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
         raise ValueError("make the environment with vector_kwargs={'autoreset_mode': AutoresetMode.DISABLED}")
@@ -30,8 +31,9 @@ def play_vector(
     num_played = 0
     try:
         while num_played < num_episodes:
-            shown = _shown(envs, lanes, observations, infos)
-            acts = _acted(client, [(lane.episode, text, lane.fields) for lane, text in zip(lanes, shown, strict=True)])
+            texts = _describe_all(envs, lanes, observations, infos)
+            items = [(lane.episode, text, lane.fields) for lane, text in zip(lanes, texts, strict=True)]
+            acts = _act_all(client, items)
             actions = [lane.text.action(act.action) for lane, act in zip(lanes, acts, strict=True)]
             observations, rewards, terminated, truncated, infos = envs.step(np.asarray(actions))
             for lane, *outcome in zip(lanes, rewards, terminated, truncated, strict=True):
@@ -39,9 +41,9 @@ def play_vector(
             over = terminated | truncated
             if not over.any():
                 continue
-            last = _shown(envs, lanes, observations, infos)
+            last = _describe_all(envs, lanes, observations, infos)
             ended = [(lane, text) for lane, text, is_over in zip(lanes, last, over, strict=True) if is_over]
-            _acted(client, [(lane.episode, text, lane.fields) for lane, text in ended])
+            _act_all(client, [(lane.episode, text, lane.fields) for lane, text in ended])
             observations, infos = envs.reset(options={"reset_mask": over})
             for lane, _ in ended:
                 num_played += 1
@@ -52,7 +54,7 @@ def play_vector(
 
 
 class _Lane:
-    """One copy of the environment: its episode, begun when it is first asked for, and what goes with its next act."""
+    """One copy of the environment: its episode, which is opened on first use, and the fields of its next act."""
 
     def __init__(self, client: Client, text: TextDescription, temperature: float) -> None:
         self.text = text
@@ -73,7 +75,7 @@ class _Lane:
         return self._episode
 
     def step(self, reward: Any, terminated: Any, truncated: Any) -> None:
-        """Takes over what the environment gave for the last action."""
+        """Records the environment's result for the last action."""
         self._return += float(reward)
         self.fields = ActFields(reward=finite(reward))
         if terminated or truncated:
@@ -81,29 +83,29 @@ class _Lane:
             self.fields["success"] = self.text.success(float(reward), bool(terminated), bool(truncated), self._return)
 
     def finish(self) -> float:
-        """The return of the episode, which is over; the next one begins when it is asked for."""
+        """Returns the return of the episode that ended, and prepares for the next one."""
         finished, self._return = self._return, 0.0
         self._episode, self.fields = None, ActFields()
         return finished
 
     def leave(self) -> None:
-        """Truncates an episode that is under way, its last reward included."""
+        """Truncates the episode if it is still running, and reports its last reward."""
         if self._episode is not None and not self._episode.done:
             self._episode.end(reward=self.fields.get("reward"), truncated=True)
 
 
-def _shown(envs: SyncVectorEnv, lanes: list[_Lane], observations: Any, infos: Info) -> list[str]:
+def _describe_all(envs: SyncVectorEnv, lanes: list[_Lane], observations: Any, infos: Info) -> list[str]:
     space: Any = getattr(envs, "observation_space")  # noqa: B009 - untyped in part
     each = enumerate(zip(lanes, iterate(space, observations), strict=True))
     return [lane.text.observation(observation, _info(infos, i)) for i, (lane, observation) in each]
 
 
 def _info(infos: Info, i: int) -> Info:
-    """What belongs to one copy: a vector environment marks under _key which copies gave a key."""
+    """The info of one copy. For each key, the vector environment stores under `_key` which copies have it."""
     return {key: values[i] for key, values in infos.items() if not key.startswith("_") and infos[f"_{key}"][i]}
 
 
-def _acted(client: Client, acts: list[BatchItem[Episode]]) -> list[Act]:
+def _act_all(client: Client, acts: list[BatchItem[Episode]]) -> list[Act]:
     results = client.act_batch(acts)
     for result in results:
         if isinstance(result, ApiError):

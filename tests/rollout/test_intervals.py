@@ -1,4 +1,4 @@
-"""The intervals against values known from elsewhere."""
+"""The confidence intervals against published values."""
 
 import pytest
 

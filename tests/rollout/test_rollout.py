@@ -1,4 +1,4 @@
-"""Whole rollouts over a real socket, against games replayed here."""
+"""Whole rollouts over a real socket. Expected results come from replaying the same episodes in the test."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def environments() -> Iterator[None]:
 
 
 class Endless(gymnasium.Env[int, int]):
-    """Never ends of itself."""
+    """An environment that never ends."""
 
     observation_space = gymnasium.spaces.Discrete(2)
     action_space = gymnasium.spaces.Discrete(2)
@@ -66,7 +66,7 @@ class Endless(gymnasium.Env[int, int]):
 
 
 class Broken(Endless):
-    """Ends at once for action 0; gives a reward that is no number for action 1."""
+    """An environment that ends after one step. Action 1 gets NaN as its reward."""
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
         return 1, math.nan if action else 1.0, True, False, {}
@@ -78,7 +78,7 @@ async def play(url: str, env_id: str, max_episode_steps: int | None = None, **op
 
 
 def replay(env_id: str, index: int, seeds: range) -> list[Outcome]:
-    """The episodes of a policy that always takes the action of this index."""
+    """The outcomes of a policy that always takes the action with this index."""
     env = gymnasium.make(env_id)
     text = describe(env)
     outcomes: list[Outcome] = []
@@ -111,7 +111,7 @@ async def test_the_report_is_what_a_replay_of_the_same_seeds_gives(fake: FakeSer
 
     assert len(fake.episodes) == 20
     assert sorted(episode.fields["metadata"]["seed"] for episode in fake.episodes.values()) == list(range(5, 25))
-    assert all(episode.stop_reason for episode in fake.episodes.values()), "every episode is closed"
+    assert all(episode.stop_reason for episode in fake.episodes.values()), "an episode was left open"
     assert sum(e.episode_return for e in fake.episodes.values()) == pytest.approx(expected.mean_return * 20)
     assert sum(bool(e.success) for e in fake.episodes.values()) == expected.completion_rate * 20
     assert {e.fields["sampling"]["temperature"] for e in fake.episodes.values()} == {0.0}
@@ -135,10 +135,12 @@ async def test_a_failing_episode_is_counted_and_spoils_no_other(fake: FakeServic
 
 @pytest.mark.filterwarnings("ignore:.*NaN value")
 async def test_a_reward_that_is_no_number_fails_its_episode_alone(fake: FakeService, url: str) -> None:
-    seeds = [seed for seed in range(99) if random_action(seed) == 0]  # the random policy must not meet it
+    seeds = [seed for seed in range(99) if random_action(seed) == 0]  # the random policy must not take action 1
     fake.choose = second_action
     report = await play(url, "Broken-v0", episodes=1, seed=seeds[0])
-    assert [failure.error for failure in report.failures] == ["RewardNotFinite: the environment gave nan as a reward"]
+    (failure,) = report.failures
+    message = "the environment returned nan as a reward; rewards must be finite numbers"
+    assert failure.error == f"RewardNotFinite: {message}"
     assert (report.policy.episodes, report.random.mean_return) == (0, 1.0)
     json.dumps(report.as_json(), allow_nan=False)
 
@@ -146,7 +148,8 @@ async def test_a_reward_that_is_no_number_fails_its_episode_alone(fake: FakeServ
 @pytest.mark.filterwarnings("ignore:.*NaN value")
 def test_an_environment_that_the_random_policy_breaks_is_named(url: str) -> None:
     ran = CliRunner().invoke(app, ["--env", "Broken-v0", "--episodes", "20", "--url", url])
-    assert (ran.exit_code, ran.stderr) == (1, "Error: the environment gave nan as a reward\n")
+    message = "the environment returned nan as a reward; rewards must be finite numbers"
+    assert (ran.exit_code, ran.stderr) == (1, f"Error: {message}\n")
 
 
 def random_action(seed: int) -> int:
@@ -217,8 +220,8 @@ def test_the_table_and_the_exit_code_tell_of_failures(fake: FakeService, url: st
     fake.script("/act", answer(problem(500, "internal")))
     ran = CliRunner().invoke(app, ["--env", "Blackjack-v1", "--episodes", "3", "--url", url])
     assert ran.exit_code == 1
-    for shown in ["completion rate", "mean return", "random", "steps/s", "p99", "1 failed", "internal"]:
-        assert shown in ran.stdout
+    for text in ["completion rate", "mean return", "random", "steps/s", "p99", "1 failed", "internal"]:
+        assert text in ran.stdout
 
 
 def test_env_kwargs_reach_the_environment(fake: FakeService, url: str) -> None:
@@ -229,7 +232,7 @@ def test_env_kwargs_reach_the_environment(fake: FakeService, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "code"),
+    ("arguments", "message", "code"),
     [
         (["--env", "NoSuch-v0"], "NoSuch", 1),
         (["--env", "no_such_module:Thing-v0"], "no_such_module", 1),
@@ -241,10 +244,10 @@ def test_env_kwargs_reach_the_environment(fake: FakeService, url: str) -> None:
         (["--url", "http://127.0.0.1:1"], "no service answers at http://127.0.0.1:1", 1),
     ],
 )
-def test_a_mistake_is_named(arguments: list[str], said: str, code: int) -> None:
+def test_a_mistake_is_named(arguments: list[str], message: str, code: int) -> None:
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == code
-    assert said in ran.stderr
+    assert message in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
