@@ -1,4 +1,4 @@
-"""Environments in text: registers the package's own with Gymnasium and finds the description of any environment."""
+"""Text descriptions of Gymnasium environments, and the registration of this package's own environments."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ __all__ = ["Describe", "TextDescription", "describe", "register"]
 
 FROZEN_LAKE_RANDOM = "episodic/FrozenLakeRandom-v0"
 
-# By name without version: the versions of one of these differ in rules, not in spaces.
+# Keys are (namespace, name) without a version: versions of these environments differ in rules, not in spaces.
 _DESCRIPTIONS: dict[tuple[str | None, str], Describe] = {
     ("episodic", "FrozenLakeRandom"): FrozenLakeText,
     (None, "FrozenLake"): FrozenLakeText,
@@ -27,10 +27,10 @@ _DESCRIPTIONS: dict[tuple[str | None, str], Describe] = {
 
 
 def register() -> None:
-    """Registers the package's environments with Gymnasium; again is a no-op.
+    """Registers the package's environments with Gymnasium. Calling it again does nothing.
 
-    Importing this package does it. Gymnasium 1 loads no plugins by itself, but imports what stands before a colon:
-    `gymnasium.make("service.environments:episodic/FrozenLakeRandom-v0")`.
+    Importing this package calls it. Gymnasium 1 does not load plugins automatically, but it imports the module named
+    before a colon: `gymnasium.make("service.environments:episodic/FrozenLakeRandom-v0")`.
     """
     if FROZEN_LAKE_RANDOM not in registration.registry:
         registration.register(  # pyright: ignore[reportUnknownMemberType]: Gymnasium leaves kwargs open
@@ -41,9 +41,10 @@ def register() -> None:
 
 
 def describe(env: Env[Any, Any]) -> TextDescription:
-    """The description of `env`: its own `text_description`, else one written for its id, else one from its spaces.
+    """Returns the text description of an environment.
 
-    Raises ValueError when the environment has a space that text cannot carry.
+    It is the first that exists of: the environment's own `text_description`, a description written for its id, and a
+    generic description made from its spaces. Raises ValueError if a space is not supported.
     """
     own: Any = getattr(env.unwrapped, "text_description", None)
     if own is not None:

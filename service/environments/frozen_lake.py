@@ -1,4 +1,7 @@
-"""FrozenLake in text, and FrozenLakeRandom: a new solvable map each episode, which a policy must read and remember."""
+"""FrozenLake in text, and FrozenLakeRandom, which has a new solvable map in each episode.
+
+The policy sees the map only in the first observation and must remember it.
+"""
 
 import hashlib
 from typing import Any, Literal, get_args
@@ -18,26 +21,25 @@ HELD_OUT_PERCENT = 20
 
 
 def is_held_out(rows: list[str]) -> bool:
-    """Whether a map belongs to the fixed 20% that training never sees. Stable over machines and versions."""
+    """Whether a map belongs to the 20% that are never used in training. The result never changes for a given map."""
     digest = hashlib.sha256("/".join(rows).encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
 class FrozenLakeRandom(Env[np.int64, np.int64]):
-    """FrozenLake, not slippery, on a new solvable map at each reset; `reset(seed=...)` decides the map.
+    """FrozenLake, not slippery, on a new random solvable map after each reset. `reset(seed=...)` determines the map.
 
-    `size` is the side of the square map, `p` the probability that a tile is frozen rather than a hole, and `maps` the
-    part of the map space to draw from: "all", "train" or "held_out". All else is FrozenLake's: observations, actions,
-    rewards.
-    Raises ValueError for arguments outside their range.
+    `size` is the side of the square map, and `p` the probability that a tile is frozen rather than a hole. `maps` is
+    the set of maps to draw from: "all", "train" or "held_out". Observations, actions and rewards are FrozenLake's.
+    Raises ValueError if an argument is out of range.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium declares it so)
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium declares it this way)
 
     def __init__(self, size: int = 4, p: float = 0.8, maps: Maps = "all", render_mode: None = None) -> None:
         if not 3 <= size <= 16:
             raise ValueError(f"size must be from 3 to 16, not {size}")
-        # Outside these bounds a solvable map, or one of the side of the split asked for, may take forever to draw.
+        # Maps are drawn until one fits. Outside these bounds, fitting maps can be too rare to ever draw one.
         if not 0.5 <= p <= 0.99:
             raise ValueError(f"p must be from 0.5 to 0.99, not {p}")
         if maps not in get_args(Maps):
@@ -57,7 +59,7 @@ class FrozenLakeRandom(Env[np.int64, np.int64]):
 
     @property
     def lastaction(self) -> int | None:
-        """The last action, None right after a reset."""
+        """The last action, or None directly after a reset."""
         return self._lake.lastaction
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -77,7 +79,7 @@ class FrozenLakeRandom(Env[np.int64, np.int64]):
 
 
 class FrozenLakeText:
-    """FrozenLake's description: the map is in an episode's first observation only, then positions."""
+    """FrozenLake in text. The first observation of an episode has the map and the position, later ones the position."""
 
     ACTIONS = ("left", "down", "right", "up")
 
@@ -97,12 +99,12 @@ class FrozenLakeText:
         return self.ACTIONS.index(action)
 
     def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
-        """Reached the goal, the only rewarded tile."""
+        """Whether the goal was reached. Only the goal has a reward."""
         return terminated and reward > 0
 
     @staticmethod
     def map(rows: list[str]) -> str:
-        """The map with numbered rows: "0: S F F H" and so on."""
+        """The map as text with numbered rows, for example "0: S F F H"."""
         return "\n".join(f"{number}: {' '.join(row)}" for number, row in enumerate(rows))
 
     @staticmethod

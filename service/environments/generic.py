@@ -1,4 +1,4 @@
-"""A description for any environment, made from its spaces alone."""
+"""A generic text description of an environment, derived from its action space and observation space."""
 
 import json
 from collections.abc import Iterable
@@ -14,15 +14,16 @@ Space = spaces.Space[Any]
 
 MAX_DISCRETE_ACTIONS = 1024
 MAX_ELEMENTS = 4096
-"""The most numbers one action array may hold."""
+"""The maximum number of elements of an action array."""
 
 SIGNIFICANT_DIGITS = 6
 
 
 class GenericText:
-    """Discrete actions are named by their numbers; every other action is a JSON value under a schema of its space.
+    """The generic description.
 
-    Observations are compact JSON. Raises ValueError when a space cannot be written as text.
+    Discrete actions are named by their numbers. Other actions are JSON values that follow a schema made from the action
+    space. Observations are compact JSON. Raises ValueError if a space is not supported.
     """
 
     def __init__(self, env: Env[Any, Any]) -> None:
@@ -42,7 +43,7 @@ class GenericText:
         return from_json(self._actions, action)
 
     def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
-        """Terminated with a positive return: a convention, since the spaces do not say what the task is."""
+        """Whether the episode terminated with a positive return. This is a convention: spaces do not define a task."""
         return terminated and episode_return > 0
 
 
@@ -54,7 +55,7 @@ def _action_space(space: Space) -> JsonObject:
 
 
 def schema(space: Space) -> JsonObject:
-    """The JSON schema of a space's values. Raises ValueError for a space that JSON cannot hold."""
+    """The JSON schema of a space's values. Raises ValueError if JSON cannot represent the space."""
     match space:
         case spaces.Discrete():
             return _integer(int(space.start), int(space.start + space.n) - 1)
@@ -72,7 +73,7 @@ def schema(space: Space) -> JsonObject:
             parts = {name: schema(part) for name, part in space.spaces.items()}
             return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
         case _:
-            raise ValueError(f"an action space of type {type(space).__name__} cannot be described in text")
+            raise ValueError(f"an action space of type {type(space).__name__} cannot be represented as text")
 
 
 def _integer(low: int, high: int) -> JsonObject:
@@ -80,9 +81,9 @@ def _integer(low: int, high: int) -> JsonObject:
 
 
 def _array(low: Any, high: Any, *, whole: bool) -> JsonObject:
-    """The schema of an array between two arrays of bounds; a plain number where the shape is ()."""
+    """The schema of an array, or of a number if the shape is (). `low` and `high` are its elementwise bounds."""
     if low.size > MAX_ELEMENTS:
-        raise ValueError(f"an action of {low.size} numbers is more than the {MAX_ELEMENTS} that text can carry")
+        raise ValueError(f"the action has {low.size} elements; actions in text can have at most {MAX_ELEMENTS}")
     if low.ndim:
         return _items([_array(below, above, whole=whole) for below, above in zip(low, high, strict=True)])
     number: JsonObject = {"type": "integer" if whole else "number"}
@@ -102,7 +103,7 @@ def _items(parts: list[JsonObject]) -> JsonObject:
 
 
 def from_json(space: Space, value: Any) -> Any:
-    """The space's own value (dtype and shape) for a JSON value that its schema accepts. Raises ValueError otherwise."""
+    """Converts a JSON value to a value of the space, with its dtype and shape. Raises ValueError if it has none."""
     action = _convert(space, value)
     if not space.contains(action):
         raise ValueError(f"{value!r} is not an action of {space}")
@@ -124,7 +125,10 @@ def _convert(space: Space, value: Any) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """A JSON value for an observation: arrays as lists, floats to 6 significant digits, infinity and NaN as strings."""
+    """Converts an observation to a JSON value.
+
+    Arrays become lists, floats have 6 significant digits, infinity and NaN become strings.
+    """
     match value:
         case np.ndarray() | np.generic():
             return to_json(cast(Any, value).tolist())
@@ -137,16 +141,16 @@ def to_json(value: Any) -> Any:
         case Iterable():
             return [to_json(part) for part in cast(Iterable[Any], value)]
         case _:
-            raise ValueError(f"an observation of type {type(value).__name__} cannot be written as text")
+            raise ValueError(f"an observation of type {type(value).__name__} cannot be represented as text")
 
 
 def _parts(space: Any) -> tuple[Space, ...]:
-    # Gymnasium leaves the type of its parts open.
+    # The parameter is untyped, because Gymnasium does not declare the types of the parts.
     return space.spaces
 
 
 def _summary(space: Space) -> str:
-    """A space in a few words, without the arrays of bounds that its repr may hold."""
+    """A short description of a space, without the arrays of bounds that its repr contains."""
     match space:
         case spaces.Discrete():
             return f"an integer from {int(space.start)} to {int(space.start + space.n) - 1}"

@@ -1,4 +1,4 @@
-"""CliffWalking, Taxi and Blackjack in text."""
+"""Text descriptions of CliffWalking, Taxi and Blackjack."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from service.environments.base import JsonObject, discrete
 
 
 class CliffWalkingText:
-    """The walker's position on the 4x12 grid."""
+    """CliffWalking in text. An observation is the position on the 4x12 grid."""
 
     ACTIONS = ("up", "right", "down", "left")
 
@@ -28,7 +28,7 @@ class CliffWalkingText:
         return self.ACTIONS.index(action)
 
     def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
-        """Reached the far corner: nothing else terminates an episode."""
+        """Whether the goal was reached. Nothing else terminates an episode."""
         return terminated
 
     @staticmethod
@@ -37,7 +37,7 @@ class CliffWalkingText:
 
 
 class TaxiText:
-    """The taxi's position, and where the passenger is and wants to go by the names of the four places."""
+    """Taxi in text. An observation is the taxi's position, the passenger's place and the destination."""
 
     ACTIONS = ("south", "north", "east", "west", "pickup", "dropoff")
     PLACES = ("red", "green", "yellow", "blue", "taxi")
@@ -59,12 +59,12 @@ class TaxiText:
         return self.ACTIONS.index(action)
 
     def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
-        """Delivered the passenger: nothing else terminates an episode."""
+        """Whether the passenger was delivered. Nothing else terminates an episode."""
         return terminated
 
     @classmethod
     def situation(cls, state: int) -> str:
-        """Taxi numbers its states ((row * 5 + column) * 5 + passenger) * 4 + destination."""
+        """The text of a state. Taxi numbers states as ((row * 5 + column) * 5 + passenger) * 4 + destination."""
         rest, destination = divmod(state, 4)
         rest, passenger = divmod(rest, 5)
         row, column = divmod(rest, 5)
@@ -72,7 +72,10 @@ class TaxiText:
 
 
 class BlackjackText:
-    """The player's sum, the dealer's open card (an ace is 1) and whether the player holds a usable ace."""
+    """Blackjack in text.
+
+    An observation is the player's sum, the dealer's open card (an ace is 1) and whether the player has a usable ace.
+    """
 
     ACTIONS = ("stick", "hit")
 
@@ -80,7 +83,7 @@ class BlackjackText:
     action_space: JsonObject = discrete(ACTIONS)
 
     def __init__(self, env: Env[Any, Any]) -> None:
-        del env  # the observation says everything
+        del env  # the observation contains everything that the text needs
 
     def observation(self, observation: Any, info: dict[str, Any]) -> str:
         player, dealer, ace = (int(part) for part in observation)
@@ -90,7 +93,7 @@ class BlackjackText:
         return self.ACTIONS.index(action)
 
     def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
-        """Won the hand."""
+        """Whether the hand was won."""
         return reward > 0
 
     @staticmethod

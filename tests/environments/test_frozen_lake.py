@@ -1,4 +1,4 @@
-"""FrozenLakeRandom: seeded solvable maps, a fixed split of them, and the map in the first observation only."""
+"""FrozenLakeRandom: maps depend on the seed and are solvable, the train/held-out split is fixed, texts are right."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def test_the_split_is_disjoint_and_both_sides_are_drawn_from():
 
 
 def test_the_split_never_moves():
-    # Digests of these two maps, worked out once: a change here would put trained maps into the evaluation.
+    # If the split changed, maps that the packaged policy was trained on would appear in its evaluation.
     assert is_held_out(["SFFF", "FHFH", "FFFH", "HFFG"])
     assert not is_held_out(["SFFF", "FFFF", "FFFF", "FFFG"])
 

@@ -1,4 +1,4 @@
-"""The description made from spaces alone: actions go to JSON and back, observations become compact JSON."""
+"""The generic description: actions survive the conversion to JSON and back, observations become compact JSON."""
 
 import json
 from typing import Any
@@ -52,7 +52,7 @@ def test_actions_survive_json(space: spaces.Space[Any]):
 
 
 def exact(value: Any) -> Any:
-    """JSON without rounding."""
+    """Converts an action to a JSON value without rounding."""
     if isinstance(value, dict):
         return {name: exact(part) for name, part in value.items()}
     if isinstance(value, tuple):
@@ -121,7 +121,7 @@ def test_describe_falls_back_to_the_spaces():
 
 
 class Described(Bare):
-    """An environment that brings its own description."""
+    """An environment with its own text description."""
 
     text_description: Any = GenericText
 

@@ -1,4 +1,4 @@
-"""The packaged policy's files and the transcripts it was trained on: one token stream, an action is one token."""
+"""The packaged policy's files, its tokenizer (an action is one token), and the transcripts it was trained on."""
 
 from pathlib import Path
 

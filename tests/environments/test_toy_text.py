@@ -1,4 +1,4 @@
-"""CliffWalking, Taxi and Blackjack in text: the texts say what the environments' own numbers mean."""
+"""CliffWalking, Taxi and Blackjack in text: texts and actions agree with the environments' numbers."""
 
 import gymnasium
 import pytest

@@ -1,4 +1,4 @@
-"""The tables that training plays on agree with the real environments, and hold no map of the evaluation."""
+"""The tables used in training agree with the real environments and contain no held-out map."""
 
 from typing import Any
 
