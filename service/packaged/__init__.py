@@ -1,1 +1,1 @@
-"""Data that ships with the package: policies (model weights) and profiles (presets for POST /episode)."""
+"""Data files of the package: policies (model weights) and profiles (presets for POST /episode)."""
