@@ -1,1 +1,1 @@
-"""Training of the packaged policy, from scratch; not part of the installed package."""
+"""Trains the packaged policy from scratch. This package is not installed with the service."""

@@ -1,7 +1,7 @@
-"""Transcripts of play as token arrays: many episodes of one world walked at once, each state labelled by the expert.
+"""Training data: transcripts of many episodes of one world as token arrays, with the expert's action in each state.
 
-The behaviour explores on purpose, so that many states of a map are seen, while every action position is labelled with
-the expert's distribution in that state (the idea of DAgger: Ross, Gordon and Bagnell, 2011, arXiv:1011.0686).
+The played actions explore, so that the data covers many states. The label of each action is nevertheless the expert's
+distribution in that state (as in DAgger: Ross, Gordon and Bagnell, 2011, arXiv:1011.0686).
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ Behaviour = Literal["random", "explore", "expert"]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Transcripts of one world: `tokens` (B, T), and for B episodes of N steps where each action is and what is best.
+    """Transcripts of B episodes of one world, with at most N steps each and A possible actions.
 
-    `action_at` (N,) is the index in T of each step's action token, the same in every row; `labels` (B, N, A) is the
-    expert's distribution; `alive` (B, N) says which steps took place. Rows that ended early are padded on the right.
+    `tokens` (B, T) are the token ids. Episodes that ended early are padded on the right. `action_at` (N,) is the
+    position of each step's action token, the same in every row. `labels` (B, N, A) are the expert's distributions over
+    actions. `alive` (B, N) is true for steps that took place.
     """
 
     tokens: Ints
@@ -31,7 +32,7 @@ class Batch:
 
 
 class Transcripts:
-    """Writes transcripts of one world in the policy's tokens."""
+    """Plays episodes of one world and writes their transcripts as tokens."""
 
     def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast) -> None:
         self.world = world
@@ -47,19 +48,21 @@ class Transcripts:
     def sample(
         self, rng: np.random.Generator, num_episodes: int, num_steps: int, behaviour: Behaviour, instructed: bool
     ) -> Batch:
-        """Walks `num_episodes` for up to `num_steps` steps; `instructed` puts the system message in front."""
+        """Plays `num_episodes` episodes of up to `num_steps` steps. `instructed` adds the system message."""
         world = self.world
         which = rng.choice(len(world.weights), size=num_episodes, p=world.weights / world.weights.sum())
         walk = _walk(world, rng, which, num_steps, behaviour)
         head = self._head(which, instructed)
         steps = self._steps(walk)
-        # The map stands inside the first user turn: between its marker and the first state's text.
+        # The map is part of the first user turn, so the head ends with that turn's marker and the map. The marker of
+        # the first step is therefore left out here.
         tokens = np.concatenate([head, steps.reshape(num_episodes, -1)[:, 1:]], axis=1)
         block = steps.shape[2]
         action_at = head.shape[1] - 1 + np.arange(num_steps) * block + block - 2
         return Batch(tokens, action_at, world.expert[which[:, None], walk.states], walk.alive)
 
     def _head(self, which: Ints, instructed: bool) -> Ints:
+        """The tokens before the first state's text, for each episode."""
         special = self._special
         start = [special[BEGIN]]
         if instructed:
@@ -68,7 +71,7 @@ class Transcripts:
         return np.concatenate([np.tile(start, (len(which), 1)), self._first[which]], axis=1).astype(np.int64)
 
     def _steps(self, walk: "_Walk") -> Ints:
-        """User turn and assistant turn of every step: (B, N, block)."""
+        """The user turn and the assistant turn of every step, shape (B, N, number of tokens in a step)."""
         special, shape = self._special, walk.states.shape
         mark = lambda token: np.full((*shape, 1), special[token])  # noqa: E731
         parts = [
@@ -90,7 +93,11 @@ class _Walk:
 
 
 def _walk(world: World, rng: np.random.Generator, which: Ints, num_steps: int, behaviour: Behaviour) -> _Walk:
-    """Walks that avoid moves sure to end the episode, where another move is left, so that rows stay full."""
+    """Plays many episodes at once.
+
+    Except for the expert, actions that always end the episode are avoided if there is another, so that episodes are
+    long and little padding is needed.
+    """
     num = len(which)
     rows = np.arange(num)
     starts = world.starts[which].cumsum(axis=1)
@@ -118,7 +125,11 @@ def _walk(world: World, rng: np.random.Generator, which: Ints, num_steps: int, b
 
 
 def _scores(rng: np.random.Generator, expert: Floats, visits: Ints, guided: Floats, behaviour: Behaviour) -> Floats:
-    """The action with the highest score is taken: the expert's with chance `guided`, else random or less visited."""
+    """Scores of the actions; the action with the highest score is played.
+
+    With probability `guided` it is one of the expert's. Otherwise it is random, or one that leads to a state with few
+    visits.
+    """
     noise = rng.random(expert.shape)
     follow = rng.random((len(expert), 1)) < guided
     explore = noise if behaviour == "random" else noise - visits * (rng.random((len(expert), 1)) < 0.7)

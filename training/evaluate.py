@@ -1,4 +1,4 @@
-"""Greedy play of a policy in the real Gymnasium environments, in process."""
+"""Evaluates a policy: plays the real Gymnasium environments greedily, without the service."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from training.tokenizer import ASSISTANT, BEGIN, END, SYSTEM, USER
 from training.worlds import Hand, hit_value, stick_value
 
 HELD_OUT_SEED = 1_000_000
-"""Evaluation seeds start here; training draws its own episodes from tables and resets no environment."""
+"""The first evaluation seed. Training uses no environment seeds, because it plays on tables."""
 
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "episodic/FrozenLakeRandom-v0": {"maps": "held_out"},
@@ -29,7 +29,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
 
 @dataclass(slots=True)
 class Episode:
-    """One environment being played: the transcript as the policy sees it and what came of it."""
+    """One episode being played: the transcript that the policy sees, and the result so far."""
 
     env: gymnasium.Env[Any, Any]
     description: TextDescription
@@ -42,14 +42,14 @@ class Episode:
 
 
 class Player:
-    """Plays many episodes in lockstep, one padded forward pass a step; takes the legal action of highest logit."""
+    """Plays many episodes in lockstep with padded forward passes. Takes the action with the highest logit."""
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         self._model = model
         self._tokenizer = tokenizer
 
     def play(self, env_id: str, seeds: Iterable[int], instructed: bool = True, **kwargs: Any) -> list[Episode]:
-        """Plays one episode a seed to its end."""
+        """Plays one episode for each seed."""
         episodes = [self._start(gymnasium.make(env_id, **kwargs), seed, instructed) for seed in seeds]
         while running := [episode for episode in episodes if not episode.over]:
             for episode, action_id in zip(running, self._choose(running), strict=True):
@@ -67,7 +67,7 @@ class Player:
         return Episode(env, description, token_ids, actions)
 
     def _choose(self, episodes: list[Episode]) -> list[int]:
-        """The token of each episode's greedy action; episodes with the same transcript share a forward pass."""
+        """The token of each episode's greedy action. Equal transcripts are computed only once."""
         transcripts = list({tuple(episode.token_ids) for episode in episodes})
         logits: dict[tuple[int, ...], torch.Tensor] = {}
         for first in range(0, len(transcripts), 64):
@@ -112,7 +112,7 @@ class Player:
 
 
 def basic_strategy_return(seeds: Iterable[int]) -> float:
-    """The mean return of the optimal Blackjack policy over the same deals."""
+    """The mean return of the optimal Blackjack policy (basic strategy) with the same seeds."""
     env = gymnasium.make("Blackjack-v1")
     returns: list[float] = []
     for seed in seeds:
@@ -127,10 +127,10 @@ def basic_strategy_return(seeds: Iterable[int]) -> float:
 
 def report(
     policy: Annotated[Path, typer.Argument(help="Folder of the policy.")] = Path("service/packaged/policies/toy-text"),
-    num_episodes: Annotated[int, typer.Option("--episodes", min=1)] = 500,
-    instructed: Annotated[bool, typer.Option(help="Put the environment's instructions in front.")] = True,
+    num_episodes: Annotated[int, typer.Option("--episodes", min=1, help="Episodes of each environment.")] = 500,
+    instructed: Annotated[bool, typer.Option(help="Add the environment's instructions as a system message.")] = True,
 ) -> None:
-    """Plays held-out episodes of each environment greedily and prints a table."""
+    """Play held-out episodes of each environment greedily and print a table of the results."""
     player = Player(AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy))
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + num_episodes)
     table = Table("environment", "episodes", "success", "mean return", "mean steps")
@@ -142,7 +142,7 @@ def report(
         table.add_row(env_id, str(num_episodes), f"{success:.1%}", f"{mean_return:.3f}", f"{mean_steps:.2f}")
     console = Console()
     console.print(table)
-    console.print(f"Blackjack by basic strategy on the same deals: {basic_strategy_return(seeds):.3f}")
+    console.print(f"Blackjack, mean return of basic strategy with the same seeds: {basic_strategy_return(seeds):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The policy's architecture: a small Llama, and how it is saved for serving."""
+"""The architecture of the packaged policy (a small Llama) and its export for serving."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ from training.tokenizer import MAX_POSITIONS
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A fresh model; the vocabulary is padded to a multiple of 64, heads are 64 wide, as vLLM's CPU kernels need."""
+    """A new model with random weights.
+
+    The vocabulary size is a multiple of 64, and the heads have 64 dimensions, because vLLM's CPU kernels need this.
+    """
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=256,
@@ -29,7 +32,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the policy to `folder` as Transformers and vLLM load it: weights in bfloat16, tokenizer, chat template."""
+    """Writes the policy to `folder` in the format of Transformers and vLLM.
+
+    The folder gets the weights in bfloat16, the tokenizer and the chat template.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().to(torch.bfloat16) for name, value in model.state_dict().items()}
     served = LlamaForCausalLM(model.config).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The policy's tokenizer: a byte-level BPE whose pieces are the worlds' words, and its chat template."""
+"""The policy's tokenizer, a byte-level BPE trained on the texts of the worlds, and its chat template."""
 
 from collections.abc import Iterator
 
@@ -19,8 +19,9 @@ BEGIN, END, SYSTEM, USER, ASSISTANT, PAD = SPECIAL_TOKENS = (
 MAX_POSITIONS = 8192
 VOCAB_SIZE = 1024
 
-# A grid position is one piece, so one token: half the tokens of a step. A word takes the comma and the space before it
-# along; other numbers are pieces of up to three digits.
+# The text is split into these pieces before BPE. A whole grid position is one piece and becomes one token, which halves
+# the number of tokens of a step. A word includes the comma and the space before it. Other numbers are split into pieces
+# of up to three digits.
 PIECES = r"row \p{N}+, column \p{N}+|,? ?\p{L}+|,? ?\p{N}{1,3}|\n| ?[^\s\p{L}\p{N}]+|\s+"
 
 CHAT_TEMPLATE = (
@@ -33,7 +34,7 @@ CHAT_TEMPLATE = (
 
 
 def texts(worlds: list[World]) -> Iterator[str]:
-    """Every kind of turn the worlds speak."""
+    """The training text of the tokenizer: every text that occurs in the worlds, and number pairs."""
     for world in worlds:
         yield world.instructions
         yield from world.actions
@@ -43,7 +44,7 @@ def texts(worlds: list[World]) -> Iterator[str]:
 
 
 def train_tokenizer(worlds: list[World]) -> PreTrainedTokenizerFast:
-    """Learns the merges from the worlds' own text; all 256 bytes are in, so that any text can be encoded."""
+    """Trains the tokenizer on the texts of the worlds. It has tokens for all 256 bytes and can encode any text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,7 +1,8 @@
 """Trains the packaged policy from scratch: `python -m training.toy_text`.
 
-Two stages on one schedule: pretraining on random play (loss on every token, so that the model learns the text and the
-worlds' dynamics), then fine-tuning on the expert's action in every visited state (loss on actions and ends of turns).
+There are two stages on one learning rate schedule. Pretraining uses random play, with a loss on every token, so that
+the model learns the texts and the dynamics of the worlds. Fine-tuning then uses the expert's action in every visited
+state, with a loss on actions and on ends of turns.
 """
 
 import time
@@ -25,21 +26,21 @@ from training.model import export, new_model
 from training.tokenizer import train_tokenizer
 
 INSTRUCTED = 0.75
-"""The share of batches with the system message."""
+"""The fraction of batches with the system message."""
 
 WARMUP = 0.02
-"""The share of the schedule in which the learning rate rises."""
+"""The fraction of the schedule in which the learning rate rises."""
 
 VALIDATION_SEED = 500_000
 
 
 LAKE_WEIGHT = 0.7
-"""FrozenLake's weight in the loss of a step."""
+"""FrozenLake's weight in the loss of an optimizer step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How much of one world a batch holds."""
+    """The number and length of the episodes of one world in a batch."""
 
     transcripts: Transcripts
     num_episodes: int
@@ -47,12 +48,12 @@ class Share:
 
 
 def lake_share(tokenizer: PreTrainedTokenizerFast) -> Share:
-    """In every optimizer step, with most of the compute: this world needs planning on maps never seen."""
+    """FrozenLake's part of every optimizer step. It gets most of the compute, because it needs planning on new maps."""
     return Share(Transcripts(worlds.frozen_lake(), tokenizer), 20, 20)
 
 
 def other_shares(tokenizer: PreTrainedTokenizerFast) -> list[Share]:
-    """The worlds that can be learned by heart; the optimizer steps take them in turn."""
+    """The other worlds, which have few states and can be memorized. Optimizer steps use them in rotation."""
     return [
         Share(Transcripts(worlds.taxi(), tokenizer), 5, 20),
         Share(Transcripts(worlds.blackjack(), tokenizer), 32, 2),
@@ -61,16 +62,17 @@ def other_shares(tokenizer: PreTrainedTokenizerFast) -> list[Share]:
 
 
 def transcript_loss(model: LlamaForCausalLM, batch: Batch, pad: int) -> torch.Tensor:
-    """Pretraining: mean cross-entropy over every token that is not padding."""
+    """The loss of pretraining: the mean cross-entropy over all tokens except padding."""
     tokens = torch.from_numpy(batch.tokens)
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad)
 
 
 def expert_loss(model: LlamaForCausalLM, batch: Batch, actions: torch.Tensor, end: int) -> torch.Tensor:
-    """Fine-tuning: mean cross-entropy of the policy's actions under the expert's distribution, and of the turn's end.
+    """The loss of fine-tuning: the sum of two cross-entropies, averaged over all steps that took place.
 
-    Only live action positions count, and the position after each, where the turn ends.
+    The first is that of the action token; its target is the expert's distribution over `actions` (token ids). The
+    second is that of the token `end` after it.
     """
     action_at = torch.from_numpy(batch.action_at)
     tokens = torch.from_numpy(batch.tokens[:, : batch.action_at[-1] + 1])
@@ -83,7 +85,7 @@ def expert_loss(model: LlamaForCausalLM, batch: Batch, actions: torch.Tensor, en
 
 
 class Optimizer:
-    """Muon (Jordan, 2024) for the matrices inside the layers, AdamW for embeddings and norms, one schedule for both."""
+    """Muon (Jordan, 2024) for the matrices of the layers and AdamW for embeddings and norms, with one schedule."""
 
     def __init__(self, model: LlamaForCausalLM, peak: float) -> None:
         inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -96,7 +98,10 @@ class Optimizer:
         ]
 
     def step(self, progress: float) -> None:
-        """One update at `progress` (0 to 1) of the schedule: a linear warm-up, then a cosine to 2% of the peak."""
+        """Updates the weights. `progress` (0 to 1) is the position in the schedule.
+
+        The learning rate has a linear warm-up and then follows a cosine down to 2% of the peak.
+        """
         cosine = 0.02 + 0.98 * (1 + np.cos(np.pi * progress)) / 2
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         for part in self._parts:
@@ -107,7 +112,7 @@ class Optimizer:
 
 
 class Trainer:
-    """A run's model, tokenizer, data and optimizer, advanced one optimizer step at a time."""
+    """The model, tokenizer, data and optimizer of a training run."""
 
     def __init__(self, seed: int, peak: float) -> None:
         torch.manual_seed(seed)
@@ -122,7 +127,7 @@ class Trainer:
         self._optimizer = Optimizer(self.model, peak)
 
     def step(self, progress: float, pretraining: bool) -> dict[str, float]:
-        """One update over a batch of FrozenLake and one of another world; returns the loss of each."""
+        """One optimizer step over a batch of FrozenLake and a batch of another world. Returns the losses by world."""
         losses: dict[str, float] = {}
         for share, weight in ((self._lake, LAKE_WEIGHT), (next(self._others), 1 - LAKE_WEIGHT)):
             with torch.autocast("cpu", torch.bfloat16):
@@ -143,16 +148,19 @@ class Trainer:
         return expert_loss(self.model, batch, actions, self.tokenizer.eos_token_id)
 
     def validate(self, num_episodes: int) -> float:
-        """The share of FrozenLake episodes on held-out maps that reach the goal; not the final evaluation's seeds."""
+        """The fraction of FrozenLake episodes on held-out maps that reach the goal.
+
+        The seeds differ from those of the final evaluation.
+        """
         seeds = range(VALIDATION_SEED, VALIDATION_SEED + num_episodes)
         player = Player(self.model, self.tokenizer)
-        # No shortest path is longer than 12 steps; an untrained policy would wander to the limit of 100.
+        # No shortest path has more than 12 steps. The low limit saves time, because an untrained policy wanders.
         episodes = player.play("episodic/FrozenLakeRandom-v0", seeds, maps="held_out", max_episode_steps=14)
         return sum(episode.success for episode in episodes) / num_episodes
 
 
 def ticks(steps: int, minutes: float | None) -> Iterator[float]:
-    """The progress (0 to 1) at each optimizer step: over `steps`, or over the clock when `minutes` is given."""
+    """Yields the progress (0 to 1) before each optimizer step, measured in steps, or in time if `minutes` is given."""
     if minutes is None:
         yield from (step / steps for step in range(steps))
         return
@@ -162,16 +170,18 @@ def ticks(steps: int, minutes: float | None) -> Iterator[float]:
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("training/out"),
-    seed: int = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 800,
-    minutes: Annotated[float | None, typer.Option(help="Fit the schedule to the clock instead of to --steps.")] = None,
-    pretrain: Annotated[float, typer.Option(min=0, max=1, help="Share of the schedule on random play.")] = 0.08,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the trained policy.")] = Path("training/out"),
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 800,
+    minutes: Annotated[float | None, typer.Option(help="Train for so many minutes, instead of for --steps.")] = None,
+    pretrain: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the schedule with random play.")] = 0.08,
     peak: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     check_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 100,
-    threads: int = 2,
+    threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
 ) -> None:
-    """Pretrains on random play, fine-tunes on expert play, and checks FrozenLake on held-out maps on the way."""
+    """Train the packaged policy: pretrain on random play, then fine-tune on the expert's actions.
+
+    Each checkpoint is validated on held-out FrozenLake maps."""
     torch.set_num_threads(threads)
     trainer = Trainer(seed, peak)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
@@ -180,11 +190,12 @@ def train(
         losses: dict[str, float] = {}
         for step, progress in enumerate(ticks(steps, minutes), start=1):
             losses |= trainer.step(progress, pretraining=progress < pretrain)
-            shown = " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-            bar.update(task, completed=int(1000 * progress), description=f"step {step} {shown}")
+            loss_text = " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            bar.update(task, completed=int(1000 * progress), description=f"step {step} {loss_text}")
             if step % check_every == 0:
                 reached = trainer.validate(64)
-                bar.console.print(f"step {step}, {trainer.num_tokens:,} tokens, {shown}, goal reached {reached:.0%}")
+                figures = f"{trainer.num_tokens:,} tokens, loss {loss_text}, goal reached {reached:.0%}"
+                bar.console.print(f"step {step}, {figures}")
                 export(trainer.model, trainer.tokenizer, out / "checkpoint")
         bar.update(task, completed=1000)
         bar.console.print(

@@ -1,6 +1,7 @@
-"""The toy-text worlds as tables: states in text, transitions and the expert's policy, for many episodes at once.
+"""The toy-text environments ("worlds") as tables: texts of states, transitions, and the expert's policy.
 
-Checked against the real Gymnasium environments in tests/environments/test_worlds.py.
+Training plays on these tables, because many episodes can then be played at once with NumPy.
+tests/environments/test_worlds.py checks them against the real Gymnasium environments.
 """
 
 from dataclasses import dataclass
@@ -19,17 +20,20 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 SIDE = 4
-"""FrozenLake maps are trained at 4x4, of which all 2**14 can be listed."""
+"""The side of the FrozenLake maps in training. There are only 2**14 maps of this size, so all can be enumerated."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
     """One environment family with W instances (maps), S states and A actions.
 
-    `outcomes` (W, S, A, K) are equally likely next states, `ends` (W, S, A, K) whether the episode ends with them,
-    `expert` (W, S, A) the distribution over optimal actions, `starts` (W, S) the distribution of training starts, and
-    `weights` (W,) how often an instance is drawn. `first` is what an instance's first observation holds before the
-    state's text.
+    - `states`: the text of each state
+    - `first`: for each instance, the text that precedes the state's text in the first observation
+    - `outcomes` (W, S, A, K): the K next states of an action, which are equally likely
+    - `ends` (W, S, A, K): whether the episode ends with that next state
+    - `expert` (W, S, A): the uniform distribution over the optimal actions
+    - `starts` (W, S): the distribution of the start states in training
+    - `weights` (W,): the probability with which an instance is drawn
     """
 
     name: str
@@ -45,12 +49,13 @@ class World:
 
 
 def _optimal(q: npt.NDArray[np.float64]) -> Floats:
+    """The uniform distribution over the actions with the highest value. The last axis of `q` is the action."""
     best = q >= q.max(axis=-1, keepdims=True) - 1e-9
     return (best / best.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 
 def _value_iteration(outcomes: Ints, rewards: npt.NDArray[np.float64], ends: Bools, discount: float) -> Floats:
-    """The uniform distribution over optimal actions of a deterministic world; arrays are (W, S, A)."""
+    """The expert of a deterministic world, by value iteration. All arrays have the shape (W, S, A)."""
     num_worlds, num_states, _num_actions = outcomes.shape
     values = np.zeros((num_worlds, num_states))
     rows = np.arange(num_worlds)[:, None, None]
@@ -63,12 +68,13 @@ def _value_iteration(outcomes: Ints, rewards: npt.NDArray[np.float64], ends: Boo
 
 
 def lake_maps() -> list[list[str]]:
-    """Every 4x4 map, solvable or not: bit i of the index says whether tile i + 1 is a hole."""
+    """All 4x4 maps, solvable or not. Tile i + 1 is a hole if bit i of the map's index is set."""
     tiles = [["S", *("H" if index >> bit & 1 else "F" for bit in range(14)), "G"] for index in range(2**14)]
     return [["".join(flat[row * SIDE : (row + 1) * SIDE]) for row in range(SIDE)] for flat in tiles]
 
 
 def _lake_moves() -> Ints:
+    """The next tile for each tile and action, shape (16, 4)."""
     row, column = np.divmod(np.arange(SIDE * SIDE), SIDE)
     last = SIDE - 1
     moves = [
@@ -82,7 +88,10 @@ def _lake_moves() -> Ints:
 
 @cache
 def frozen_lake(held_out: bool = False, frozen: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)) -> World:
-    """Every solvable 4x4 map of one side of the split, drawn as a mix over probabilities of a frozen tile."""
+    """All solvable 4x4 maps of one part of the train/held-out split.
+
+    A map's weight is its mean probability over the values of `frozen`, the probability that a tile is frozen.
+    """
     maps = lake_maps()
     holes = np.array([[cell == "H" for row in rows for cell in row] for rows in maps])
     moves = np.broadcast_to(_lake_moves(), (len(maps), 16, 4))
@@ -110,19 +119,19 @@ def frozen_lake(held_out: bool = False, frozen: tuple[float, ...] = (0.5, 0.6, 0
 
 
 def _reaches(holes: Bools, moves: Ints) -> Bools:
-    """Which maps have a path from the first tile to the last: `holes` is (W, 16), `moves` (W, 16, 4)."""
+    """Which maps have a path from the first tile to the last. `holes` has the shape (W, 16), `moves` (W, 16, 4)."""
     reached = np.zeros_like(holes)
     reached[:, 0] = True
     rows = np.arange(len(holes))[:, None, None]
     for _ in range(16):
-        # Moves are symmetric, so a tile is reached when a neighbour is.
+        # Moves are symmetric, so a tile can be reached if one of its neighbours can.
         reached |= reached[rows, moves].any(axis=-1) & ~holes
     return reached[:, 15]
 
 
 @cache
 def cliff_walking() -> World:
-    """CliffWalking from its start, by value iteration on the environment's own table."""
+    """CliffWalking from its start state. The expert comes from value iteration on the environment's own table."""
     outcomes, rewards, ends = _own_table("CliffWalking-v1")
     starts = np.zeros((1, outcomes.shape[1]), dtype=np.float32)
     starts[0, 36] = 1
@@ -142,7 +151,7 @@ def cliff_walking() -> World:
 
 @cache
 def taxi() -> World:
-    """Taxi from any state that is not over yet, by value iteration on the environment's own table."""
+    """Taxi from any non-terminal state. The expert comes from value iteration on the environment's own table."""
     outcomes, rewards, ends = _own_table("Taxi-v4")
     passenger, destination = np.divmod(np.arange(outcomes.shape[1]) % 20, 4)
     starts = (passenger != destination).astype(np.float32)[None]
@@ -161,25 +170,25 @@ def taxi() -> World:
 
 
 def _own_table(env_id: str) -> tuple[Ints, npt.NDArray[np.float64], Bools]:
-    """Next states, rewards and ends (1, S, A) of a deterministic environment, from its transition table `P`."""
+    """Next states, rewards and ends of a deterministic environment, each of shape (1, S, A), from its table `P`."""
     table: dict[int, dict[int, Any]] = gymnasium.make(env_id).unwrapped.P  # pyright: ignore
     rows = [[table[state][action] for action in sorted(table[state])] for state in sorted(table)]
     if any(len(cell) != 1 for row in rows for cell in row):
-        raise ValueError(f"{env_id} is not deterministic")
+        raise ValueError(f"{env_id} is not deterministic: an action has several possible outcomes")
     cells = [[cell[0] for cell in row] for row in rows]
     pick = lambda part, kind: np.array([[cell[part] for cell in row] for row in cells], dtype=kind)[None]  # noqa: E731
     return pick(1, np.int64), pick(2, np.float64), pick(3, np.bool_)
 
 
 CARDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 10, 10)
-"""Gymnasium's deck: infinite, an ace is 1, face cards are 10."""
+"""The cards of Gymnasium's infinite deck, which are equally likely. An ace is 1, face cards are 10."""
 
 Hand = tuple[int, int, bool]
-"""The player's sum, the dealer's open card, a usable ace."""
+"""The player's sum, the dealer's open card, and whether the player has a usable ace."""
 
 
 def blackjack_hands() -> list[Hand]:
-    """Every observation in which the player is not bust."""
+    """All hands in which the player is not bust."""
     return [
         (player, dealer, ace)
         for ace in (False, True)
@@ -189,7 +198,7 @@ def blackjack_hands() -> list[Hand]:
 
 
 def hit(hand: Hand, card: int) -> Hand | None:
-    """The hand after a card, None when bust."""
+    """The hand after the player draws a card. None if the player is bust."""
     player, dealer, ace = hand
     player += card
     if card == 1 and not ace and player + 10 <= 21:
@@ -201,7 +210,7 @@ def hit(hand: Hand, card: int) -> Hand | None:
 
 @cache
 def _dealer_sums(total: int, ace: bool) -> dict[int, float]:
-    """The distribution of the dealer's final score (0 when bust), who stands on every 17."""
+    """The distribution of the dealer's final score (0 if bust). The dealer sticks at 17 or more."""
     if total >= 17:
         return {total: 1.0}
     scores: dict[int, float] = {}
@@ -215,7 +224,7 @@ def _dealer_sums(total: int, ace: bool) -> dict[int, float]:
 
 @cache
 def stick_value(hand: Hand) -> float:
-    """The expected reward of sticking; with `sab=True` a natural beats any other 21, a matter of the result alone."""
+    """The expected reward of sticking, without the special rules for a natural (21 with the first two cards)."""
     player, dealer, _ace = hand
     value = 0.0
     for score, chance in _dealer_sums(11 if dealer == 1 else dealer, dealer == 1).items():
@@ -225,7 +234,7 @@ def stick_value(hand: Hand) -> float:
 
 @cache
 def hit_value(hand: Hand) -> float:
-    """The expected reward of a hit followed by optimal play."""
+    """The expected reward of hitting and then playing optimally."""
     value = 0.0
     for card in CARDS:
         after = hit(hand, card)
@@ -235,7 +244,7 @@ def hit_value(hand: Hand) -> float:
 
 @cache
 def blackjack() -> World:
-    """Blackjack from any hand, by dynamic programming over the infinite deck."""
+    """Blackjack from any hand. The expert comes from dynamic programming over the infinite deck."""
     hands = blackjack_hands()
     number = {hand: index for index, hand in enumerate(hands)}
     q = np.array([[[stick_value(hand), hit_value(hand)] for hand in hands]])
