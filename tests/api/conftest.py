@@ -1,4 +1,4 @@
-"""The HTTP tests run over a SQLite file and over a real PostgreSQL server."""
+"""Runs the HTTP tests on a SQLite file and on a real PostgreSQL server."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from tests.support import serving
 
 WITHOUT_A_STORE = ("test_body", "test_hostile", "test_openapi")
-"""What these test happens before or beside the store."""
+"""Modules that test nothing of the store. They run once, on SQLite."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -18,7 +18,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def database(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kind of store that services keep their episodes in."""
+    """The kind of store that the services of a test use: "sqlite" or "postgresql"."""
     kind = getattr(request, "param", "sqlite")
     if kind == "postgresql":
         serving.new_store = request.getfixturevalue("new_database")

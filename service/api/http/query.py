@@ -15,8 +15,8 @@ from service.trajectory import StoredEpisode
 _MAX_LENGTH = 256
 
 
-def _filter(**asked: Any) -> EpisodeFilter:
-    return cast("EpisodeFilter", {name: value for name, value in asked.items() if value is not None})
+def _filter(**given: Any) -> EpisodeFilter:
+    return cast("EpisodeFilter", {name: value for name, value in given.items() if value is not None})
 
 
 _filter.__signature__ = inspect.Signature(  # type: ignore[attr-defined] - FastAPI reads it

@@ -35,9 +35,9 @@ async def act(request: Request) -> Response:
     To make retries safe, send `step` or the header Idempotency-Key: a retry then returns the stored step. With
     `Accept: text/event-stream` the answer is streamed.
     """
-    asked, digest = await body.read(request, schemas.ActRequest)
-    act_request = ActRequest(asked.message(), digest, asked.step, body.idempotency_key(request), asked.timeout_s)
-    episode_id = own(request, asked.episode_id)
+    parsed, digest = await body.read(request, schemas.ActRequest)
+    act_request = ActRequest(parsed.message(), digest, parsed.step, body.idempotency_key(request), parsed.timeout_s)
+    episode_id = own(request, parsed.episode_id)
     if "text/event-stream" in request.headers.get("accept", ""):
         return await stream(request, episode_id, act_request)
     async with acting(request):
@@ -71,8 +71,8 @@ async def batch(request: Request) -> Response:
 
 async def _act_or_problem(request: Request, item: dict[str, Any]) -> Answer:
     try:
-        asked = body.validated(item, schemas.ActRequest)
-        act_request = ActRequest(asked.message(), body.digest(item), asked.step, timeout_s=asked.timeout_s)
-        return await services(request).sessions.act(own(request, asked.episode_id), act_request)
+        parsed = body.validated(item, schemas.ActRequest)
+        act_request = ActRequest(parsed.message(), body.digest(item), parsed.step, timeout_s=parsed.timeout_s)
+        return await services(request).sessions.act(own(request, parsed.episode_id), act_request)
     except Exception as error:  # noqa: BLE001 - an error of one act must not fail the batch
         return problems.document(request, problems.expected(error))

@@ -58,9 +58,9 @@ async def create(request: Request) -> Response:
     digest = body.digest(document)
     sessions = services(request).sessions
     try:
-        asked = body.validated(services(request).profiles.fill(document), schemas.EpisodeRequest)
-        fields = asked.model_dump(exclude_unset=True, exclude={"episode_id"}, by_alias=True)
-        stored, is_new = await sessions.create(own(request, asked.episode_id or str(uuid7())), fields, digest)
+        parsed = body.validated(services(request).profiles.fill(document), schemas.EpisodeRequest)
+        fields = parsed.model_dump(exclude_unset=True, exclude={"episode_id"}, by_alias=True)
+        stored, is_new = await sessions.create(own(request, parsed.episode_id or str(uuid7())), fields, digest)
     except Unprocessable:  # a retry still finds its episode if the profile or the policy was removed meanwhile
         known = await sessions.opened(own(request, str(document.get("episode_id"))), digest)
         if known is None:
@@ -95,9 +95,9 @@ async def listing(
 )
 async def record(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Records an action that a human or another policy chose as the next step. The policy continues from it."""
-    asked, digest = await body.read(request, schemas.RecordRequest)
-    key, recorded = body.idempotency_key(request), RecordedAction(asked.action)
-    act_request = ActRequest(asked.message(), digest, asked.step, key, recorded=recorded)
+    parsed, digest = await body.read(request, schemas.RecordRequest)
+    key, recorded = body.idempotency_key(request), RecordedAction(parsed.action)
+    act_request = ActRequest(parsed.message(), digest, parsed.step, key, recorded=recorded)
     async with acting(request):
         answer = await services(request).sessions.record_action(own(request, episode_id), act_request)
     return json_answer(answer)
@@ -117,13 +117,13 @@ async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
 
     With a seed, the first fork draws the same actions as this episode would. Each other fork gets its own seed.
     """
-    asked, digest = await body.read(request, schemas.ForkRequest)
-    ids = [own(request, name) for name in asked.episode_ids or (str(uuid7()) for _ in range(asked.n))]
-    if len(ids) != asked.n or len(set(ids)) < len(ids):
-        detail = f"episode_ids: expected n = {asked.n} distinct ids, got {len(ids)} ({len(set(ids))} distinct)"
+    parsed, digest = await body.read(request, schemas.ForkRequest)
+    ids = [own(request, name) for name in parsed.episode_ids or (str(uuid7()) for _ in range(parsed.n))]
+    if len(ids) != parsed.n or len(set(ids)) < len(ids):
+        detail = f"episode_ids: expected n = {parsed.n} distinct ids, got {len(ids)} ({len(set(ids))} distinct)"
         raise Unprocessable(detail, "episode_ids")
     sessions = services(request).sessions
-    forks, are_new = await sessions.fork(own(request, episode_id), asked.at_step, ids, asked.group, digest)
+    forks, are_new = await sessions.fork(own(request, episode_id), parsed.at_step, ids, parsed.group, digest)
     return json_answer({"episodes": [resource(fork) for fork in forks]}, 201 if are_new else 200)
 
 
@@ -137,8 +137,8 @@ async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
 )
 async def feedback(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Stores a human's rating. If the same `rater` rates the same step again, the new rating replaces the old one."""
-    asked, _ = await body.read(request, schemas.FeedbackRequest)
-    given = trajectories.Feedback(own(request, episode_id), created_at=time.time(), **asked.model_dump())
+    parsed, _ = await body.read(request, schemas.FeedbackRequest)
+    given = trajectories.Feedback(own(request, episode_id), created_at=time.time(), **parsed.model_dump())
     await services(request).sessions.add_feedback(given)
     return json_answer(serialization.rating(given), 201)
 
@@ -163,8 +163,8 @@ async def read(request: Request, episode_id: EpisodeIdPath) -> Response:
 )
 async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Ends the episode without another action. An episode that has already ended is returned unchanged."""
-    asked, digest = await body.read(request, schemas.EndRequest)
-    message = asked.message()
+    parsed, digest = await body.read(request, schemas.EndRequest)
+    message = parsed.message()
     stop_reason = message.ends or StopReason.ABORTED
     ended = await services(request).sessions.end(own(request, episode_id), ActRequest(message, digest), stop_reason)
     return json_answer(resource(ended))

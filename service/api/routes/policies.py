@@ -39,9 +39,9 @@ async def load(request: Request, name: NamePath) -> Response:
 
     Acts that are in flight end with the previous weights. `policy_version` of each step names the weights that acted.
     """
-    asked, _ = await body.read(request, AdapterRequest)
+    parsed, _ = await body.read(request, AdapterRequest)
     policies = _policies(request)
-    policy, is_new = await policies.load(name, asked.path)
+    policy, is_new = await policies.load(name, parsed.path)
     return json_answer(_resource(policies, policy), 201 if is_new else 200)
 
 

@@ -1,4 +1,4 @@
-"""Request bodies: any bytes give a document or malformed_json, and equal documents have equal digests."""
+"""Request bodies: any bytes are a document or malformed_json, and equal documents have equal digests."""
 
 import json
 from typing import Any
@@ -35,10 +35,10 @@ def test_other_documents_have_other_digests(one: dict[str, Any], two: dict[str, 
 
 
 def test_the_digest_leaves_out_how_a_call_is_sent():
-    said = {"observation": "x", "reward": 1.0}
-    sent = {"episode_id": "e", "step": 3, "timeout_s": 2.0}
-    assert body.digest(said) == body.digest({**said, **sent})
-    assert body.digest(said) != body.digest({**said, "info": {"step": 3}})
+    content = {"observation": "x", "reward": 1.0}
+    delivery = {"episode_id": "e", "step": 3, "timeout_s": 2.0}
+    assert body.digest(content) == body.digest({**content, **delivery})
+    assert body.digest(content) != body.digest({**content, "info": {"step": 3}})
 
 
 @settings(max_examples=300)

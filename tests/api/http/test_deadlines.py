@@ -1,4 +1,4 @@
-"""`timeout_s` of an act: what it bounds, in the engine, in the queue, in the store, and at another replica."""
+"""`timeout_s` of an act limits its time in the queue, in the engine, in the store, and behind another replica."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,12 +15,12 @@ from service.trajectory import Step, StoredEpisode
 from tests.support.serving import HeldEngine, Served, serve, until
 
 pytestmark = pytest.mark.store("sqlite")
-"""The stores here are doubles, or shared by two services."""
+"""These tests use stores in memory, so one kind of database is enough."""
 
 
 @asynccontextmanager
 async def two_replicas(folder: Path, tokenizer: HFTokenizer) -> AsyncIterator[tuple[Served, Served]]:
-    """A slow one, whose engine answers nothing, and a fast one, on one store."""
+    """Runs two replicas on one store: a slow one, whose engine does not answer, and a fast one."""
     store = MemoryStore()
     async with (
         serve(folder / "slow", HeldEngine(tokenizer), store=store) as slow,
@@ -40,7 +40,7 @@ async def test_an_act_that_waits_for_a_slot_is_bounded(tmp_path: Path, tokenizer
         assert (waited.status_code, waited.json()["code"]) == (504, "deadline_exceeded")
         api.engine.release.set()
         assert (await running).status_code == 200
-        assert (await api.act("second"))["step"] == 0, "nothing of the late act was kept"
+        assert (await api.act("second"))["step"] == 0, "the late act was stored"
 
 
 @pytest.mark.xfail(strict=True, raises=TimeoutError, reason="known fault: timeout_s does not bound this wait")
@@ -60,7 +60,7 @@ async def test_an_act_that_another_replica_overtook_is_bounded(tmp_path: Path, t
 
 
 class SlowReads(MemoryStore):
-    """Reads wait until `release` is set."""
+    """A store whose reads of trajectories and whose commits wait until `release` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ async def test_a_read_of_the_store_is_bounded(tmp_path: Path, tokenizer: HFToken
 
 
 async def test_a_commit_that_began_is_awaited_beyond_the_deadline(tmp_path: Path, tokenizer: HFTokenizer):
-    """Whether a step was committed must not be unknown: the late answer says that it was."""
+    """The caller must learn whether the step was committed, so the answer may be late."""
     store = SlowReads()
     async with serve(tmp_path, ScriptedEngine(tokenizer), store=store) as api:
         await api.open()

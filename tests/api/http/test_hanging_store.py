@@ -1,4 +1,4 @@
-"""A store that answers nothing: what needs it waits or is refused, and what does not need it is served."""
+"""A store that does not respond: calls that need it wait or are refused, all others are served."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from tests.support import postgres
 from tests.support.serving import Served, serve
 
 pytestmark = pytest.mark.store("postgresql")
-"""A SQLite file is on this machine: it fails, or answers."""
+"""SQLite reads a local file: it can fail, but it does not hang."""
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ async def test_an_act_is_committed_once_the_store_answers_again(api: Served, own
     own_server.pause()
     acting = asyncio.create_task(api.post_act(step=0))
     await asyncio.sleep(0.3)
-    assert not acting.done(), "no answer leaves before the commit"
+    assert not acting.done(), "the answer was sent before the commit"
     own_server.resume()
     answer = await acting
     assert answer.status_code == 200, answer.text

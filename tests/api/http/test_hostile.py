@@ -1,4 +1,4 @@
-"""Hostile connections, over real sockets: slow, large, malformed or smuggling, each refused while others are served."""
+"""Hostile connections over real sockets: slow, large, malformed, or smuggling requests. Other clients are served."""
 
 import asyncio
 import gzip
@@ -38,13 +38,13 @@ async def api(tmp_path: Path, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def patient(tmp_path: Path, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
-    """Its limit is out of the way."""
+    """A service whose receive limit is too long to matter."""
     async with serve(tmp_path, EchoEngine(tokenizer), receive_limit_s=60, max_body_bytes=1 << 16) as served:
         yield served
 
 
 class Caller:
-    """A connection of raw bytes."""
+    """A connection on which a test sends and receives raw bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -59,7 +59,7 @@ class Caller:
         await self._writer.drain()
 
     async def trickle(self, data: bytes) -> None:
-        """A byte now and then, until the server has had enough."""
+        """Sends `data` again and again, slowly, until the server closes the connection."""
         try:
             async with asyncio.timeout(20):
                 while not self._reader.at_eof() and not self._writer.is_closing():
@@ -69,7 +69,7 @@ class Caller:
             return
 
     async def rest(self) -> bytes:
-        """All that comes until the server closes the connection."""
+        """Returns everything that the server sends until it closes the connection."""
         found = b""
         try:
             async with asyncio.timeout(20):
@@ -80,7 +80,7 @@ class Caller:
         return found
 
     async def answer(self) -> tuple[int, bytes]:
-        """The status and the body of the next answer, which has a Content-Length."""
+        """Returns the status and the body of the next response, which must have a Content-Length."""
         async with asyncio.timeout(20):
             head = await self._reader.readuntil(b"\r\n\r\n")
             length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line[:15] == b"content-length:")
@@ -149,7 +149,7 @@ async def test_a_body_that_trickles_is_malformed(
         found = found[name]
     assert (status, found) == (400, "malformed_json")
     assert "did not arrive within" in document.decode()
-    await trickling  # the rest is not read for long
+    await trickling  # the server stops reading soon
     assert await caller.rest() == b""
     await _is_served(api)
 
@@ -174,7 +174,7 @@ async def test_the_rest_of_a_refused_body_that_comes_at_once_leaves_the_connecti
 
 
 async def test_a_caller_that_does_not_read_is_cut_off(api: Served, caller: Caller):
-    """Its answers are larger than what the kernel keeps for it."""
+    """The response is larger than the socket buffers."""
     app: Any = api.app
     done = asyncio.Event()
 
@@ -250,7 +250,7 @@ async def test_requests_sent_ahead_are_few(patient: Served):
     caller.close()
 
 
-# ---- lying
+# ---- contradictory or malformed
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ async def test_a_body_behind_an_upgrade_is_refused_and_not_lost(patient: Served)
     caller.close()
 
 
-# ---- what a body holds
+# ---- JSON and compression
 
 LONG = b'{"model":"m","n":' + b"9" * 10_000 + b"}"
 
@@ -395,7 +395,7 @@ async def test_a_compressed_body_is_refused(patient: Served, path: str, coding: 
     assert ("error" in answer.json()) == path.startswith("/v1")
 
 
-# ---- headers of answers
+# ---- response headers
 
 
 async def test_every_answer_has_the_security_headers(patient: Served):
@@ -431,17 +431,17 @@ async def test_the_documentation_can_be_turned_off(tmp_path: Path, tokenizer: HF
             assert ((await api.client.get(path)).status_code == 200) == docs, path
 
 
-# ---- what is counted
+# ---- metric labels
 
 
 def label_values() -> set[tuple[str, str]]:
-    """Those of our metrics now, which are the process's: other tests count here, too."""
-    ours = [family for family in REGISTRY.collect() if family.name.startswith("agent_")]
-    return {label for family in ours for sample in family.samples for label in sample.labels.items()}
+    """Returns the labels of the service's metrics. Metrics are per process, so other tests add labels, too."""
+    families = [family for family in REGISTRY.collect() if family.name.startswith("agent_")]
+    return {label for family in families for sample in family.samples for label in sample.labels.items()}
 
 
 async def test_no_caller_makes_a_series_of_its_own(patient: Served):
-    """Labels have values of ours alone, whatever is called and sent."""
+    """Label values are from fixed sets, whatever a caller sends."""
     before = label_values()
     await patient.open(action_space={"type": "json", "schema": {"type": "object"}})
     for number in range(3):

@@ -1,4 +1,4 @@
-"""More acts than there is room for, over real HTTP: who is refused, that nothing of it is kept, and who comes next."""
+"""Overload over real HTTP: which acts are refused, that they leave nothing behind, and who gets the next slot."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,14 +16,14 @@ RUNNING, QUEUED = 2, 3
 
 @pytest.fixture
 async def api(tmp_path: Path, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
-    """Two acts run, three wait, and none ends before the test says so."""
+    """A service with two slots and room for three waiting acts. Acts end when the test sets `engine.release`."""
     async with serve(tmp_path, HeldEngine(tokenizer), max_running_acts=RUNNING, max_queued_acts=QUEUED) as served:
         yield served
         served.engine.release.set()
 
 
 async def fill(api: Served, headers: Any = None) -> "list[asyncio.Task[Any]]":
-    """As many acts in flight as there is room for, each in an episode of its own."""
+    """Starts as many acts as are admitted, each in its own episode."""
     acting: list[asyncio.Task[Any]] = []
     for number in range(RUNNING + QUEUED):
         await api.client.post("/episode", json={"episode_id": f"e{number}"}, headers=headers)
@@ -74,7 +74,7 @@ async def test_a_deadline_in_the_queue_is_504_and_frees_its_place(api: Served):
     await api.open("late")
     late = await api.post_act("late", timeout_s=0.05)
     assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
-    assert api.engine.num_held == RUNNING, "it never came to the engine"
+    assert api.engine.num_held == RUNNING, "the late act reached the engine"
     assert (await api.get("late"))["step"] == 0
     again = asyncio.create_task(api.post_act("late"))
     api.engine.release.set()
@@ -121,4 +121,4 @@ async def test_a_flood_of_one_tenants_leaves_another_its_turn(api: Served, monke
     api.engine.release.set()
     assert (await calm).status_code == 200
     await asyncio.gather(*flooding, return_exceptions=True)
-    assert api.engine.cache_salts[RUNNING - 1] != api.engine.cache_salts[0], "the calm one was next"
+    assert api.engine.cache_salts[RUNNING - 1] != api.engine.cache_salts[0], "the calm tenant did not get the next slot"

@@ -1,4 +1,4 @@
-"""Schemathesis over the whole OpenAPI document, links included: no 5xx, no status or body that it does not name."""
+"""Runs Schemathesis on the whole OpenAPI document and its links: no 5xx, no undocumented status or body."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ QUIET: Any = {
 
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory: pytest.TempPathFactory, tokenizer: HFTokenizer) -> Iterator[Any]:
-    """The document of a service that runs in a thread of its own."""
+    """The OpenAPI document of a service that runs in its own thread."""
     ready, over, urls = threading.Event(), threading.Event(), []
 
     async def run() -> None:
@@ -74,7 +74,7 @@ def test_each_call_answers_as_documented(schema: Any, path: str, method: str) ->
         case.call_and_validate(checks=CHECKS)
 
     call()
-    with contextlib.suppress(Unsatisfiable):  # what takes nothing cannot be called wrongly
+    with contextlib.suppress(Unsatisfiable):  # a call without parameters has no invalid input
         call_wrongly()
 
 

@@ -1,4 +1,4 @@
-"""Rates of calls: single acts and batches under `calls_per_s`, down to less than one call a second."""
+"""The rate limit `calls_per_s` for single acts and batches, down to less than one call per second."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +11,11 @@ from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import Served, serve
 
 pytestmark = pytest.mark.store("sqlite")
-"""No store is asked how often somebody calls."""
+"""The rate limit does not use the store."""
 
 
 async def opened(api: Served, *names: str, now: list[float]) -> None:
-    """Opens episodes, each in a second of its own, so that the next call is the first of its second."""
+    """Opens episodes with long pauses between them, so that the next call has the whole rate limit available."""
     for name in names:
         await api.open(name)
         now[0] += 100.0
@@ -23,7 +23,7 @@ async def opened(api: Served, *names: str, now: list[float]) -> None:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that admission sees; a test moves it."""
+    """The clock of admission, which a test moves."""
     moment = [1000.0]
     monkeypatch.setattr("service.access.admission.time", SimpleNamespace(monotonic=lambda: moment[0]))
     return moment

@@ -1,4 +1,4 @@
-"""API keys over real HTTP: what each call asks for, that a tenant meets its own episodes alone, what quotas refuse."""
+"""API keys over real HTTP: the scope that each call requires, the isolation of tenants, and quotas."""
 
 import asyncio
 import json
@@ -40,9 +40,10 @@ OF_AN_EPISODE = [operation for operation in OPERATIONS if "{episode_id}" in oper
 
 
 class Keyed(Served):
-    """A service that asks for keys; `headers` makes one for a tenant."""
+    """A service that requires API keys."""
 
     async def headers(self, tenant: str, *scopes: Any) -> dict[str, str]:
+        """Creates a key (default: with all scopes) and returns the headers that send it."""
         key, record = new_key(tenant, scopes or SCOPES, 1.0)
         await self.app.state.services.sessions.store.add_key(record)
         return {"Authorization": f"Bearer {key}"}
@@ -50,7 +51,7 @@ class Keyed(Served):
 
 @pytest.fixture(autouse=True)
 def _fresh_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keys are read again at each call, and not only each second."""
+    """Makes the service read the keys at each call instead of once per second."""
     monkeypatch.setattr("service.access.keys._FRESH_S", 0.0)
 
 
@@ -103,7 +104,7 @@ def test_what_changes_policies_and_tells_of_all_tenants_is_the_admins():
 
 @pytest.mark.parametrize("method_and_path", OF_AN_EPISODE, ids=" ".join)
 async def test_another_tenants_episode_is_not_there(api: Keyed, method_and_path: tuple[str, str]):
-    """For every call of the OpenAPI document that names an episode, and with the answer for no episode at all."""
+    """Every call that names an episode answers as if the other tenant's episode did not exist."""
     api.client.headers.update(await api.headers("acme"))
     await api.open("e", action_space=DISCRETE, tags=["secret"])
     await api.act("e")
@@ -158,9 +159,9 @@ async def test_each_tenants_prefix_cache_has_a_salt_of_its_own(api: Keyed):
         await api.act("thought")
         salts.append(set(api.engine.cache_salts))
         api.engine.cache_salts.clear()
-    assert [len(own) for own in salts] == [1, 1, 1]
+    assert [len(used) for used in salts] == [1, 1, 1]
     assert len(set.union(*salts)) == 3
-    assert salts[2] == {None}  # whose episodes are those from before there were keys
+    assert salts[2] == {None}  # the default tenant has no salt, as without keys
 
 
 async def test_a_revoked_key_is_refused_and_the_door_stays_shut(api: Keyed):
@@ -191,7 +192,8 @@ async def test_without_keys_a_page_in_the_browser_gets_nothing(tmp_path: Path, t
 async def test_an_address_that_others_reach_needs_a_key_whatever_the_caller_says(
     tmp_path: Path, tokenizer: HFTokenizer
 ):
-    """`host` alone decides: the command line refuses to start there without keys, and they may be gone later."""
+    """Only `host` decides, not the Host header. The command line refuses to start such a service without keys, but the
+    keys may be revoked later."""
     async with serve(tmp_path, ScriptedEngine(tokenizer), host="0.0.0.0") as api:  # noqa: S104
         assert (await api.client.get("/episode", headers={"Host": "localhost"})).status_code == 401
 
@@ -238,7 +240,7 @@ async def test_quotas_refuse_with_retry_after_and_name_what_is_full(tmp_path: Pa
         refused = await api.client.post("/episode", json={})
         assert_refused(refused, "quota_exceeded", "2 active episodes")
         assert_refused(await api.client.post("/episode/e/fork", json={}), "quota_exceeded", "2 active episodes")
-        assert (await api.client.post("/episode", json={"episode_id": "e"})).status_code == 200  # it is there
+        assert (await api.client.post("/episode", json={"episode_id": "e"})).status_code == 200  # a retry
         acting = asyncio.create_task(api.post_act("e"))
         await until(lambda: engine.num_held == 1)
         assert_refused(await api.post_act("f"), "quota_exceeded", "1 acts at once")

@@ -1,4 +1,4 @@
-"""POST /act over real HTTP: what an answer holds, exactly-once under retries, and callers that go away."""
+"""POST /act over real HTTP: the answer, exactly-once semantics under retries, and callers that disconnect."""
 
 import asyncio
 import json
@@ -23,14 +23,14 @@ async def api(tmp_path: Path, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def held(tmp_path: Path, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
-    """A service whose engine answers once the test sets `engine.release`."""
+    """A service whose engine answers only after the test sets `engine.release`."""
     async with serve(tmp_path, HeldEngine(tokenizer)) as served:
         yield served
         served.engine.release.set()
 
 
 def core(answer: dict[str, Any]) -> dict[str, Any]:
-    """What a retry must get again: all but how and how fast it was served."""
+    """Returns the part of an answer that a retry must repeat: everything but `timing` and `replayed`."""
     return {name: value for name, value in answer.items() if name not in ("timing", "replayed")}
 
 
@@ -66,7 +66,7 @@ async def test_legal_actions_narrow_the_choice(api: Served):
         assert list(answer["action_probs"]) == legal
     num_calls = api.engine.num_calls
     assert (await api.act(legal_actions=["left"]))["action_probs"] == {"left": 1.0}
-    assert api.engine.num_calls == num_calls, "a choice of one needs no policy"
+    assert api.engine.num_calls == num_calls, "the engine was called, although only one action is legal"
 
 
 async def test_a_seeded_episode_repeats_itself(api: Served):
@@ -100,7 +100,7 @@ async def test_an_action_that_does_not_parse_says_why(tmp_path: Path, tokenizer:
         await api.open("short", action_space={"type": "json", "schema": schema}, sampling={"max_tokens": 2})
         cut = await api.act("short")
         assert (cut["finish_reason"], cut["parse_failure"]["kind"]) == ("length", "length")
-        assert (await api.act("short"))["step"] == 1, "an episode goes on behind a reply that was cut"
+        assert (await api.act("short"))["step"] == 1, "the episode does not continue after a reply that was cut"
 
 
 async def test_rewards_are_of_the_action_before(api: Served):
@@ -154,7 +154,7 @@ async def test_overflow_slide_keeps_the_prompt_within_its_limit(api: Served, spa
     )
     answers = [await api.act(observation=f"observation {step}") for step in range(40)]
     first = api.engine.prompts[0]
-    assert all(prompt[: len(first)] == first for prompt in api.engine.prompts), "step 0 is always kept"
+    assert all(prompt[: len(first)] == first for prompt in api.engine.prompts), "step 0 was dropped from a prompt"
     assert all(a["usage"]["prompt_tokens"] + a["usage"]["completion_tokens"] <= limit for a in answers)
     segments = (await api.trajectory(format="tokens"))["segments"]
     assert len(segments) > 2
@@ -199,7 +199,7 @@ async def test_user_text_forges_no_turn(api: Served):
     await api.act(observation={"<|user|>": forged})
     special = set(range(6))
     counts = [sum(token in special for token in prompt) for prompt in api.engine.prompts]
-    # begin, system, end, user, end, assistant; then end (of the reply), user, end, assistant
+    # The first prompt has begin, system, end, user, end, assistant. The second adds end, user, end, assistant.
     assert counts == [6, 6 + 4]
 
 
@@ -210,13 +210,13 @@ async def test_user_text_forges_no_turn(api: Served):
 @pytest.mark.parametrize("space", [{"type": "text"}, DISCRETE])
 async def test_a_retry_of_a_committed_step_gets_the_stored_answer(api: Served, by: str, space: dict[str, Any]):
     await api.open(action_space=space, sampling={"temperature": 1.0})
-    said: list[dict[str, Any]] = [
+    bodies: list[dict[str, Any]] = [
         {"observation": f"round {step}", "reward": 1.0, "info": {"n": step}} for step in range(3)
     ]
 
     async def post(step: int) -> dict[str, Any]:
         how: dict[str, Any] = {"step": step} if by == "step" else {"headers": {"Idempotency-Key": f"k{step}"}}
-        return (await api.post_act(**said[step], **how)).json()
+        return (await api.post_act(**bodies[step], **how)).json()
 
     first = [await post(step) for step in range(3)]
     num_calls = api.engine.num_calls
@@ -271,7 +271,7 @@ async def test_ending_is_idempotent(api: Served):
     assert first == again
     assert (first["stop_reason"], first["episode_return"], first["success"]) == ("truncated", 4.0, False)
     other = (await api.client.post("/episode/e/end", json={"terminated": True, "reward": 9.0})).json()
-    assert other == first, "an ended episode stays as it is"
+    assert other == first, "the second end changed the episode"
 
 
 async def test_concurrent_ends_count_the_reward_once(api: Served):
@@ -291,11 +291,11 @@ async def test_opening_is_idempotent(api: Served):
     assert {answer.headers["location"] for answer in answers} == {"/episode/same"}
 
 
-# --- callers that go away
+# --- callers that disconnect
 
 
 async def _post_and_leave(served: Served, body: dict[str, Any], num_held: int) -> None:
-    """Posts over a connection of its own and closes it once the engine works on the act."""
+    """Posts an act over a new connection, and closes the connection once the engine works on the act."""
     host, _, port = served.url.removeprefix("http://").partition(":")
     _, writer = await asyncio.open_connection(host, int(port))
     content = json.dumps(body).encode()

@@ -1,4 +1,4 @@
-"""The calls around an episode: open, read, list, trajectory, end, delete."""
+"""Episodes over HTTP: opening, reading, listing, ending and deleting them, and their trajectories."""
 
 import json
 from collections.abc import AsyncIterator
@@ -129,7 +129,7 @@ async def test_info_is_not_shown_to_the_policy(api: Served):
 
 
 async def test_a_discrete_trajectory_scores_what_the_policy_decided(api: Served):
-    """The masked logprobs of a step sum to the logprob of its answer."""
+    """The logprobs of the drawn tokens sum to the logprob of the action."""
     await api.open(action_space=DISCRETE, sampling={"temperature": 1.0, "seed": 1})
     answers = [await api.act(observation=f"{step}") for step in range(5)]
     (segment,) = (await api.trajectory(format="tokens"))["segments"]
@@ -146,7 +146,9 @@ async def test_segments_of_a_sliding_context_learn_each_step_once(api: Served):
     num_drawn = sum(step["usage"]["completion_tokens"] for step in (await api.trajectory())["steps"])
     assert sum(sum(segment["loss_mask"]) for segment in segments) == num_drawn
     for segment, prompt in zip(segments[1:], [api.engine.prompts[s["steps"][0]] for s in segments[1:]], strict=True):
-        assert segment["token_ids"][: len(prompt)] == prompt, "a segment begins with what its first step saw"
+        assert segment["token_ids"][: len(prompt)] == prompt, (
+            "the segment does not begin with the prompt of its first step"
+        )
         assert not any(segment["loss_mask"][: len(prompt)])
 
 

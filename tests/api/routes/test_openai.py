@@ -1,4 +1,4 @@
-"""/v1 where there is no engine for it: OpenAI's error shape, and its reasons."""
+"""/v1 without an engine that serves it: errors in OpenAI's format, and the limits on bodies."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}
 
 
 class EchoEngine(ScriptedEngine):
-    """Its /v1 reads the whole body and answers with its length."""
+    """An engine whose /v1 reads the whole body and returns its length."""
 
     async def openai_app(self) -> Any:
         async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,4 @@
-"""What operators call: health while loading, readiness with its reason, version, metrics, and the OpenAPI document."""
+"""Calls for operators: health, readiness and its reasons, the version, and the OpenAPI document."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters over HTTP: load, list, choose, replace, remove, and after a restart."""
+"""Adapters over HTTP: loading, listing, choosing, replacing and removing them, and restarts of the service."""
 
 import dataclasses
 from collections.abc import AsyncIterator
@@ -54,7 +54,9 @@ async def test_an_adapter_is_loaded_listed_chosen_replaced_and_removed(api: Serv
     second = await load(api, path="two")
     assert second["status"] == 200
     assert second["policy_version"] != first["policy_version"]
-    assert (await api.act(observation="on"))["policy_version"] == second["policy_version"], "from the next step on"
+    assert (await api.act(observation="on"))["policy_version"] == second["policy_version"], (
+        "the new adapter does not act from the next step on"
+    )
     versions = (await api.trajectory(format="tokens"))["segments"][0]["policy_versions"]
     assert versions == [first["policy_version"], second["policy_version"]]
     assert len(api.engine.adapters) == 1
@@ -82,7 +84,7 @@ async def test_adapters_are_there_after_a_restart(api: Served, tmp_path: Path, t
     make_adapter(tmp_path / "adapters-in" / "one", 9)
     async with serve(tmp_path, engine(tokenizer), adapters=tmp_path / "adapters-in") as second:
         assert await names(second) == ["scripted", "walker"]
-        assert (await second.act())["policy_version"] == version, "the copy, not the folder that changed"
+        assert (await second.act())["policy_version"] == version, "the changed folder was loaded instead of the copy"
     async with serve(tmp_path, engine(tokenizer)) as off:
         assert await names(off) == ["scripted"]
         assert (await off.post_act(observation="on")).json()["code"] == "engine_unavailable"
@@ -137,7 +139,7 @@ async def test_an_adapter_that_could_not_be_kept_is_not_served(api: Served, monk
         broken.setattr(store, "put_policy", fail)
         refused = await api.client.put("/policy/walker", json={"path": "two"})
         assert (refused.status_code, refused.json()["code"]) == (503, "store_unavailable")
-    assert len(api.engine.adapters) == 1, "the new one is not left loaded"
+    assert len(api.engine.adapters) == 1, "the new adapter is still loaded"
     assert (await load(api))["status"] == 200
     again = await load(api, path="two")
     assert [policy.version for policy in await store.policies()] == [again["policy_version"]]
@@ -158,4 +160,4 @@ async def test_what_was_opened_is_found_after_its_policy_is_gone(api: Served):
     other = await api.client.post("/episode", json={"episode_id": "e", "policy": "walker", "goal": "other"})
     assert other.status_code == 422
     ended = await api.act(observation="home", reward=1.0, terminated=True)
-    assert ended["done"], "what ends an episode asks no policy"
+    assert ended["done"], "ending an episode needs no policy"

@@ -1,4 +1,4 @@
-"""A caller that reads its stream slowly, or not at all, holds up nobody else."""
+"""A client that reads its stream slowly, or not at all, blocks no other client."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ async def api(tmp_path: Path, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
 
 
 async def raw_stream(api: Served, episode_id: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Sends an act for a stream over a connection of its own, and reads nothing."""
+    """Sends an act over a new connection and asks for a stream, but reads nothing."""
     host, _, port = api.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=256)
     body = json.dumps({"episode_id": episode_id, "observation": "look", "step": 0})

@@ -1,4 +1,4 @@
-"""Acts as streams of server-sent events: real deltas, one act at the end, and what a client that leaves causes."""
+"""Acts as streams of server-sent events: deltas, one act at the end, and clients that disconnect."""
 
 import asyncio
 import json
@@ -59,8 +59,8 @@ async def test_reasoning_and_text_come_apart(api: Served):
     assert "a short plan" in thought
     assert events[-1][1]["reasoning"] == "a short plan"
     assert "".join(data["delta"] for name, data in events if name == "text") == "go to the door"
-    said = {"role": "assistant", "reasoning_content": "a short plan", "content": "go to the door"}
-    assert (await api.trajectory(format="messages"))["messages"][-1] == said
+    message = {"role": "assistant", "reasoning_content": "a short plan", "content": "go to the door"}
+    assert (await api.trajectory(format="messages"))["messages"][-1] == message
 
 
 async def test_a_discrete_action_is_one_delta(api: Served):
@@ -165,11 +165,11 @@ async def test_a_caller_that_leaves_as_its_answer_comes_cancels_nothing_else():
         left.set()
         await asyncio.sleep(0)
     for _ in range(3):
-        await asyncio.sleep(0)  # where a late cancellation would arrive
+        await asyncio.sleep(0)  # a late cancellation would be raised here
 
 
 async def test_aborted_acts_leave_nothing_behind(held: Served):
-    """The full count, 5,000, is `python -m bench.aborts`."""
+    """A short version of `python -m bench.aborts`, which aborts 5,000 acts."""
     await held.open()
     before = len(asyncio.all_tasks())
     for number in range(100):
