@@ -1,4 +1,4 @@
-"""The calls around an act: batches, forks, other hands' actions, feedback, expiry, tools, profiles, export."""
+"""Everything around an act: batches, forks, recorded actions, feedback, expiry, tools, profiles, lists, export."""
 
 import asyncio
 import json
@@ -52,13 +52,14 @@ async def post(api: Served, path: str, **body: Any) -> httpx.Response:
 
 
 def refused(answer: httpx.Response, status: int, code: str, *words: str) -> None:
+    """Asserts that the answer is a problem with this status and code, and that its detail has these words."""
     assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
     assert all(word in answer.json()["detail"] for word in words), answer.text
 
 
 async def has_ended(api: Served, episode_id: str) -> None:
     async with asyncio.timeout(20):
-        while (await api.get(episode_id))["status"] != "ended":  # noqa: ASYNC110 - no event tells
+        while (await api.get(episode_id))["status"] != "ended":  # noqa: ASYNC110 - no event signals the end
             await asyncio.sleep(0.01)
 
 
@@ -89,7 +90,7 @@ async def test_a_batch_acts_in_order_and_a_bad_item_spoils_no_other(api: Served)
     ]
     assert {item["request_id"] for item in bad} == {answer.headers["x-request-id"]}
     replayed = await api.act("c", "1", step=0)
-    assert replayed["replayed"], "the same act by itself is a retry of the batch's"
+    assert replayed["replayed"], "a single act is not recognized as a retry of the batch's"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ async def test_a_fork_goes_on_from_where_it_branched(api: Served):
     assert parent["segments"][0]["token_ids"][: len(shared)] == shared
     await api.act("f1", "another way", step=2, reward=5.0)
     assert (await api.get("f1"))["episode_return"] == 6.0
-    assert (await api.get("e"))["step"] == 4, "the parent is as it was"
+    assert (await api.get("e"))["step"] == 4, "the fork's act changed the parent"
     assert [step["observation"] for step in (await api.trajectory("f1"))["steps"]] == ["o0", "o1", "another way"]
     assert len(api.engine.prompts[-1]) > len(shared)
     assert api.engine.prompts[-1][: len(shared)] == shared
@@ -217,7 +218,7 @@ async def test_no_fork_of_what_is_not_there(api: Served):
     refused(await post(api, f"{api.path}/fork"), 410, "episode_deleted")
 
 
-# Other hands
+# Recorded actions
 
 
 @pytest.mark.parametrize(
@@ -240,10 +241,12 @@ async def test_somebody_elses_action_is_the_step(api: Served, space: dict[str, A
     assert api.engine.num_calls == 0
     assert (await post(api, f"{api.path}/action", **body)).json()["replayed"]
     await api.act(observation="next", step=1)
-    assert text in api.engine.tokenizer.decode(api.engine.prompts[-1]), "the policy goes on from it"
+    assert text in api.engine.tokenizer.decode(api.engine.prompts[-1]), "the next prompt lacks the recorded action"
     segment = (await api.trajectory(format="tokens"))["segments"][0]
     drawn = sum(segment["loss_mask"])
-    assert drawn <= len((await api.trajectory())["steps"][1]["text"]) + 1, "its tokens are not the policy's"
+    assert drawn <= len((await api.trajectory())["steps"][1]["text"]) + 1, (
+        "tokens of the recorded action are in the loss mask"
+    )
 
 
 @pytest.mark.parametrize(
@@ -304,18 +307,18 @@ async def test_what_an_answer_could_not_hold_is_refused_when_it_comes(api: Serve
 async def test_ratings_are_kept_with_the_steps(api: Served):
     await api.open()
     await api.act()
-    said = await post(api, f"{api.path}/feedback", rating=4, comment="good", rater="ann", step=0)
-    assert said.status_code == 201
+    rated = await post(api, f"{api.path}/feedback", rating=4, comment="good", rater="ann", step=0)
+    assert rated.status_code == 201
     await post(api, f"{api.path}/feedback", rating=2)
     assert [item["rating"] for item in (await api.trajectory())["feedback"]] == [4, 2]
-    assert said.json() == (await api.trajectory())["feedback"][0]
+    assert rated.json() == (await api.trajectory())["feedback"][0]
 
 
 WRONG_RATINGS: list[dict[str, Any]] = [
     *({"rating": rating} for rating in (0, 6, 4.5, True)),
     {},
     {"rating": 3, "step": 1},
-    {"rating": 3, "rater": "a\0"},  # PostgreSQL has no such text
+    {"rating": 3, "rater": "a\0"},  # PostgreSQL cannot store NUL
     {"rating": 3, "comment": "\0"},
 ]
 
@@ -585,12 +588,12 @@ async def test_an_act_in_flight_keeps_no_other_episode_from_its_end(tmp_path: Pa
         acting = asyncio.create_task(api.post_act("busy"))
         await until(lambda: api.engine.num_held)
         await api.open("idle", idle_ttl_s=1.0)
-        live = api.app.state.services.sessions._cache
-        await until(lambda: live.peek("idle").state.status == "ended")
-        assert live.peek("busy").state.status == "active"
+        cache = api.app.state.services.sessions._cache
+        await until(lambda: cache.peek("idle").state.status == "ended")
+        assert cache.peek("busy").state.status == "active"
         api.engine.release.set()
         assert (await acting).status_code == 200
-        await until(lambda: live.peek("busy").state.status == "ended")
+        await until(lambda: cache.peek("busy").state.status == "ended")
 
 
 async def test_an_episode_that_is_not_accepted_any_more_ends_all_the_same(tmp_path: Path, tokenizer: HFTokenizer):
@@ -600,8 +603,9 @@ async def test_an_episode_that_is_not_accepted_any_more_ends_all_the_same(tmp_pa
             await first.open(
                 name, action_space=space, sampling={"max_tokens": 500}, idle_ttl_s=0.3 if name == "idle" else None
             )
-    older_rules = "UPDATE episodes SET request = replace(request, '\"integer\"', '3')"
-    await execute(first.store_url, older_rules)
+    # As if an older version with other rules had accepted a schema that this version refuses.
+    make_schema_invalid = "UPDATE episodes SET request = replace(request, '\"integer\"', '3')"
+    await execute(first.store_url, make_schema_invalid)
     async with serve(tmp_path, ScriptedEngine(tokenizer, max_model_len=400)) as second:
         await has_ended(second, "idle")
         refused(await second.post_act("acted"), 422, "invalid_request", "not accepted any more")
