@@ -1,1 +1,1 @@
-"""The vLLM engine. The only modules that import vLLM or torch, and they do so inside functions."""
+"""Implements the engine with vLLM. Only this package imports vLLM or torch, and only when an engine is loaded."""

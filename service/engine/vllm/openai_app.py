@@ -1,4 +1,4 @@
-"""Owns OpenAI-compatible inference: vLLM's own serving classes over the engine that the episodes use."""
+"""Serves the OpenAI-compatible API (/v1): vLLM's own serving classes, on the engine that also serves the episodes."""
 
 import asyncio
 import json
@@ -34,28 +34,30 @@ OPTIONS = frozenset(
         "trust_request_chat_template",
     }
 )
-"""Those of vLLM's front end that say how it serves; the others are the service's business, or nobody's."""
+"""The options of vLLM's API server that can be set. The service sets the others itself, or they have no effect here."""
 
 
-# Without a parser vLLM refuses tools altogether, even one that the caller names.
+# Without a tool parser, vLLM refuses every request with tools, even if the caller chooses the tool.
 _DEFAULTS: dict[str, Any] = {"tool_call_parser": "hermes", "enable_auto_tool_choice": True}
 
 
 class InferenceOptionError(EngineRefused):
-    """An option that the front end does not have, or that is not the caller's to set."""
+    """An option of /v1 is unknown, or cannot be set."""
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raises InferenceOptionError for a name that is not one of OPTIONS."""
+    """Raises InferenceOptionError if a name is not in OPTIONS."""
     for name in options.keys() - OPTIONS:
         near = get_close_matches(name, OPTIONS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(OPTIONS))}"
+        hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(sorted(OPTIONS))}"
         raise InferenceOptionError(f"/v1 has no option {name!r}{hint}")
 
 
 class SaltedClient:
-    """vLLM's engine as its serving classes call it. Whatever they ask for goes under the salt of the request that they
-    serve; one that the caller names only divides it further."""
+    """Wraps vLLM's engine for its serving classes. Adds the tenant's cache salt to every request.
+
+    A salt that the caller sends is appended to it, and so only divides the tenant's cache further.
+    """
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -71,8 +73,11 @@ class SaltedClient:
 
 
 class CheckedClient:
-    """vLLM's engine, which compiles what a caller wants its completion held to without any limit: asked here first.
-    Whatever field of whatever route it came by, it is in the sampling parameters now."""
+    """Wraps vLLM's engine for its serving classes. Checks the constraint of every request before vLLM compiles it.
+
+    vLLM would compile it without a limit of time or memory. All routes put a request's constraint into the sampling
+    parameters, so one check here is sufficient.
+    """
 
     def __init__(self, llm: Any, check: Check) -> None:
         self._llm = llm
@@ -82,7 +87,7 @@ class CheckedClient:
         return getattr(self._llm, name)
 
     async def generate(self, prompt: Any, sampling_params: Any, *args: Any, **options: Any) -> AsyncGenerator[Any]:
-        """Raises ValueError, which vLLM's serving classes answer with 400."""
+        """Raises ValueError if the constraint is refused. vLLM's serving classes turn it into status 400."""
         if sampling_params.structured_outputs is not None:
             try:
                 await self._check(_constraint(sampling_params.structured_outputs))
@@ -94,7 +99,7 @@ class CheckedClient:
 
 
 def _constraint(wanted: Any) -> Constraint:
-    """Of vLLM's StructuredOutputsParams, as its backend for xgrammar takes them. Raises ValueError."""
+    """Converts vLLM's StructuredOutputsParams in the same way as vLLM's xgrammar backend. Raises ValueError."""
     from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
     if wanted.json is not None:
@@ -119,8 +124,14 @@ def _salted(prompt: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What the app serves. model: what the engine loaded. name: what callers call it. options: vLLM's front-end
-    options. media_hosts: hosts that media may be fetched from. tasks: what the engine can do."""
+    """What the app of /v1 serves.
+
+    model: the model that the engine loaded.
+    name: the name of the model for callers.
+    options: options of vLLM's API server.
+    media_hosts: hosts from which media may be fetched.
+    tasks: the tasks that the engine supports, as vLLM names them.
+    """
 
     model: str
     name: str
@@ -130,34 +141,35 @@ class Served:
 
 
 class OpenAIApp:
-    """vLLM's OpenAI-compatible app over one engine, built at the first request."""
+    """Builds vLLM's OpenAI-compatible app for one engine, at the first request."""
 
     def __init__(self, llm: Any, served: Served, check: Check) -> None:
-        """`check` raises ConstraintRefused for a constraint that must not be compiled."""
+        """`check` is called with each constraint, and raises ConstraintRefused if it is not supported."""
         self._llm, self._served, self._check = llm, served, check
         self._building: asyncio.Task[Any] | None = None
         self._adapters: dict[str, Any] = {}
 
     async def get(self) -> ASGIApp:
-        """The app. The first call takes seconds, because it imports the serving classes; a failed one is repeated."""
+        """Returns the app. The first call takes seconds, because it imports the serving classes. If it fails, the next
+        call tries again."""
         if self._building is None or (self._building.done() and self._building.exception()):
             self._building = asyncio.create_task(_build(self._llm, self._served, self._check))
-            self._building.add_done_callback(lambda _: self._show_adapters())
+            self._building.add_done_callback(lambda _: self._update_adapters())
         return await asyncio.shield(self._building)
 
     def set_adapters(self, requests: Iterable[Any]) -> None:
-        """Callers may name these LoRA requests as models, from now on."""
+        """Sets the LoRA adapters that callers can choose as a model. Replaces the previous ones."""
         self._adapters = {request.lora_name: request for request in requests}
-        self._show_adapters()
+        self._update_adapters()
 
-    def _show_adapters(self) -> None:
+    def _update_adapters(self) -> None:
         building = self._building
         if building and building.done() and not building.cancelled() and not building.exception():
             building.result().state.openai_serving_models.lora_requests = self._adapters
 
 
 async def _build(llm: Any, served: Served, check: Check) -> Any:
-    """vLLM's routes for inference, and none of those that steer the engine."""
+    """Builds the app with vLLM's routes for inference, but without its routes that control the engine."""
     app = await asyncio.to_thread(_app, llm, served)
     _add_routes(app, served.tasks, llm.model_config)
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -185,16 +197,22 @@ def _app(llm: Any, served: Served) -> Any:
     media.guard(served.media_hosts)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.state.args = args
-    app.state.server = SimpleNamespace()  # vLLM's handler of a dead engine ends its server; ours outlives the engine
+    # If the engine dies, vLLM's handler stops its server. This object replaces it, so that the service keeps running.
+    app.state.server = SimpleNamespace()
     init_exception_handler(app)
-    app.exception_handler(HTTPException)(http_exception_handler)  # of routing, which vLLM's own handlers leave out
+    app.exception_handler(HTTPException)(http_exception_handler)  # for errors of routing, which vLLM does not cover
     app.exception_handler(EngineDeadError)(_engine_died)
     return app
 
 
 async def _engine_died(_: Request, __: Exception) -> Response:
-    """503, as of any call that comes a moment later; vLLM's own answer is 500."""
-    error = {"message": "The engine died.", "type": "server_error", "param": None, "code": "engine_unavailable"}
+    """Returns status 503, as later calls do while the engine is loaded again. vLLM's own handler would return 500."""
+    error = {
+        "message": "The engine died. Retry after the time in Retry-After.",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_unavailable",
+    }
     return JSONResponse({"error": error}, 503, {"Retry-After": "5"})
 
 

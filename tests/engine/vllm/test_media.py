@@ -1,4 +1,4 @@
-"""What /v1 may fetch: data URLs, and allowed hosts at public addresses."""
+"""Media that /v1 may fetch: data: URLs, and URLs of allowed hosts with public addresses."""
 
 import base64
 import socket
@@ -12,7 +12,7 @@ from service.engine.vllm.media import MAX_PIXELS, MediaRefused, connector, guard
 
 
 class Bytes:
-    """vLLM's MediaIO, reduced to the bytes."""
+    """Implements vLLM's MediaIO. Returns the data without decoding it."""
 
     def load_bytes(self, data: bytes) -> bytes:
         return data
@@ -47,21 +47,21 @@ def test_addresses(address: str, public: bool):
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("file:///etc/passwd", "data: URL"),
         ("ftp://media.example/x", "data: URL"),
-        ("https://other.example/x", "off for the host"),
-        ("https://media.example@other.example/x", "off for the host"),
+        ("https://other.example/x", "does not allow it"),
+        ("https://media.example@other.example/x", "does not allow it"),
         ("http://127.0.0.1/x", "not a public address"),
         ("http://[::1]/x", "not a public address"),
     ],
 )
-async def test_refused_urls(url: str, words: str):
+async def test_refused_urls(url: str, message: str):
     fetcher: Any = connector(["media.example", "127.0.0.1", "::1"])()
-    with pytest.raises(MediaRefused, match=words):
+    with pytest.raises(MediaRefused, match=message):
         await fetcher.load_from_url_async(url, Bytes())
-    with pytest.raises(MediaRefused, match=words):
+    with pytest.raises(MediaRefused, match=message):
         fetcher.load_from_url(url, Bytes())
 
 
@@ -89,7 +89,7 @@ async def test_data_urls_are_read():
 
 
 def _png(width: int, height: int) -> str:
-    """A white image of one bit a pixel, as a data URL: kilobytes, whatever its size."""
+    """Returns a white image with one bit per pixel, as a data: URL of a few kilobytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -115,7 +115,7 @@ async def test_an_image_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.Mo
     if fits:
         assert (await fetcher.load_from_url_async(url, ImageMediaIO())).media.size == (side, side)
         return
-    with pytest.raises(ValueError, match="pixels"):  # 400 at /v1
+    with pytest.raises(ValueError, match="pixels"):  # vLLM answers a ValueError with status 400
         await fetcher.load_from_url_async(url, ImageMediaIO())
     with pytest.raises(ValueError, match="pixels"):
         fetcher.load_from_url(url, ImageMediaIO())

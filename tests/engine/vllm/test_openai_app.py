@@ -1,4 +1,4 @@
-"""/v1's engine client: each request's prefix cache is its tenant's."""
+"""The engine client of /v1: tenants do not share a prefix cache."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from service.engine.vllm.openai_app import SaltedClient
 
 
 class Recorder:
-    """Stands where vLLM's engine would and keeps the prompts that it is asked about."""
+    """Replaces vLLM's engine, and records the prompts that it receives."""
 
     def __init__(self) -> None:
         self.prompts: list[Any] = []
