@@ -1,5 +1,5 @@
-"""The model behind the agent. `base` is the seam; a model runtime (`vllm`) stands behind it.
+"""Runs the model. `base` defines the interface of an engine, and `vllm` implements it.
 
-Only this package knows tokens, chat templates, grammars and model runtimes. May import validation, observability and
-the values of `service.trajectory`.
+Only this package handles tokens, chat templates, grammars and model runtimes. It imports the packages of validation and
+observability, and the modules that everything shares, such as `service.trajectory`.
 """

@@ -1,7 +1,7 @@
-"""The seam to the model: the `Engine` protocol and the values that cross it.
+"""The interface of an engine: the `Engine` protocol, and the values that it receives and returns.
 
-An engine turns a transcript and an action space into a decision. Whether its model is decoder-only or encoder-decoder,
-and how a transcript becomes the model's input, is the engine's business. docs/architecture.md describes the seam.
+An engine turns a transcript and an action space into a decision. The rest of the service does not depend on how the
+engine does so: its model may be decoder-only or encoder-decoder. docs/architecture.md describes this interface.
 """
 
 import hashlib
@@ -22,21 +22,22 @@ from service.trajectory import DEFAULT_TENANT, Decision, JsonValue, ParseFailure
 StreamKind = Literal["reasoning", "text"]
 OnText = Callable[[str], None]
 Slot = Callable[[], AbstractAsyncContextManager[None]]
-"""Waits for a slot in the engine, and holds it while the context is open. Entered around each request to the model."""
+"""Returns a context manager that waits for a slot of the engine, and occupies the slot until it exits. The engine uses
+one around each request to the model."""
 
 
 class EngineUnavailable(Exception):
-    """The engine is loading, failed, or was closed."""
+    """The engine is loading, has failed, or was closed. A retry may succeed once it is loaded."""
 
     code: ClassVar = "engine_unavailable"
 
 
 class EngineRefused(ValueError):
-    """The engine cannot be built from its settings, and a retry would not help. The message says why."""
+    """The engine cannot be loaded with its settings, and a retry does not help. The message says why."""
 
 
 class ActionSpaceRefused(ValueError):
-    """The action space cannot be served. The message says why; `field` is the request field to blame."""
+    """The action space is invalid or not supported. The message says why; `field` names the request field at fault."""
 
     def __init__(self, message: str, field: str = "action_space") -> None:
         super().__init__(message)
@@ -44,52 +45,58 @@ class ActionSpaceRefused(ValueError):
 
 
 class ConstraintRefused(ActionSpaceRefused):
-    """The engine cannot enforce the constraint, or not within its limits."""
+    """The engine cannot enforce the constraint, or cannot compile it within the limits of time and memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a completion must be: JSON valid under `spec` (a schema as JSON text), or text that the pattern `spec`
-    matches in full. The other kinds come from `/v1` only: a grammar in EBNF or Lark, or xgrammar's structural tag as
-    JSON."""
+    """A constraint on a completion.
+
+    kind "json": the completion is JSON that is valid under the JSON schema `spec`.
+    kind "regex": the regular expression `spec` matches the whole completion.
+    Other kinds come from `/v1` only: a grammar in EBNF or Lark, or xgrammar's structural tag as JSON.
+    """
 
     kind: Literal["json", "regex", "grammar", "lark", "structural_tag"]
     spec: str
 
 
 class ActionSpace(Protocol):
-    """What an action may be, as an engine needs to know it: one of `choices`, or text under `constraint`."""
+    """The allowed actions, as far as the engine needs them: one of `choices`, or text that satisfies `constraint`."""
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """The legal actions as distinct texts; None if an action is written freely."""
+        """The legal actions as distinct texts; None if an action is generated text."""
         ...
 
     @property
     def constraint(self) -> Constraint | None:
-        """What a written action must be; None for any text."""
+        """The constraint on an action that is generated text; None if any text is allowed."""
         ...
 
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
-        """The action that a completion's text stands for, or why it is none."""
+        """Parses a completion's text. Returns the action, or None and the reason why the text is not an action."""
         ...
 
 
 class History(Protocol):
-    """The spans of an episode's committed steps, in the form that its engine needs to decide the next step."""
+    """The spans of an episode's committed steps, in the form in which the engine uses them for the next decision."""
 
     def append(self, step: Step) -> None:
         """Adds a committed step that has an action."""
         ...
 
-    def copy(self) -> Self: ...
+    def copy(self) -> Self:
+        """Returns a copy that can be changed independently."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What the policy may see: the system message, the steps so far, and the new observation.
+    """The input of a decision: the system message, the steps so far, and the new observation.
 
-    max_tokens: size of the context. slides: whether the oldest steps may be dropped to make room.
+    max_tokens: size of the context in tokens.
+    slides: whether the oldest steps may be dropped to make room.
     """
 
     system: str
@@ -101,7 +108,11 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningBudget:
-    """A thought of at most `max_tokens` tokens before each action. `keep`: later prompts contain it."""
+    """Makes the policy draw a thought before each action.
+
+    max_tokens: maximum length of the thought.
+    keep: whether later prompts contain it.
+    """
 
     max_tokens: int
     keep: bool
@@ -109,7 +120,7 @@ class ReasoningBudget:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """An action that somebody other than the policy chose, and its text."""
+    """An action that the caller chose instead of the policy, and its text."""
 
     action: JsonValue
     text: str
@@ -123,7 +134,7 @@ class TextSink:
         self.has_emitted = False
 
     def of(self, kind: StreamKind) -> OnText:
-        """A callback for text of this kind."""
+        """Returns a callback that receives text of this kind."""
         return partial(self._receive, kind)
 
     def _receive(self, kind: StreamKind, delta: str) -> None:
@@ -133,7 +144,11 @@ class TextSink:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter in a folder that does not change; `version` names its weights and the base model's."""
+    """A LoRA adapter.
+
+    version: changes with the adapter's weights and with those of the base model.
+    path: its folder, whose files never change.
+    """
 
     name: str
     version: str
@@ -143,11 +158,15 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is wanted of a decision, beside the action space.
+    """The options of a decision.
 
-    generator: gives the random generator for a purpose; the same one again if the episode has a seed.
-    slot: entered around each request to the model.
-    recorded: somebody else's action; the policy draws nothing then.
+    generator: returns the random generator for a purpose. If the episode has a seed, it is seeded for this step.
+    slot: returns a context manager to use around each request to the model; see `Slot`.
+    reasoning: if set, the policy draws a thought before the action.
+    recorded: an action that the caller chose; the policy then draws nothing.
+    adapter: the LoRA adapter to use; None for the base model.
+    cache_salt: separates the prefix cache of tenants; see `cache_salt`.
+    sink: receives streamed text.
     """
 
     sampling: Sampling
@@ -162,16 +181,17 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Overflow:
-    """No decision: the observation and its action do not fit into the context."""
+    """Returned instead of a decision if the observation and its action do not fit into the context."""
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateReport:
     """How the model's chat template behaves.
 
-    append_only: false if it rewrites earlier turns. canonical: false if its own tokenization of a conversation differs
-    from the token log's. system_role: false if the instructions go into the first observation. plain: true if the
-    model has no chat template.
+    append_only: false if the template rewrites earlier turns.
+    canonical: false if the template's own tokenization of a conversation differs from that of the token log.
+    system_role: false if the instructions are part of the first observation, because there is no system role.
+    plain: true if the model has no chat template.
     """
 
     append_only: bool
@@ -182,41 +202,49 @@ class TemplateReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is served. `version` changes whenever the weights do; `max_model_len` is in tokens."""
+    """The model that an engine serves.
+
+    model: its name for callers.
+    version: changes whenever the weights change.
+    max_model_len: maximum length of prompt and completion together, in tokens.
+    """
 
     model: str
     version: str
     max_model_len: int
     default_sampling: Sampling
     weight_shapes: Shapes | None = None
-    """The shapes that an adapter must fit, if they are known."""
+    """The shapes that an adapter must fit; None if they are unknown."""
     max_lora_rank: int = 0
-    """0 if the engine takes no adapters."""
+    """The largest rank of an adapter; 0 if the engine does not support adapters."""
     num_slots: int = 256
-    """Requests that it batches at once."""
+    """Maximum number of requests that the engine processes at the same time."""
     generates: bool = True
-    """False for a model that embeds or classifies: it serves /v1 and no episodes."""
+    """False for embedding and classification models: they serve /v1, but no episodes."""
     think_tags: tuple[str, str] | None = None
-    """The model's own tags around a thought, if it has any."""
+    """The tags around a thought, if the model defines them."""
 
 
 _SALT_KEY = secrets.token_bytes(32)
 
 
 def cache_salt(tenant: str) -> str | None:
-    """A salt that keeps a tenant's prefix-cache blocks apart, so that timing does not reveal other tenants' prompts.
-    It is secret, because callers of /v1 may name a salt of their own. The default tenant has none."""
+    """Returns a salt that separates the prefix-cache blocks of tenants; None for the default tenant.
+
+    Without it, the time that a prompt takes would reveal whether another tenant sent the same prompt. The salt is
+    secret, because callers of /v1 may choose a salt themselves.
+    """
     if tenant == DEFAULT_TENANT:
         return None
     return hashlib.blake2b(tenant.encode(), key=_SALT_KEY, digest_size=16).hexdigest()
 
 
 CACHE_SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
-"""The salt of the /v1 request that is being served, since all callers share that app."""
+"""The salt of the /v1 request that is being processed. All tenants share the app of /v1."""
 
 
 class Engine(Protocol):
-    """A model that decides. Cancelling a call aborts its requests."""
+    """A model that decides on actions. If a call is cancelled, its requests to the model are aborted."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -226,58 +254,59 @@ class Engine(Protocol):
 
     @property
     def healthy(self) -> bool:
-        """False for ever once the engine died."""
+        """False once the engine has died. It never becomes true again."""
         ...
 
     @property
     def heartbeat(self) -> int:
-        """Changes with every sign of life: an output of any request, an answer to `probe`."""
+        """A counter that changes with every output of any request and with every answer to `probe`."""
         ...
 
     def history(self) -> History:
-        """The history of an episode that has no steps yet."""
+        """Returns an empty history, for an episode without steps."""
         ...
 
     async def decide(self, transcript: Transcript, space: ActionSpace, wanted: Wanted) -> Decision | Overflow:
-        """The policy's decision for the transcript's observation, with exactly the tokens it was given and drew.
+        """Decides on an action for the transcript's observation.
 
+        Returns the decision, with exactly the tokens that the model received and drew, or Overflow if they do not fit.
         Raises EngineUnavailable, and ActionSpaceRefused for a space that `check` would refuse.
         """
         ...
 
     async def check(self, space: ActionSpace) -> None:
-        """Does everything that could fail in `decide` because of the space, off the event loop and within limits.
-        Raises ActionSpaceRefused."""
+        """Checks that `decide` can serve the space: builds or compiles it, off the event loop and within limits of time
+        and memory. Raises ActionSpaceRefused, EngineUnavailable."""
         ...
 
     async def matches(self, constraint: Constraint, text: str) -> bool:
-        """Whether a completion under the constraint could be this text. Raises ConstraintRefused."""
+        """Returns whether the whole text satisfies the constraint. Raises ConstraintRefused, EngineUnavailable."""
         ...
 
     async def watch(self) -> None:
-        """Returns when the engine has died. Flushes its statistics meanwhile."""
+        """Waits until the engine has died. Meanwhile updates its statistics regularly."""
         ...
 
     async def probe(self) -> None:
-        """Asks the engine for a sign of life. Raises EngineUnavailable."""
+        """Makes the engine do a minimal piece of work, to show that it does not hang. Raises EngineUnavailable."""
         ...
 
     def kill(self) -> None:
-        """Ends the engine at once, even if it hangs. Calls in flight raise EngineUnavailable."""
+        """Kills the engine, even if it hangs. Calls in flight raise EngineUnavailable."""
         ...
 
     async def load_adapter(self, adapter: Adapter) -> None:
-        """Makes the adapter available to `decide`. Raises AdapterRefused."""
+        """Makes the adapter available to `decide`. Raises AdapterRefused, EngineUnavailable."""
         ...
 
     async def unload_adapter(self, adapter: Adapter) -> None:
-        """Frees the adapter's memory. Calls in flight under it complete."""
+        """Frees the adapter's memory. Calls in flight that use it complete."""
         ...
 
     async def openai_app(self) -> ASGIApp | None:
-        """An app that serves /v1 on this engine, made at the first call; None if the engine has none."""
+        """Returns the app that serves /v1, created at the first call; None if the engine does not support /v1."""
         ...
 
     async def close(self) -> None:
-        """Frees what the engine uses, dead or alive."""
+        """Releases all resources of the engine, whether it works or has died."""
         ...

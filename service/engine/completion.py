@@ -1,12 +1,16 @@
-"""What a request to a decoder-only model returns: a completion, or scores of candidate tokens."""
+"""The results of requests to a decoder-only model: completions, and scores of candidate tokens."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A drawn completion. token_ids: with the token that ended it. logprobs: one for each token, under the distribution
-    that it was drawn from. cached_tokens: how many of the prompt's tokens were in the prefix cache."""
+    """A completion that the model drew.
+
+    token_ids: its tokens, including the token that ended it.
+    logprobs: one for each token, under the distribution that the token was drawn from.
+    cached_tokens: number of prompt tokens that were in the prefix cache.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -17,7 +21,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """logprobs: of each candidate as the next token, at temperature 1 over the whole vocabulary."""
+    """Scores of candidates for the next token.
+
+    logprobs: one for each candidate, at temperature 1 over the whole vocabulary.
+    cached_tokens: number of prompt tokens that were in the prefix cache.
+    """
 
     logprobs: tuple[float, ...]
     cached_tokens: int

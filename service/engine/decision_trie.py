@@ -1,4 +1,7 @@
-"""Decision tries: discrete actions as token sequences, their distribution, and the draw of one. Pure."""
+"""Decision tries: discrete actions as a trie of token sequences, which gives their exact distribution.
+
+All functions are pure: the caller asks the model for logprobs.
+"""
 
 import math
 import random
@@ -12,9 +15,11 @@ from service.trajectory import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A place in the trie where the model decides: the tokens so far, and the next ones there are.
+    """A node of the trie with several children, where the model decides.
 
-    bounds: child i leads to the sorted sequences bounds[i]:bounds[i + 1].
+    path: the tokens from the root to this node.
+    children: the possible next tokens.
+    bounds: child i leads to the actions bounds[i]:bounds[i + 1], in the order of `DecisionTrie.actions`.
     """
 
     path: tuple[int, ...]
@@ -24,7 +29,14 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A drawn action. token_ids end with the terminator. drawn: 1 where the model decided. logprobs: one a token."""
+    """An action that was drawn.
+
+    token_ids: the action's tokens and the terminator.
+    drawn: one byte for each token, 1 if the model decided, 0 if the token was forced.
+    logprobs: one for each token under the distribution that it was drawn from; 0 if it was forced.
+    logprob: of the whole action.
+    probs: the probability of every action.
+    """
 
     action: str
     token_ids: tuple[int, ...]
@@ -35,19 +47,22 @@ class Chosen:
 
 
 class DecisionTrie:
-    """Actions as token sequences, each closed by the terminator, so that one action may be a prefix of another.
+    """A trie of the actions' token sequences.
 
-    The model is asked only at `branches`; every other token is forced. A distribution over actions is the product of
-    the choices at the branches on the way, each renormalised over the tokens that lead to an action.
+    Each sequence ends with the terminator, so that an action may be a prefix of another one. The model decides only at
+    `branches`; every other token is forced. At a branch, the probabilities are renormalised over the tokens that lead
+    to an action. The probability of an action is the product of the probabilities at the branches on its path.
     """
 
     def __init__(self, actions: Sequence[str], encode: Callable[[str], list[int]], terminator: int) -> None:
+        """Raises ActionSpaceRefused if `encode` does not distinguish two actions."""
         rows = sorted(((*encode(action), terminator), action) for action in actions)
         self.actions: tuple[str, ...] = tuple(action for _, action in rows)
         self.sequences: tuple[tuple[int, ...], ...] = tuple(ids for ids, _ in rows)
-        for (ids, action), (other, twin) in pairwise(rows):
-            if other[: len(ids)] == ids:
-                raise ActionSpaceRefused(f"the policy's tokenizer cannot tell {action!r} and {twin!r} apart")
+        for (ids, action), (next_ids, next_action) in pairwise(rows):
+            if next_ids[: len(ids)] == ids:
+                names = f"{action!r} and {next_action!r}"
+                raise ActionSpaceRefused(f"the policy's tokenizer cannot distinguish the actions {names}; rename one")
         self.branches: tuple[Branch, ...] = tuple(self._branches())
         self.max_len: int = max(map(len, self.sequences))
 
@@ -70,9 +85,10 @@ class DecisionTrie:
         return self.sequences[row][depth]
 
     def distribution(self, scores: Sequence[Sequence[float]], sampling: Sampling) -> list[float]:
-        """Probabilities of `actions`, in their order, given the logprobs of each branch's children.
+        """Returns the probabilities of `actions`, in that order, after top_k, top_p and min_p.
 
-        At temperature 0 this is the distribution at temperature 1, of which the most likely action is taken.
+        scores: the logprobs of each branch's children, in the order of `branches`.
+        sampling: a temperature of 0 gives the distribution at temperature 1; `draw` takes its most likely action.
         """
         temperature = sampling.temperature or 1.0
         totals = [0.0] * len(self.actions)
@@ -85,7 +101,7 @@ class DecisionTrie:
         return _filtered([math.exp(total) for total in totals], sampling)
 
     def draw(self, scores: Sequence[Sequence[float]], sampling: Sampling, generator: random.Random) -> Chosen:
-        """Draws an action; `scores` holds the logprobs of each branch's children, in the order of `branches`."""
+        """Draws an action, or takes the most likely one at temperature 0. Arguments are those of `distribution`."""
         probs = self.distribution(scores, sampling)
         rows = range(len(probs))
         row = generator.choices(rows, probs)[0] if sampling.temperature else max(rows, key=probs.__getitem__)
@@ -110,7 +126,7 @@ class DecisionTrie:
 
 
 def log_softmax(values: Sequence[float]) -> list[float]:
-    """Normalised logprobs. A branch the model gives nothing (all -inf) is uniform: its actions stay legal."""
+    """Normalises logprobs. If all are -inf, the result is uniform, because the actions remain legal."""
     top = max(values)
     if top == -math.inf:
         return [-math.log(len(values))] * len(values)

@@ -1,7 +1,7 @@
-"""Deciding with a decoder-only model: turn, window, thought, and then a choice or a written action.
+"""Decides with a decoder-only model. The policy first draws a thought, if one is requested, and then an action.
 
-The span of a step is its turn, what the policy drew, and the terminator. The prompt of a decision is the concatenated
-spans of the window and the new turn.
+The prompt of a decision is the spans of the window's steps and the new turn. A discrete action is chosen by scoring;
+any other action is generated text. The span of a step is its turn, what the policy drew, and the terminator.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from service.trajectory import Decision, JsonValue, ParseFailure, Sampling, Span
 
 @dataclass(frozen=True, slots=True)
 class _Reply:
-    """An action as it was drawn or recorded. `drawn`: its tokens, logprobs, and which of them the policy chose."""
+    """An action, drawn or recorded. `drawn` has its tokens, their logprobs, and a mask: 1 if the policy drew it."""
 
     action: JsonValue
     text: str
@@ -47,10 +47,10 @@ class _Reply:
 
 
 class DecoderOnlyEngine(ABC):
-    """An engine whose model continues a sequence of tokens. A subclass says how: `generate` and `score`."""
+    """Base class of engines whose model is decoder-only. A subclass implements the requests to the model."""
 
     def __init__(self, info: EngineInfo, tokenizer: Tokenizer) -> None:
-        """Raises EngineRefused for a chat template that cannot carry an episode."""
+        """Raises EngineRefused if the chat template is not usable for episodes."""
         self.info = info
         self.tokenizer = tokenizer
         self.prompt = Prompt(tokenizer, info.think_tags)
@@ -67,8 +67,12 @@ class DecoderOnlyEngine(ABC):
         cache_salt: str | None = None,
         on_text: OnText | None = None,
     ) -> Completion:
-        """Draws a completion. The prefix cache is shared with calls of the same `cache_salt` only. `on_text` receives
-        the text as it is drawn. Raises EngineUnavailable."""
+        """Draws a completion. Raises EngineUnavailable.
+
+        constraint: the completion satisfies it; None for any text.
+        cache_salt: only calls with the same salt share the prefix cache.
+        on_text: receives the text piece by piece while it is generated.
+        """
 
     @abstractmethod
     async def score(
@@ -79,11 +83,12 @@ class DecoderOnlyEngine(ABC):
         adapter: Adapter | None = None,
         cache_salt: str | None = None,
     ) -> Scores:
-        """Scores each candidate as the next token, in one forward pass. Raises EngineUnavailable."""
+        """Scores each candidate for the next token, in one forward pass. Raises EngineUnavailable."""
 
     @abstractmethod
     async def check_constraint(self, constraint: Constraint) -> None:
-        """Compiles the constraint off the event loop, within limits. Raises ConstraintRefused."""
+        """Compiles the constraint off the event loop, within limits of time and memory. Raises ConstraintRefused,
+        EngineUnavailable."""
 
     @property
     def template(self) -> TemplateReport:
@@ -100,7 +105,7 @@ class DecoderOnlyEngine(ABC):
 
     async def decide(self, transcript: Transcript, space: ActionSpace, wanted: Wanted) -> Decision | Overflow:
         log = transcript.history
-        assert isinstance(log, TokenLog)  # `history` made it
+        assert isinstance(log, TokenLog)  # created by `history`
         thinks = wanted.reasoning is not None and wanted.recorded is None
         turn = self._turn(transcript, log, thinks=thinks)
         limit = transcript.max_tokens - self._reserve(space, wanted)
@@ -120,7 +125,7 @@ class DecoderOnlyEngine(ABC):
         return self.prompt.first_turn(transcript.system, transcript.observation, thinks=thinks)
 
     def _reserve(self, space: ActionSpace, wanted: Wanted) -> int:
-        """Tokens that the reply may take, its thought and its terminator included."""
+        """Returns the maximum length of the reply in tokens, including its thought and its terminator."""
         if wanted.recorded:
             return len(self.tokenizer.encode(wanted.recorded.text)) + 1
         tags = self.prompt.think_tags
@@ -129,7 +134,7 @@ class DecoderOnlyEngine(ABC):
         return thought + reply
 
     async def _think(self, prompt: list[int], wanted: Wanted) -> Thought:
-        """Draws a thought behind a turn that opened one."""
+        """Draws a thought. The last turn of the prompt ends with the tag that opens it."""
         assert wanted.reasoning is not None
         tags = self.prompt.think_tags
         sampling = replace(
@@ -153,16 +158,19 @@ class DecoderOnlyEngine(ABC):
         return await self._write(prompt, space, wanted)
 
     def _recorded(self, recorded: Recorded) -> _Reply:
-        """Somebody else's action, written as the policy would have written it. The policy drew none of its tokens."""
+        """Returns an action that the caller chose, in the tokens of the policy. Its mask is 0: the policy drew none."""
         ids = self.tokenizer.encode(recorded.text)
         drawn = Span(array("i", ids), bytes(len(ids)), array("f", bytes(4 * len(ids))))
         return _Reply(recorded.action, recorded.text, drawn, None, "recorded", Usage())
 
     async def _choose(self, prompt: list[int], space: ActionSpace, choices: tuple[str, ...], wanted: Wanted) -> _Reply:
-        """One forward pass for each branch of the trie. If the first tokens are distinct, that is one in all."""
+        """Chooses one of the actions, with one forward pass for each branch of their trie.
+
+        If the first tokens of the actions are distinct, there is only one branch.
+        """
         trie = self.trie(choices)
         passes = [self._score_branch([*prompt, *branch.path], branch.children, wanted) for branch in trie.branches]
-        scores = [await passes[0]] if len(passes) == 1 else await _together(passes)
+        scores = [await passes[0]] if len(passes) == 1 else await _gather(passes)
         chosen = trie.draw([score.logprobs for score in scores], wanted.sampling, wanted.generator(""))
         action, failure = space.parse(chosen.action, "stop")
         return _Reply(
@@ -181,7 +189,7 @@ class DecoderOnlyEngine(ABC):
             return await self.score(prompt, children, adapter=wanted.adapter, cache_salt=wanted.cache_salt)
 
     async def _write(self, prompt: list[int], space: ActionSpace, wanted: Wanted) -> _Reply:
-        """Free or constrained text: the engine draws token by token."""
+        """Draws an action that is text, with or without a constraint."""
         on_text = wanted.sink and wanted.sink.of("text")
         async with wanted.slot():
             drawn = await self.generate(
@@ -234,16 +242,17 @@ class DecoderOnlyEngine(ABC):
 
 
 def _seeded(wanted: Wanted, purpose: str) -> Sampling:
-    """The sampling with a seed of this step's own, if the episode has a seed."""
+    """Returns the sampling with a seed for this step and purpose, if the episode has a seed."""
     if wanted.sampling.seed is None:
         return wanted.sampling
     return replace(wanted.sampling, seed=wanted.generator(purpose).getrandbits(32))
 
 
-async def _together(calls: Iterable[Coroutine[None, None, Scores]]) -> list[Scores]:
+async def _gather(calls: Iterable[Coroutine[None, None, Scores]]) -> list[Scores]:
+    """Like asyncio.gather, but if a call fails, the others are cancelled."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call) for call in calls]
-    except ExceptionGroup as failures:  # the passes of one decision fail for the same reason
+    except ExceptionGroup as failures:  # all passes fail for the same reason, so the first one is enough
         raise failures.exceptions[0] from failures
     return [task.result() for task in tasks]

@@ -1,4 +1,4 @@
-"""Chooses the engine for a model and loads it. A new kind of engine is added here."""
+"""Chooses the engine for a model and loads it. To add a kind of engine, extend `load_engine`."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ _log = logs.get(__name__)
 
 
 async def load_engine(settings: Settings) -> Engine:
-    """The engine that serves `settings.model`. Takes seconds to minutes. Raises EngineRefused."""
-    from service.engine.vllm.engine import VLLMEngine  # takes seconds; only a process that serves vLLM pays for it
+    """Loads the engine that serves `settings.model`, which takes seconds to minutes. Raises EngineRefused."""
+    from service.engine.vllm.engine import VLLMEngine  # imported here because it takes seconds
 
     _log.info("engine_loading", model=settings.model)
     lora = {"enable_lora": True, "max_loras": 4} if settings.adapters else {}

@@ -1,9 +1,9 @@
-"""Prompt rendering: the pieces of the chat template, found once, and the token ids of a new turn.
+"""Renders prompts: splits the chat template into pieces once, and makes the token ids of each new turn from them.
 
-At start the template is rendered around markers; the text between two markers is a piece. An episode's prompt is then
-`first` + observation + `reply` for step 0, and `closing` + observation + `reply` for each later step. Only the new turn
-is ever rendered, so what the policy saw stays as it was. `report` says if the template would have rewritten an earlier
-turn, or if the tokenizer would have split the text otherwise.
+When the engine loads, the template is rendered with markers as contents. The pieces are the text between two markers.
+The turn of step 0 is the pieces before and after the system message, the observation, and `reply`. Each later turn is
+`closing`, the observation, and `reply`. Only the new turn is rendered, so earlier tokens never change. `report` says
+whether the template would have rewritten earlier turns, and whether its own tokenization would have been different.
 """
 
 import json
@@ -17,25 +17,30 @@ from service.trajectory import JsonValue
 
 Messages = list[dict[str, str]]
 
-# Letters and digits alone: no template trims, escapes or splits them.
-_MARKS = {name: f"Zq{name}qZ" for name in ("System", "UserA", "ReplyA", "UserB", "ReplyB", "UserC")}
+# Markers consist of letters only, so that no template trims, escapes or splits them.
+_MARKERS = {name: f"Zq{name}qZ" for name in ("System", "UserA", "ReplyA", "UserB", "ReplyB", "UserC")}
 
 
 _THINK_TAGS = ("<think>", "</think>")
-"""For a model that has none of its own."""
+"""Tags around a thought, for models that define none."""
 
-# Templates of models that think drop it from earlier turns.
+# Templates of reasoning models remove such a thought from earlier turns.
 _THOUGHT = "<think>\nZqThoughtqZ\n</think>\n\n"
 
 
 class TemplateError(EngineRefused):
-    """The chat template cannot carry an episode. The message says why."""
+    """The chat template is not usable for episodes. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """The template's text: before the instructions, between them and the first observation, with no instructions at
-    all, between an observation and its reply, and between a reply and the next observation."""
+    """The pieces of the template's text.
+
+    before_system, after_system: before the system message, and between it and the first observation.
+    no_system: before the first observation, if there is no system message.
+    reply: between an observation and the reply.
+    closing: between a reply and the next observation.
+    """
 
     before_system: str
     after_system: str
@@ -44,15 +49,22 @@ class Pieces:
     closing: str
 
 
-# For a model without a chat template.
+# The pieces for a model without a chat template.
 _PLAIN = Pieces("", "\n\nObservation: ", "Observation: ", "\nAction:", "\nObservation: ")
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkTags:
-    """What stands around a thought, as token ids: `start` opens it (nothing where the template's reply does so), `end`
-    closes it, `separator` follows; `silence` tells a model with such tags that there is no thought. Drawing a thought
-    ends at one of `stop_token_ids` or, where the tag is no token of its own, at `stop`."""
+    """The token ids around a thought, and what stops its generation.
+
+    start: opens a thought. Empty if the template's `reply` piece already does so.
+    end: closes a thought.
+    separator: follows a closed thought.
+    silence: an empty thought, which makes a reasoning model act without thinking. Empty for other models.
+    stop_token_ids: stop the generation of a thought. Empty if the end tag is not a single token.
+    stop: stop strings for that case.
+    opened_by_template: whether the template's `reply` piece opens a thought.
+    """
 
     start: list[int]
     end: list[int]
@@ -64,9 +76,10 @@ class ThinkTags:
 
 
 class Prompt:
-    """Renders turns for one tokenizer and its template; `think_tags` are the model's own, if it has any."""
+    """Renders turns for one tokenizer and its chat template."""
 
     def __init__(self, tokenizer: Tokenizer, think_tags: tuple[str, str] | None = None) -> None:
+        """`think_tags`: the tags around a thought, if the model defines them. Raises TemplateError."""
         self.tokenizer = tokenizer
         self._pieces, plain, system_role, append_only = _find_pieces(tokenizer)
         self._reply = tokenizer.split(self._pieces.reply)
@@ -80,12 +93,15 @@ class Prompt:
         self.report = TemplateReport(append_only, plain or self._is_canonical(), system_role, plain)
 
     def first_turn(self, system: str, observation: JsonValue, *, thinks: bool = False) -> list[int]:
-        """Token ids of step 0's turn: the system message, the observation, and the opening of the reply and, where the
-        policy `thinks` first, of its thought."""
+        """Returns the token ids of step 0's turn: system message, observation, and the start of the reply.
+
+        thinks: whether the policy draws a thought before its action. The reply then starts with an opened thought.
+        """
         return self._first_turn(system, observation) + self._opening(thinks=thinks)
 
     def next_turn(self, observation: JsonValue, *, thinks: bool = False) -> list[int]:
-        """Token ids of a later step's turn: what follows the terminator, the observation, the opening of the reply."""
+        """Returns the token ids of a later turn: the text after the last terminator, the observation, and the start of
+        the reply."""
         return self._next_turn(observation) + self._opening(thinks=thinks)
 
     def _opening(self, *, thinks: bool) -> list[int]:
@@ -105,7 +121,7 @@ class Prompt:
         return self._join([*self._after_terminator, observation_text(observation), *self._reply])
 
     def _join(self, parts: Sequence[int | str]) -> list[int]:
-        """Neighbouring texts are cut into tokens as one, as the template's own tokenization would."""
+        """Encodes adjacent texts together, as the template's own tokenization does. Integers are special token ids."""
         ids: list[int] = []
         text = ""
         for part in parts:
@@ -135,10 +151,11 @@ class Prompt:
         )
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids of a text of ours, the special tokens in it read as such."""
+        """Encodes a text with special tokens. The text must not contain text of callers."""
         return self._join(self.tokenizer.split(text))
 
     def _is_canonical(self) -> bool:
+        """Whether turns rendered one by one have the same tokens as the whole conversation rendered by the template."""
         messages = _conversation(system=self._system_role)
         observations = [m["content"] for m in messages if m["role"] == "user"]
         replies = [m["content"] for m in messages if m["role"] == "assistant"]
@@ -149,7 +166,7 @@ class Prompt:
 
 
 def observation_text(observation: JsonValue) -> str:
-    """The text the policy reads: a string as it is, parts joined by a line break, anything else as compact JSON."""
+    """Returns an observation as text: a string unchanged, parts joined by line breaks, other values as compact JSON."""
     if isinstance(observation, str):
         return observation
     if isinstance(observation, list):
@@ -160,56 +177,61 @@ def observation_text(observation: JsonValue) -> str:
 def _conversation(*, system: bool) -> Messages:
     roles = [("system", "System")] if system else []
     roles += [("user", "UserA"), ("assistant", "ReplyA"), ("user", "UserB"), ("assistant", "ReplyB"), ("user", "UserC")]
-    return [{"role": role, "content": _MARKS[mark]} for role, mark in roles]
+    return [{"role": role, "content": _MARKERS[marker]} for role, marker in roles]
 
 
 def _find_pieces(tokenizer: Tokenizer) -> tuple[Pieces, bool, bool, bool]:
-    """The pieces, and whether the model has no template, its template a system role, and is append-only."""
+    """Returns the pieces, and whether the model has no template (`plain`), has a system role, and is append-only."""
     try:
-        bare = _cut(tokenizer, system=False)
+        bare = _split_template(tokenizer, system=False)
     except LookupError:
         return _PLAIN, True, True, True
     try:
-        full = _cut(tokenizer, system=True)
-    except Exception:  # noqa: BLE001 - a template raises whatever its author chose
+        full = _split_template(tokenizer, system=True)
+    except Exception:  # noqa: BLE001 - a template without a system role may raise any exception
         full = None
-    append_only = bare[1] == bare[3] and bare[2] == bare[4] and _grows(tokenizer)
+    append_only = bare[1] == bare[3] and bare[2] == bare[4] and _is_append_only(tokenizer)
     if full is None:
         return Pieces("", "", bare[0], bare[5], bare[2]), False, False, append_only
     return Pieces(full[0], full[1], bare[0], bare[5], bare[2]), False, True, append_only
 
 
-def _cut(tokenizer: Tokenizer, *, system: bool) -> list[str]:
-    """The template's text around each content of a conversation. Raises TemplateError if a content is not there."""
+def _split_template(tokenizer: Tokenizer, *, system: bool) -> list[str]:
+    """Renders a conversation of markers. Returns the text before, between and after them.
+
+    Raises TemplateError if a marker is missing or out of order, and whatever the template raises.
+    """
     messages = _conversation(system=system)
     rest = tokenizer.render(messages, add_generation_prompt=True)
     pieces: list[str] = []
     for message in messages:
-        before, mark, rest = rest.partition(message["content"])
-        if not mark:
-            raise TemplateError(f"the chat template does not show the {message['role']}'s words in their order")
+        before, marker, rest = rest.partition(message["content"])
+        if not marker:
+            role = message["role"]
+            raise TemplateError(f"the chat template does not render every {role} message unchanged and in order")
         pieces.append(before)
     return [*pieces, rest]
 
 
-def _grows(tokenizer: Tokenizer) -> bool:
-    """Whether each longer conversation begins with the shorter one and its reply, the thinking in a reply included."""
+def _is_append_only(tokenizer: Tokenizer) -> bool:
+    """Whether the template never changes earlier turns, with or without a thought in the replies."""
     plain = _conversation(system=False)
     thinking = [{**m, "content": _THOUGHT + m["content"]} if m["role"] == "assistant" else m for m in plain]
-    return _keeps(tokenizer, plain) and _keeps(tokenizer, thinking)
+    return _extends(tokenizer, plain) and _extends(tokenizer, thinking)
 
 
-def _keeps(tokenizer: Tokenizer, messages: Messages) -> bool:
+def _extends(tokenizer: Tokenizer, messages: Messages) -> bool:
+    """Whether each longer part of the conversation starts with the shorter one and its reply."""
     texts = [tokenizer.render(messages[:n], add_generation_prompt=True) for n in (1, 3, 5)]
     with_reply = [text + messages[n]["content"] for text, n in zip(texts, (1, 3), strict=False)]
     return all(longer.startswith(shorter) for shorter, longer in zip(with_reply, texts[1:], strict=True))
 
 
 def _text_terminator(tokenizer: Tokenizer, closing: str) -> int:
-    """The token that ends a reply where the template's closing does not start with a special one."""
+    """Returns the token that ends a reply, if the template's `closing` piece does not start with a special token."""
     if tokenizer.eos_token_id is not None:
         return tokenizer.eos_token_id
     ids = tokenizer.encode(closing)
     if not ids:
-        raise TemplateError("neither the chat template nor the tokenizer says how a reply ends")
+        raise TemplateError("neither the chat template nor the tokenizer's eos_token defines how a reply ends")
     return ids[0]

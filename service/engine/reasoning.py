@@ -1,4 +1,4 @@
-"""Thoughts: reasoning that the policy draws before its action, within a budget."""
+"""Thoughts: reasoning that the policy draws before its action, with a maximum number of tokens."""
 
 from array import array
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from service.trajectory import Span, Usage
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """A closed thought: what the policy drew of it, and the tokens that close it.
+    """A closed thought.
 
-    dropped: the range that later windows leave out if the episode does not keep thoughts, from the span's start.
+    span: the tokens that the policy drew, and the tokens that were added to close the thought.
+    dropped: the range that later windows leave out if the episode does not keep thoughts, relative to the start of
+    `span`. It starts at a negative index if it includes the opening tag.
+    usage: the tokens of the request that drew the thought.
     """
 
     text: str
@@ -22,10 +25,10 @@ class Thought:
 
 
 def closed_thought(prompt: Prompt, num_prompt_tokens: int, drawn: Completion) -> Thought:
-    """The thought that a completion amounts to, closed by the end tag.
+    """Makes a thought of a completion, and closes it if the policy did not.
 
-    If the policy ended its turn instead of its thought, the thought is closed for it. The token that ended the turn is
-    left out, because nothing drawn later may depend on it.
+    If the policy ended its turn instead of its thought, the token that ended the turn is removed, because the action
+    must not be drawn after the end of a turn.
     """
     tags = prompt.think_tags
     is_closed = drawn.finish_reason == "stop" and _has_end(drawn.token_ids, prompt)
@@ -37,7 +40,7 @@ def closed_thought(prompt: Prompt, num_prompt_tokens: int, drawn: Completion) ->
         b"\x01" * num_kept + bytes(len(forced)),
         array("f", [*drawn.logprobs[:num_kept], *([0.0] * len(forced))]),
     )
-    # If the template itself opens the thought, each turn keeps an empty one.
+    # If the template opens a thought in every reply, only the text is dropped, and an empty thought remains.
     dropped = (0, num_thought) if tags.opened_by_template else (-len(tags.start), len(span.token_ids))
     return Thought(drawn.text.strip(), span, dropped, Usage(num_prompt_tokens, drawn.cached_tokens, num_kept))
 

@@ -1,8 +1,9 @@
-"""The token log: the history of a decoder-only model. The concatenated spans of a step's window are exactly what the
-policy saw and drew, except thoughts of earlier steps that the episode does not keep.
+"""The token log: the history of an episode for a decoder-only model.
 
-The log is append-only. A window is step 0 (instructions, goal, first observation, first action) and then every step
-from `start` on. Sliding moves `start` forward and never changes a token.
+The log contains exactly the tokens that the policy saw and drew, except thoughts of earlier steps that the episode does
+not keep. It is append-only. A window of the log consists of step 0 (instructions, goal, first observation, first
+action) and every step from `start` on. If the context is full, the window slides: `start` increases, and no token
+changes.
 """
 
 from array import array
@@ -13,7 +14,10 @@ from service.trajectory import Span, Step
 
 
 class TokenLog:
-    """The token ids of an episode, one span a step, without what was dropped from it."""
+    """The token ids of an episode's steps, without dropped thoughts.
+
+    start: the first step after step 0 that the current window contains. Later windows never start earlier.
+    """
 
     __slots__ = ("_ends", "_ids", "start")
 
@@ -30,6 +34,7 @@ class TokenLog:
         return twin
 
     def __len__(self) -> int:
+        """Returns the number of tokens."""
         return len(self._ids)
 
     @property
@@ -37,31 +42,34 @@ class TokenLog:
         return len(self._ends)
 
     def append(self, step: Step) -> None:
-        """Adds a committed step. Later windows start where its window did, or later."""
+        """Adds a committed step, and sets `start` to that of its window."""
         self.append_span(step.span, step.dropped)
         self.start = step.window_start
 
     def append_span(self, span: Span, dropped: tuple[int, int] = (0, 0)) -> None:
-        """Adds a span without the range `dropped` of it."""
+        """Adds the span of a step without its range `dropped`."""
         self._ids.extend(span.token_ids[: dropped[0]])
         self._ids.extend(span.token_ids[dropped[1] :])
         self._ends.append(len(self._ids))
 
     def window_len(self, start: int) -> int:
-        """Tokens of the window that keeps step 0 and the steps from `start` on."""
+        """Returns the number of tokens of the window from `start`."""
         return len(self._ids) - self._dropped(start)
 
     def window(self, start: int) -> list[int]:
-        """Token ids of the window that keeps step 0 and the steps from `start` on."""
+        """Returns the token ids of the window from `start`: step 0 and the steps from `start` on."""
         if not self._dropped(start):
             return self._ids.tolist()
         return self._ids[: self._ends[0]].tolist() + self._ids[self._ends[start - 1] :].tolist()
 
     def fit(self, turn_len: int, limit: int, *, slides: bool = True) -> int | None:
-        """The `start` with which the window and a turn of `turn_len` tokens stay within `limit`; None if there is none.
+        """Returns the `start` of a window that, together with a new turn, fits into the context; None if none fits.
 
-        Drops nothing while everything fits. Otherwise, if it `slides`, drops the oldest whole steps until half of the
-        room behind step 0 is free. Large chunks keep the engine's cached prefix valid for many steps between two drops.
+        turn_len: number of tokens of the turn.
+        limit: maximum number of tokens of the window and the turn.
+        slides: whether steps may be dropped. If so, and only if not everything fits, the oldest steps are dropped until
+        half of the room after step 0 is free. Dropping many steps at once keeps the engine's cached prefix valid for
+        many steps.
         """
         if self.window_len(self.start) + turn_len <= limit:
             return self.start
@@ -71,22 +79,24 @@ class TokenLog:
         room = limit - turn_len - head
         if room < 0 or not self._ends:
             return None
-        # The first step whose tail (all from it on) is at most half of the room; the end of the log always is.
+        # The first step from which the rest of the log takes at most half of the room. An empty rest always does.
         start = bisect_left(self._ends, len(self._ids) - room // 2) + 1
         return max(start, self.start)
 
     def _dropped(self, start: int) -> int:
+        """Returns the number of tokens between step 0 and step `start`, which the window leaves out."""
         return self._ends[min(start, len(self._ends)) - 1] - self._ends[0] if self._ends else 0
 
 
 def joined(first: Span, second: Span) -> Span:
+    """Concatenates two spans."""
     return Span(
         first.token_ids + second.token_ids, first.loss_mask + second.loss_mask, first.logprobs + second.logprobs
     )
 
 
 def closed_span(turn: list[int], completion: Span, terminator: int) -> Span:
-    """A step's span: its turn, what the policy drew, and the terminator if the policy did not come to it."""
+    """Makes the span of a step: its turn, the completion, and the terminator if the completion does not end with it."""
     drawn = completion.token_ids
     end = [] if drawn and drawn[-1] == terminator else [terminator]
     return Span(

@@ -1,4 +1,4 @@
-"""Tokenizers: what the engines need of one, and the adapter from a Hugging Face tokenizer."""
+"""Tokenizers: the interface that engines use, and its implementation for Hugging Face tokenizers."""
 
 import re
 from collections.abc import Sequence
@@ -8,31 +8,37 @@ from tokenizers import Tokenizer as FastTokenizer
 
 
 class Tokenizer(Protocol):
-    """A Hugging Face tokenizer and its chat template, reduced to what an append-only log needs."""
+    """A tokenizer and its chat template."""
 
     eos_token_id: int | None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of user text. Never contains a special token, whatever the text says."""
+        """Encodes text of callers. The result never contains a special token, even if the text contains its name."""
         ...
 
     def split(self, text: str) -> list[int | str]:
-        """A template's text as its special token ids and the plain text between them."""
+        """Splits a template's text into the ids of its special tokens and the plain text between them."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decodes token ids, without special tokens."""
+        ...
 
     def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """The chat template's text. Raises whatever the template raises."""
+        """Renders a conversation with the chat template. Raises LookupError if there is no template, and whatever the
+        template raises."""
         ...
 
     def canonical(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The template's own tokenization of a conversation, generation prompt included."""
+        """Returns the template's own tokenization of a conversation, including the generation prompt."""
         ...
 
 
 class HFTokenizer:
-    """Wraps a transformers tokenizer; one that is backed by the `tokenizers` library is called without its wrapper."""
+    """Adapts a tokenizer of the transformers library.
+
+    If the tokenizer is backed by the `tokenizers` library, that is called directly, because it is faster.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -60,7 +66,7 @@ class HFTokenizer:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """Raises LookupError when the model has no chat template, else whatever the template raises."""
+        """Raises LookupError if the model has no chat template, and whatever the template raises."""
         if not self._tokenizer.chat_template:
             raise LookupError("the tokenizer has no chat template")
         return self._tokenizer.apply_chat_template(
@@ -73,7 +79,7 @@ class HFTokenizer:
 
 
 def _without_special_tokens(tokenizer: Any) -> FastTokenizer | None:
-    """A private copy of the backend that reads special tokens in a text as the text they are."""
+    """Returns a copy of the backend that encodes names of special tokens as plain text; None if there is no backend."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

@@ -1,4 +1,4 @@
-"""Decision tries: the distribution against brute force, filters, draws, and tries on the real tokenizer."""
+"""Decision tries: the distribution, compared with brute force; filters; draws; and tries of the packaged tokenizer."""
 
 import math
 import random
@@ -18,7 +18,7 @@ from tests.conftest import POLICY
 from tests.engine.test_prompt import TEXTS
 
 END = 0
-"""The terminator of these tries; letters encode as their code points, so it is no letter."""
+"""The terminator of these tries. Letters are encoded as their code points, so no letter has this id."""
 
 ACTIONS = st.lists(st.text("abc", min_size=1, max_size=5), min_size=2, max_size=20, unique=True)
 LOGPROBS = st.one_of(st.floats(-30, 0), st.just(-math.inf))
@@ -35,7 +35,7 @@ def drawn_scores(data: st.DataObject, trie: DecisionTrie) -> list[list[float]]:
 
 
 def brute_force(trie: DecisionTrie, scores: list[list[float]], temperature: float) -> dict[str, float]:
-    """Walks each action token by token and multiplies the renormalised choices on the way."""
+    """Computes the probability of each action token by token, as the product of the renormalised probabilities."""
     by_path = {branch.path: (branch.children, row) for branch, row in zip(trie.branches, scores, strict=True)}
     probs = {}
     for action in trie.actions:
@@ -125,7 +125,8 @@ def test_top_p_and_min_p_filter_actions_not_tokens():
     scores = [
         {(): [math.log(0.6), math.log(0.4)], (97,): [math.log(0.5), math.log(0.5)]}[b.path] for b in trie.branches
     ]
-    # aa 0.3, ab 0.3, b 0.4: as an action "b" is the likeliest, though "a" is the likelier token.
+    # The probabilities of aa, ab and b are 0.3, 0.3 and 0.4. So "b" is the most likely action, although "a" is the most
+    # likely first token.
     assert dict(zip(trie.actions, trie.distribution(scores, Sampling(top_p=0.35)), strict=True))["b"] == 1.0
     assert dict(zip(trie.actions, trie.distribution(scores, Sampling(top_k=1)), strict=True))["b"] == 1.0
     assert dict(zip(trie.actions, trie.distribution(scores, Sampling(min_p=0.8)), strict=True))["b"] == 1.0
@@ -139,7 +140,7 @@ def test_draws_follow_the_distribution():
     counts = Counter(trie.draw(scores, DRAWN, generator).action for _ in range(20_000))
     expected = brute_force(trie, scores, 1.0)
     for action, prob in expected.items():
-        # five standard deviations of a binomial share
+        # The tolerance is five standard deviations of the binomial proportion.
         assert counts[action] / 20_000 == pytest.approx(prob, abs=5 * math.sqrt(prob * (1 - prob) / 20_000))
 
 
@@ -177,12 +178,12 @@ def test_1024_actions_share_one_distribution(seed: int):
 
 
 def test_actions_that_tokenize_alike_are_refused():
-    with pytest.raises(ActionSpaceRefused, match="cannot tell 'A' and 'a' apart"):
+    with pytest.raises(ActionSpaceRefused, match="cannot distinguish the actions 'A' and 'a'"):
         DecisionTrie(["a", "A", "b"], lambda text: [ord(letter.lower()) for letter in text], END)
 
 
 def test_an_action_that_holds_the_terminator_as_text_cannot_shadow_another():
-    with pytest.raises(ActionSpaceRefused, match="apart"):
+    with pytest.raises(ActionSpaceRefused, match="cannot distinguish"):
         DecisionTrie(["a", "a\0b"], lambda text: [ord(letter) for letter in text], END)
 
 
@@ -197,7 +198,7 @@ def test_a_temperature_too_small_for_floats_still_takes_the_likeliest():
     assert trie.distribution(scores, Sampling(temperature=1e-310)) == [1.0, 0.0]
 
 
-# --- tries on the real tokenizer
+# --- tries of the packaged tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -229,5 +230,5 @@ def test_a_lossy_tokenizer_cannot_tell_some_actions_apart():
         def encode(self, text: str) -> list[int]:
             return super().encode(text.lower())
 
-    with pytest.raises(ActionSpaceRefused, match="apart"):
+    with pytest.raises(ActionSpaceRefused, match="cannot distinguish"):
         ScriptedEngine(Uncased(AutoTokenizer.from_pretrained(POLICY))).trie(("Go", "go"))

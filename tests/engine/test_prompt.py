@@ -1,4 +1,4 @@
-"""Prompts: chat templates of several kinds on the packaged tokenizer, and text that never becomes a special token."""
+"""Prompts: chat templates of several kinds with the packaged tokenizer. Text of callers never has special tokens."""
 
 from typing import Any
 
@@ -139,7 +139,7 @@ def test_a_reply_opened_with_thinking_is_opened_so_at_every_step(prompts: dict[s
     assert prompt.first_turn("", "a", thinks=True)[-len(opening) :] == opening
     assert prompt.next_turn("b", thinks=True)[-len(opening) :] == opening
     silent = prompt.next_turn("b")
-    assert prompt.tokenizer.decode(silent).endswith("<think>\n\n</think>\n\n"), "no thought was asked for"
+    assert prompt.tokenizer.decode(silent).endswith("<think>\n\n</think>\n\n"), "the turn lacks an empty thought"
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_a_reply_opened_with_thinking_is_opened_so_at_every_step(prompts: dict[s
     ids=["upper case", "last only", "reversed"],
 )
 def test_a_template_that_cannot_carry_an_episode_is_refused(template: str):
-    with pytest.raises(TemplateError, match="in their order"):
+    with pytest.raises(TemplateError, match="unchanged and in order"):
         prompt_with(template)
 
 
-# --- user text
+# --- text of callers
 
 
 SPECIALS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>"]
@@ -203,7 +203,7 @@ def test_a_templates_text_splits_at_its_special_tokens(tokenizer: HFTokenizer, p
     assert sum(isinstance(part, int) for part in found) == sum(part in SPECIALS for part in parts)
 
 
-# --- words
+# --- system messages and observations as text
 
 
 @pytest.mark.parametrize(

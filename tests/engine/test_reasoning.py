@@ -1,4 +1,4 @@
-"""Thoughts: their budget, their tags, their tokens in the log, and what later windows hold of them."""
+"""Thoughts: their maximum length, their tags, their tokens in the log, and whether later windows contain them."""
 
 from typing import Any
 
@@ -39,15 +39,19 @@ async def test_the_policy_thinks_and_then_acts(tokenizer: HFTokenizer):
     assert step.answer["action"] in DISCRETE["actions"]
     text = tokenizer.decode(step.span.token_ids)
     assert text.endswith(f"<think>\nleft is icy</think>\n\n{step.answer['action']}")
-    assert tokenizer.decode(agent.engine.prompts[-1]).endswith("left is icy</think>\n\n"), "it acts on the thought"
+    assert tokenizer.decode(agent.engine.prompts[-1]).endswith("left is icy</think>\n\n"), (
+        "the prompt of the action lacks the thought"
+    )
 
 
 async def test_what_it_drew_has_a_logprob_and_what_was_put_there_has_none(tokenizer: HFTokenizer):
     agent, episode = build(tokenizer, "one two three four five six seven eight nine ten eleven twelve thirteen")
     step = await take(agent, episode)
     drawn = [i for i, mask in enumerate(step.span.loss_mask) if mask]
-    assert all(step.span.logprobs[i] == -0.5 for i in drawn[:16]), "16 tokens of thought"
-    assert "</think>\n\n" in tokenizer.decode(step.span.token_ids[drawn[15] :]), "the budget's end closes the thought"
+    assert all(step.span.logprobs[i] == -0.5 for i in drawn[:16]), "the first 16 drawn tokens are not the thought"
+    assert "</think>\n\n" in tokenizer.decode(step.span.token_ids[drawn[15] :]), (
+        "the thought is not closed at its maximum length"
+    )
     assert step.answer["usage"]["completion_tokens"] >= 17
     assert len(drawn) == 16 + sum(step.span.loss_mask[drawn[15] + 1 :])
 
@@ -57,7 +61,7 @@ async def test_an_ended_turn_is_an_ended_thought(tokenizer: HFTokenizer):
     step = await take(agent, episode)
     assert step.answer["reasoning"] == "I am done"
     assert agent.engine.prompt.terminator not in agent.engine.prompts[-1][-8:], (
-        "it does not act behind its own end of turn"
+        "the action was drawn after the end of a turn"
     )
     assert tokenizer.decode(agent.engine.prompts[-1]).endswith("I am done</think>\n\n")
 
@@ -76,7 +80,9 @@ async def test_later_prompts_keep_or_drop_it(tokenizer: HFTokenizer, history: st
     assert len(segments) == (1 if history == "keep" else 3)
     assert sum(sum(segment["loss_mask"]) for segment in segments) == sum(sum(row.span.loss_mask) for row in rows)
     last = segments[-1]["token_ids"]
-    assert last[: len(agent.engine.prompts[-1])] == agent.engine.prompts[-1], "as the policy saw it"
+    assert last[: len(agent.engine.prompts[-1])] == agent.engine.prompts[-1], (
+        "the export differs from what the policy saw"
+    )
     restored = Episode(record, episode.options, agent.engine.history(), rows)
     assert restored.history.window(1) == episode.history.window(1)
 
@@ -89,7 +95,7 @@ async def test_the_models_own_tags_end_a_thought_by_their_token(tokenizer: HFTok
     assert prompt.think_tags.stop == ()
     silent = prompt.next_turn("x")
     assert silent[-len(prompt.think_tags.silence) :] == prompt.think_tags.silence
-    assert names[end] in prompt.think_tags.silence, "a model that thinks is told not to"
+    assert names[end] in prompt.think_tags.silence, "the empty thought lacks the end tag"
     assert names[end] not in prompt.next_turn("x", thinks=True)[-len(prompt.think_tags.start) :]
 
 
@@ -129,7 +135,7 @@ def test_the_tags_are_those_of_vllms_reasoning_parser():
 async def test_any_token_that_ends_a_turn_ends_a_thought_that_is_not_closed(
     tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    """A model's configuration may name more of them than its tokenizer."""
+    """A model's configuration may define more of these tokens than its tokenizer."""
     agent, episode = build(tokenizer, "left")
     other = tokenizer.encode("z")[0]
 

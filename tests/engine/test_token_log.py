@@ -1,4 +1,4 @@
-"""The token log: the window is what the policy saw, drops whole steps, keeps step 0, and slides in large chunks."""
+"""The token log: a window is what the policy saw. It keeps step 0, and drops whole steps, many of them at once."""
 
 from array import array
 from itertools import pairwise
@@ -18,7 +18,7 @@ def span(token_ids: list[int]) -> Span:
 
 
 def log_of(lengths: list[int]) -> TokenLog:
-    """Step k holds `lengths[k]` tokens, each the number k: a window shows which steps it kept."""
+    """Returns a log in which step k has `lengths[k]` tokens, all equal to k. So a window shows its steps."""
     return TokenLog(span([step] * length) for step, length in enumerate(lengths))
 
 
@@ -100,16 +100,16 @@ def test_a_restored_log_decides_as_the_one_that_lived_on(
     lengths: list[int], turn_len: int, limit: int, data: st.DataObject
 ):
     broken_at = data.draw(st.integers(1, len(lengths)))
-    lived = TokenLog()
+    uninterrupted = TokenLog()
     for step, length in enumerate(lengths):
         if step == broken_at:
             rows = [span([index] * size) for index, size in enumerate(lengths[:step])]
-            restored = TokenLog(rows, start=lived.start)
-            assert restored.window(restored.start) == lived.window(lived.start)
-            assert restored.fit(turn_len, limit) == lived.fit(turn_len, limit)
-        start = lived.fit(length, limit)
-        lived.append_span(span([step] * length))
-        lived.start = start or lived.start
+            restored = TokenLog(rows, start=uninterrupted.start)
+            assert restored.window(restored.start) == uninterrupted.window(uninterrupted.start)
+            assert restored.fit(turn_len, limit) == uninterrupted.fit(turn_len, limit)
+        start = uninterrupted.fit(length, limit)
+        uninterrupted.append_span(span([step] * length))
+        uninterrupted.start = start or uninterrupted.start
 
 
 @pytest.mark.parametrize(("drawn", "closed"), [([7, 8], [7, 8, 9]), ([7, 9], [7, 9]), ([], [9])])
