@@ -1,4 +1,4 @@
-"""Owns the check of a LoRA adapter before the engine sees it: the engine does not survive every wrong one."""
+"""Checks LoRA adapters before the engine loads them, because some invalid adapters crash the engine."""
 
 import hashlib
 import os
@@ -16,15 +16,15 @@ _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""The base model's weights: (out, in) of each linear layer, by name."""
+"""Shapes of a model's weights, by name. A linear layer has the shape (outputs, inputs)."""
 
 
 class AdapterRefused(Exception):
-    """The adapter cannot be loaded; the message says why and names no file but the adapter's own."""
+    """The adapter cannot be loaded. Callers receive the message, so it names no files but the adapter's."""
 
 
 class _Config(BaseModel):
-    """What counts of PEFT's LoraConfig."""
+    """The fields of PEFT's LoraConfig that are checked."""
 
     peft_type: Literal["LORA"]
     r: int = Field(gt=0, strict=True)
@@ -36,7 +36,12 @@ class _Config(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """A checked adapter where it stays: a folder named by the digest of its files, which nobody changes."""
+    """The checked copy of an adapter.
+
+    folder: named by the digest; its files never change.
+    digest: SHA-256 of the adapter's files, in hex.
+    rank: the largest rank of its layers.
+    """
 
     folder: Path
     digest: str
@@ -44,9 +49,12 @@ class AdapterFiles:
 
 
 def adopt(source: Path, kept: Path, *, base: Shapes | None, max_rank: int) -> AdapterFiles:
-    """Copies the adapter in `source` into a folder of its own in `kept` and checks the copy. Raises AdapterRefused.
+    """Copies the adapter in the folder `source` to a subfolder of `kept`, and checks the copy.
 
-    `base` None leaves its shapes unchecked.
+    base: shapes of the base model's weights, which the adapter must fit. None skips this check.
+    max_rank: the largest rank that the engine accepts.
+
+    Raises AdapterRefused if the adapter is invalid, and OSError if its files cannot be copied.
     """
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept, prefix=".adopting-") as scratch:
@@ -54,7 +62,7 @@ def adopt(source: Path, kept: Path, *, base: Shapes | None, max_rank: int) -> Ad
         for name in (_CONFIG, _WEIGHTS):
             file = (source / name).resolve()
             if not file.is_file() or not file.is_relative_to(source.resolve()):
-                raise AdapterRefused(f"the adapter has no {name}")
+                raise AdapterRefused(f"the adapter folder has no {name} (links out of the folder are not followed)")
             shutil.copyfile(file, copy / name)
         rank = _check(copy, base, max_rank)
         digest = hashlib.sha256(b"".join(_digest(copy / name) for name in (_CONFIG, _WEIGHTS))).hexdigest()
@@ -69,7 +77,7 @@ def adopt(source: Path, kept: Path, *, base: Shapes | None, max_rank: int) -> Ad
 
 
 def base_shapes(folder: Path) -> Shapes | None:
-    """The shapes of a model's weights, from the headers of its safetensors files; None if it has none."""
+    """Reads the shapes of a model's weights from its safetensors files in `folder`. Returns None if there are none."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         shapes.update(_read_shapes(path))
@@ -79,30 +87,34 @@ def base_shapes(folder: Path) -> Shapes | None:
 def _check(folder: Path, base: Shapes | None, max_rank: int) -> int:
     config = _config(folder / _CONFIG)
     if config.use_dora or config.modules_to_save or config.bias != "none":
-        raise AdapterRefused("only plain LoRA adapters can be loaded: no DoRA, no biases, no modules_to_save")
+        raise AdapterRefused(f"{_CONFIG}: only plain LoRA is supported: no DoRA, no bias, no modules_to_save")
     ranks = {config.r, *config.rank_pattern.values()}
     if max(ranks) > max_rank:
-        raise AdapterRefused(f"its rank is {max(ranks)}; at most {max_rank} is served (max_lora_rank)")
+        raise AdapterRefused(
+            f"the adapter's rank is {max(ranks)}; at most {max_rank} is allowed (engine option max_lora_rank)"
+        )
     shapes = _shapes(folder / _WEIGHTS)
     for module, halves in _modules(shapes).items():
         if set(halves) != {"lora_A", "lora_B"}:
-            raise AdapterRefused(f"{module} has one half of a LoRA pair")
+            raise AdapterRefused(f"{module} has only one half of a LoRA pair; lora_A and lora_B are required")
         (rank_a, num_in), (num_out, rank_b) = halves["lora_A"], halves["lora_B"]
         if rank_a != rank_b or rank_a not in ranks:
-            raise AdapterRefused(f"{module} has rank {rank_a}, not that of {_CONFIG}")
+            raise AdapterRefused(f"{module}: lora_A has rank {rank_a}, which differs from lora_B or {_CONFIG}")
         if base is None:
             continue
         weight = base.get(f"{module}.weight")
         if weight is None:
-            raise AdapterRefused(f"the base model has no {module}: the adapter is another model's")
+            raise AdapterRefused(f"the base model has no layer {module}: the adapter was made for another model")
         if weight != (num_out, num_in):
-            raise AdapterRefused(f"{module} is {weight} in the base model, {(num_out, num_in)} in the adapter")
+            raise AdapterRefused(
+                f"{module} has shape {weight} in the base model, but {(num_out, num_in)} in the adapter"
+            )
     return max(ranks)
 
 
 def _config(path: Path) -> _Config:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AdapterRefused(f"{_CONFIG} is too large")
+        raise AdapterRefused(f"{_CONFIG} is too large; at most {_MAX_CONFIG_BYTES} bytes are allowed")
     try:
         return _Config.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -133,10 +145,10 @@ def _modules(shapes: Shapes) -> dict[str, dict[str, tuple[int, int]]]:
     for name, shape in shapes.items():
         module, _, half = name.removesuffix(".weight").rpartition(".")
         if not name.startswith(_PREFIX) or half not in ("lora_A", "lora_B") or len(shape) != 2:
-            raise AdapterRefused(f"{name[:200]} is not a part of a LoRA pair")
+            raise AdapterRefused(f"{_WEIGHTS}: the tensor {name[:200]!r} is not part of a LoRA pair")
         found.setdefault(module.removeprefix(_PREFIX), {})[half] = (shape[0], shape[1])
     if not found:
-        raise AdapterRefused("the adapter is empty")
+        raise AdapterRefused(f"{_WEIGHTS} is empty: it contains no LoRA weights")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Which adapters are refused before the engine sees them, and where the others stay."""
+"""The check of LoRA adapters: invalid ones are refused, and valid ones are copied to a folder named by their digest."""
 
 import json
 from pathlib import Path
@@ -10,24 +10,24 @@ from tests.conftest import POLICY
 from tests.support.adapters import make_adapter
 
 
-def take(folder: Path, tmp_path: Path):
+def adopt_from(folder: Path, tmp_path: Path):
     return adopt(folder, tmp_path / "kept", base=base_shapes(POLICY), max_rank=8)
 
 
 def test_a_good_one_stays_under_its_digest(tmp_path: Path):
-    first = take(make_adapter(tmp_path / "a", 1), tmp_path)
-    again = take(make_adapter(tmp_path / "b", 1), tmp_path)
-    other = take(make_adapter(tmp_path / "c", 2), tmp_path)
+    first = adopt_from(make_adapter(tmp_path / "a", 1), tmp_path)
+    again = adopt_from(make_adapter(tmp_path / "b", 1), tmp_path)
+    other = adopt_from(make_adapter(tmp_path / "c", 2), tmp_path)
     assert first == again
     assert first.folder.name == first.digest != other.digest
     assert sorted(path.name for path in first.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert len(list((tmp_path / "kept").iterdir())) == 2, "nothing is left of the copying"
+    assert len(list((tmp_path / "kept").iterdir())) == 2, "a temporary folder remains"
     make_adapter(tmp_path / "a", 3)
-    assert take(tmp_path / "b", tmp_path) == first, "the copy does not change with its source"
+    assert adopt_from(tmp_path / "b", tmp_path) == first, "the copy changed with its source"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
         (
@@ -53,15 +53,15 @@ def test_a_good_one_stays_under_its_digest(tmp_path: Path):
         (lambda f: make_adapter(f, 1, use_dora=True), "DoRA"),
         (lambda f: make_adapter(f, 1, modules_to_save=["lm_head"]), "modules_to_save"),
         (lambda f: make_adapter(f, 1, num_in=48), "in the base model"),
-        (lambda f: make_adapter(f, 1, modules=("c_attn",)), "another model's"),
+        (lambda f: make_adapter(f, 1, modules=("c_attn",)), "made for another model"),
         (lambda f: make_adapter(f, 1, modules=()), "empty"),
     ],
 )
-def test_a_bad_one_is_refused_and_leaves_nothing(tmp_path: Path, spoil, words: str):
+def test_a_bad_one_is_refused_and_leaves_nothing(tmp_path: Path, spoil, message: str):
     folder = make_adapter(tmp_path / "a", 1)
     spoil(folder)
-    with pytest.raises(AdapterRefused, match=words):
-        take(folder, tmp_path)
+    with pytest.raises(AdapterRefused, match=message):
+        adopt_from(folder, tmp_path)
     assert list((tmp_path / "kept").iterdir()) == []
 
 
@@ -73,7 +73,7 @@ def test_half_a_pair_is_refused(tmp_path: Path):
     tensors.pop(next(name for name in tensors if "lora_B" in name))
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterRefused, match="one half"):
-        take(folder, tmp_path)
+        adopt_from(folder, tmp_path)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path):
@@ -83,4 +83,4 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path):
     (folder / "adapter_config.json").unlink()
     (folder / "adapter_config.json").symlink_to(secret)
     with pytest.raises(AdapterRefused, match=r"has no adapter_config\.json"):
-        take(folder, tmp_path)
+        adopt_from(folder, tmp_path)

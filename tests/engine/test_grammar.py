@@ -1,4 +1,4 @@
-"""Grammars compile in a child process that is killed when it takes too long; the next question gets a new one."""
+"""Grammars compile in a child process. If it takes too long, it is killed, and the next request starts a new one."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def tokenizer_info(hf_tokenizer: Any) -> str:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own, at import
+        warnings.simplefilter("ignore")  # of xgrammar, when it is imported
         import xgrammar
 
         return xgrammar.TokenizerInfo.from_huggingface(hf_tokenizer, vocab_size=768).serialize_json()
@@ -65,16 +65,16 @@ async def test_what_does_not_compile_is_refused_with_a_reason(checker: GrammarCh
 async def test_questions_at_once_get_their_own_answers(checker: GrammarChecker):
     good = [Constraint("regex", f"[ab]{{{number}}}") for number in range(1, 6)]
     bad = [Constraint("regex", "(" * number) for number in range(1, 6)]
-    questions = [constraint for pair in zip(good, bad, strict=True) for constraint in pair]
-    answers = await asyncio.gather(*map(checker.check, questions), return_exceptions=True)
-    assert [type(answer) for answer in answers] == [type(None), ConstraintRefused] * 5
+    constraints = [constraint for pair in zip(good, bad, strict=True) for constraint in pair]
+    results = await asyncio.gather(*map(checker.check, constraints), return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), ConstraintRefused] * 5
 
 
 async def test_a_caller_that_leaves_takes_no_answer_along(checker: GrammarChecker):
-    leaver = asyncio.create_task(checker.check(Constraint("regex", "(a")))
+    cancelled = asyncio.create_task(checker.check(Constraint("regex", "(a")))
     await asyncio.sleep(0)
-    leaver.cancel()
-    await asyncio.gather(leaver, return_exceptions=True)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
     await checker.check(Constraint("regex", "never asked before"))
 
 
@@ -102,11 +102,11 @@ async def test_the_child_that_died_is_replaced(checker: GrammarChecker):
 
 async def test_closing_while_the_child_starts_ends_all_questions_and_starts_no_other(tokenizer_info: str):
     checker = GrammarChecker(tokenizer_info, limit_s=5.0)
-    asked = [asyncio.create_task(checker.check(Constraint("regex", letter))) for letter in "abc"]
+    checks = [asyncio.create_task(checker.check(Constraint("regex", letter))) for letter in "abc"]
     await until(lambda: checker._child)
     await checker.close()
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-    assert [type(answer) for answer in answers] == [EngineUnavailable] * 3
+    results = await asyncio.gather(*checks, return_exceptions=True)
+    assert [type(result) for result in results] == [EngineUnavailable] * 3
     assert checker._child is None
     with pytest.raises(EngineUnavailable):
         await checker.check(SIMPLE)
@@ -117,11 +117,11 @@ async def test_closing_amid_a_compilation_blames_no_constraint(tokenizer_info: s
     await checker.check(SIMPLE)
     properties = {f"property{number}": {"type": "string"} for number in range(10_000)}
     slow = Constraint("json", json.dumps({"type": "object", "properties": properties}))
-    asked = asyncio.create_task(checker.check(slow))
+    check = asyncio.create_task(checker.check(slow))
     await until(checker._lock.locked)
     await checker.close()
     with pytest.raises(EngineUnavailable):
-        await asked
+        await check
 
 
 LIST = {"type": "array", "items": {"type": "integer"}}
@@ -159,7 +159,7 @@ async def test_the_grammar_holds_a_strict_schema(checker: GrammarChecker, schema
 
 
 async def test_the_grammar_passes_over_what_a_strict_schema_may_not_have(checker: GrammarChecker):
-    """When one of these is held one day, it need not be refused any more."""
+    """If this fails because a newer xgrammar enforces one of these keywords, it need not be refused any more."""
     for schema, invalid in (
         ({"type": "integer", "not": {"const": 5}}, 5),
         ({**OBJECT, "dependentRequired": {"a": ["b"]}}, {"a": 1}),
@@ -175,10 +175,10 @@ async def test_the_grammar_passes_over_what_a_strict_schema_may_not_have(checker
 async def test_a_caller_that_leaves_while_the_child_starts_takes_no_answer_along(tokenizer_info: str):
     checker = GrammarChecker(tokenizer_info, limit_s=5.0)
     try:
-        leaver = asyncio.create_task(checker.check(SIMPLE))
+        cancelled = asyncio.create_task(checker.check(SIMPLE))
         await until(lambda: checker._child)
-        leaver.cancel()
-        await asyncio.gather(leaver, return_exceptions=True)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
         with pytest.raises(ConstraintRefused):
             await checker.check(Constraint("regex", "("))
         assert await checker.matches(Constraint("regex", "[0-9]+"), "7")
@@ -250,7 +250,7 @@ WANTED: list[tuple[dict[str, Any], str]] = [
 
 
 class Client:
-    """vLLM's engine, as far as its serving classes call it."""
+    """Replaces vLLM's engine, and counts the calls of `generate`."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -261,7 +261,8 @@ class Client:
         yield request_id
 
 
-async def _asked(checker: GrammarChecker, wanted: dict[str, Any] | None) -> Client:
+async def _generate(checker: GrammarChecker, wanted: dict[str, Any] | None) -> Client:
+    """Sends a request with a structured output through the check. Returns the client behind it."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -275,13 +276,13 @@ async def _asked(checker: GrammarChecker, wanted: dict[str, Any] | None) -> Clie
     return client
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, at its import
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when it is imported
 @pytest.mark.parametrize(("wanted", "kind"), WANTED)
 async def test_what_v1_holds_completions_to_compiles_first(checker: GrammarChecker, wanted: dict[str, Any], kind: str):
-    checker._passed.clear()
-    assert (await _asked(checker, wanted)).num_calls == 1
-    assert [constraint.kind for constraint in checker._passed] == [kind]
-    assert (await _asked(checker, None)).num_calls == 1
+    checker._accepted.clear()
+    assert (await _generate(checker, wanted)).num_calls == 1
+    assert [constraint.kind for constraint in checker._accepted] == [kind]
+    assert (await _generate(checker, None)).num_calls == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -300,6 +301,6 @@ async def test_v1_refuses_what_does_not_compile_in_time(tokenizer_info: str, wan
     strict_checker = GrammarChecker(tokenizer_info, limit_s=1.0)
     try:
         with pytest.raises(ValueError, match="the structured output is refused"):
-            await _asked(strict_checker, wanted)
+            await _generate(strict_checker, wanted)
     finally:
         await strict_checker.close()

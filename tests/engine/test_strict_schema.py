@@ -1,4 +1,4 @@
-"""Schemas that the grammar holds whole: references written out, enums narrowed, and what it passes over refused."""
+"""Rewriting of schemas: references are expanded, enums narrowed, and keywords that the grammar ignores refused."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def test_a_schema_is_rewritten_without_what_the_grammar_passes_over(schema: Any,
         ({"properties": {"a": INTEGER}, "anyOf": [INTEGER]}, "beside anyOf"),
         ({**INTEGER, "oneOf": [{"type": "string"}]}, "beside oneOf"),
         ({"minLength": 3}, "without a type"),
-        ({"type": "object", "required": ["z"]}, "'z' is required"),
+        ({"type": "object", "required": ["z"]}, "'z' is in 'required'"),
         ({"type": "integer", "enum": ["a"]}, "none of the values"),
         ({"type": "string", "pattern": "a", "enum": ["b"]}, "beside enum"),
         ({"$ref": "#/$defs/n", "minimum": 3, "$defs": {"n": INTEGER}}, "beside $ref"),
@@ -54,9 +54,9 @@ def test_a_schema_is_rewritten_without_what_the_grammar_passes_over(schema: Any,
             {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "items": {"$ref": "#/$defs/a"}},
             "recursive",
         ),
-        ({"items": {"$ref": "#/$defs/none"}}, "does not hold"),
-        ({"items": {"$ref": "#anchor"}}, "not a place"),
-        ({"items": {"$dynamicRef": "#a"}}, "dynamically"),
+        ({"items": {"$ref": "#/$defs/none"}}, "has no target"),
+        ({"items": {"$ref": "#anchor"}}, "not a JSON pointer"),
+        ({"items": {"$dynamicRef": "#a"}}, "'$dynamicRef'"),
         ({"items": 3}, "not a JSON schema"),
     ],
 )
@@ -104,7 +104,7 @@ SLOW: list[Any] = [{"anyOf": [{"items": {"anyOf": [{"type": "string"}] * 10}}] *
 
 
 def _nested(levels: int) -> Any:
-    """Refers to each level of definitions within definitions, around a long one."""
+    """Returns a schema of nested definitions around a long enum, with a reference to each level."""
     inner: Any = {"enum": list(range(3000))}
     for _ in range(levels):
         inner = {"type": "string", "$defs": {"d": inner}}
@@ -131,4 +131,4 @@ def test_a_place_is_checked_once_however_it_is_spelled(monkeypatch: pytest.Monke
     spelled = ["#/$defs/big", "#/%24defs/big", "#/$defs/%62ig", "#/$defs/b%69g", "#/%24defs/bi%67"]
     schema = {"$defs": {"big": INTEGER}, "properties": {f"p{i}": {"$ref": name} for i, name in enumerate(spelled)}}
     strict(schema)
-    assert len(checked) == 2, "the whole, and the place"
+    assert len(checked) == 2, "the target was checked once for each spelling"
