@@ -1,7 +1,7 @@
-"""Owns the end of the engine's processes: with the one that started them, as a vLLM plugin that each of them loads, or
-at once.
+"""Ends the engine's processes when the service's process ends, so that none is left behind as an orphan.
 
-vLLM's engine process waits for work for ever after its parent was killed with -9, and keeps the accelerator's memory.
+If the service is killed by SIGKILL, vLLM's engine process would wait for work forever and occupy the GPU's memory.
+Therefore each process that vLLM starts loads `register` as a vLLM plugin. `cut` kills these processes directly.
 """
 
 import contextlib
@@ -16,35 +16,41 @@ from threading import Thread
 
 
 def register() -> None:
-    """Ends this process as soon as its parent has ended, and not at Ctrl-C, which a terminal sends to both: the parent
-    drains first. Does nothing in a process that multiprocessing did not start.
+    """Makes this process end when its parent ends. Does nothing in a process that multiprocessing did not start.
 
-    Named as an entry point in the group `vllm.general_plugins`, which vLLM calls in every process it starts.
+    The process also ignores SIGINT. On Ctrl-C, a terminal sends it to both parent and child, but the parent still needs
+    the engine while it drains.
+
+    pyproject.toml registers this function as an entry point of the group `vllm.general_plugins`. vLLM calls these entry
+    points in every process that it starts.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        Thread(target=_end_with, args=[parent.sentinel], name="lifeline", daemon=True).start()
+        Thread(target=_exit_after, args=[parent.sentinel], name="lifeline", daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _exit_after(parent: int) -> None:
     wait([parent])
-    os._exit(1)  # nobody is left to hand anything to, and the main thread may be deep in a forward pass
+    os._exit(1)  # immediately, because the main thread may be busy with a forward pass
 
 
 def cut() -> None:
-    """Kills the processes that multiprocessing started here, and theirs: a stopped one takes no other signal."""
+    """Kills the processes that this process started with multiprocessing, and all their descendants.
+
+    The signal is SIGKILL, because a stopped process does not react to any other.
+    """
     started = [child.pid for child in multiprocessing.active_children() if child.pid]
-    for pid in [*started, *(grandchild for child in started for grandchild in _below(child))]:
+    for pid in [*started, *(grandchild for child in started for grandchild in _descendants(child))]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _below(pid: int) -> Iterator[int]:
-    """All that a process started, and what these did (Linux)."""
+def _descendants(pid: int) -> Iterator[int]:
+    """Yields the ids of all descendants of a process (Linux only)."""
     with contextlib.suppress(OSError):
         for path in Path(f"/proc/{pid}/task").glob("*/children"):
             for child in map(int, path.read_text().split()):
                 yield child
-                yield from _below(child)
+                yield from _descendants(child)

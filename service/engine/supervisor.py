@@ -1,6 +1,6 @@
-"""The supervisor: loads the engine, watches it, and loads it again after it died, in this process.
+"""The supervisor: loads the engine, monitors it, and loads it again in the same process if it dies.
 
-Episodes outlive the engine: their histories are in memory and in the store, and the next engine goes on from them.
+Episodes do not depend on the engine: their histories are in memory and in the store, and the next engine uses them.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ _log = logs.get(__name__)
 
 Load = Callable[[], Awaitable[Engine]]
 Serving = Callable[[Engine], AbstractAsyncContextManager[None]]
-"""Makes an engine decide acts while the context is open."""
+"""Returns a context manager. While it is open, the engine decides acts."""
 Callback = Callable[[], None]
 
 _LONGEST_BACKOFF_S = 60.0
 
 
 class Supervisor:
-    """Keeps an engine behind the sessions.
+    """Provides the service with an engine, and replaces an engine that died or hung.
 
-    It gives up if the first engine cannot be loaded or served, since no later one could, and after
-    `engine_max_failures` failures within `engine_failure_window_s`. Then it calls `on_fatal`.
+    It gives up, and calls `on_fatal`, in two cases: the first engine cannot be loaded or cannot serve, because a retry
+    would fail too; or there were `engine_max_failures` failures within `engine_failure_window_s` seconds.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Supervisor:
         self._failures: deque[float] = deque()
 
     async def run(self) -> None:
-        """Runs one engine after the other until it gives up."""
+        """Runs one engine after the other, until the service drains or the supervisor gives up."""
         while True:
             await self._run_engine()
             if self._lifecycle.is_draining:
-                return  # nobody is left to serve
+                return  # no acts are left for another engine
             metrics.ENGINE_FAILURES.inc()
             num_failures = self._num_recent_failures()
             if not self._lifecycle.has_served or num_failures >= self._settings.engine_max_failures:
@@ -60,7 +60,7 @@ class Supervisor:
             await asyncio.sleep(pause_s)
 
     def _num_recent_failures(self) -> int:
-        """The failures within the window, the one that just happened included."""
+        """Records a failure. Returns the number of failures within the window, including this one."""
         now = time.monotonic()
         self._failures.append(now)
         while self._failures[0] <= now - self._settings.engine_failure_window_s:
@@ -68,26 +68,27 @@ class Supervisor:
         return max(len(self._failures), 1)
 
     async def _run_engine(self) -> None:
-        """One engine from its load to its end, whatever ends it."""
-        self._lifecycle.is_loading_engine = True  # stays true if this is cancelled: the load goes on in its thread
+        """Loads one engine and serves it until it dies or fails."""
+        # It remains true if this is cancelled, because the thread continues to load.
+        self._lifecycle.is_loading_engine = True
         try:
             engine = await self._load()
         except EngineRefused as refusal:
             _log.critical("engine_load_failed", model=self._settings.model, reason=str(refusal))
             return
-        except Exception:  # noqa: BLE001 - whatever it is, the next attempt or the end of the process follows
+        except Exception:  # noqa: BLE001 - `run` handles every failure: it retries or gives up
             _log.exception("engine_load_failed", model=self._settings.model)
             return
         self._lifecycle.is_loading_engine = False
         try:
             await self._serve(engine)
-        except Exception:  # noqa: BLE001 - as above
+        except Exception:  # noqa: BLE001 - `run` handles every failure
             _log.exception("engine_serve_failed", model=self._settings.model)
         finally:
             await engine.close()
 
     async def _serve(self, engine: Engine) -> None:
-        """Returns when the engine has died."""
+        """Serves the engine until it dies."""
         watching = asyncio.create_task(self._watch(engine), name="watch")
         try:
             async with self._serving(engine):
@@ -96,7 +97,7 @@ class Supervisor:
             await stop(watching)
 
     async def _watch(self, engine: Engine) -> None:
-        """Returns when the engine has died, by itself or because it hung and was killed."""
+        """Waits until the engine has died. Kills an engine that hangs."""
         dying = asyncio.create_task(engine.watch(), name="death")
         hanging = asyncio.create_task(watchdog.hung(engine, self._settings.engine_canary_s), name="hang")
         try:
@@ -111,7 +112,7 @@ class Supervisor:
 
 
 async def stop(*tasks: "asyncio.Task[Any]") -> None:
-    """Cancels tasks and waits for their end."""
+    """Cancels tasks and waits until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

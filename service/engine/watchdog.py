@@ -1,4 +1,4 @@
-"""Owns the question whether an engine hangs: one whose processes live and which answers nothing."""
+"""Detects an engine that hangs: its processes are alive, but it produces no output."""
 
 import asyncio
 
@@ -11,30 +11,32 @@ _NUM_TICKS = 20
 
 
 async def hung(engine: Engine, limit_s: float) -> None:
-    """Returns once the engine gave no sign of life for `limit_s` seconds.
+    """Waits until the engine's heartbeat has not changed for `limit_s` seconds.
 
-    Any output of any request is one, so that a full queue or a long prompt is no hang as long as something moves. After
-    half of the time in silence, as when nobody asks, the engine is asked for one token. The time is counted in ticks,
-    not by the clock: a process that was held up itself has not listened meanwhile.
+    Output of any request changes the heartbeat, so a full queue or a long prompt does not count as a hang. If there is
+    no output for half of the time, for example because there are no requests, the engine is probed.
+
+    The time is counted in ticks of the event loop, not measured by a clock: while the event loop itself is blocked, it
+    cannot see output of the engine, and that time must not count.
     """
-    asking: asyncio.Task[None] | None = None
-    heard, num_silent = engine.heartbeat, 0
+    probing: asyncio.Task[None] | None = None
+    last_heartbeat, num_silent = engine.heartbeat, 0
     try:
         while num_silent < _NUM_TICKS:
             await asyncio.sleep(limit_s / _NUM_TICKS)
-            num_silent = num_silent + 1 if engine.heartbeat == heard else 0
-            heard = engine.heartbeat
-            if num_silent >= _NUM_TICKS // 2 and (asking is None or asking.done()):
-                asking = asyncio.create_task(_ask(engine), name="canary")
+            num_silent = num_silent + 1 if engine.heartbeat == last_heartbeat else 0
+            last_heartbeat = engine.heartbeat
+            if num_silent >= _NUM_TICKS // 2 and (probing is None or probing.done()):
+                probing = asyncio.create_task(_probe(engine), name="canary")
     finally:
-        if asking:
-            asking.cancel()
+        if probing:
+            probing.cancel()
 
 
-async def _ask(engine: Engine) -> None:
+async def _probe(engine: Engine) -> None:
     try:
         await engine.probe()
     except EngineUnavailable:
-        pass  # dead, not hung: who watches it knows
-    except Exception as failure:  # noqa: BLE001 - no answer, whatever the reason
+        pass  # the engine is dead, which the supervisor notices by itself
+    except Exception as failure:  # noqa: BLE001 - any failure counts as no answer
         _log.warning("engine_probe_failed", reason=repr(failure))

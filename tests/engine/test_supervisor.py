@@ -1,4 +1,4 @@
-"""Engines that die, hang or do not load, behind the running service: what callers see, and what comes next."""
+"""Engines that die, hang or cannot be loaded: what callers receive, and how the service recovers."""
 
 import asyncio
 import gc
@@ -24,7 +24,7 @@ SOON: dict[str, Any] = {"engine_backoff_s": 0.0, "engine_max_failures": 9}
 
 
 class Loader:
-    """Loads a scripted engine each time, and remembers them; `failing` engines in a row cannot be loaded."""
+    """Creates a scripted engine at each load. `engine` is the last one. The next `failing` loads fail."""
 
     def __init__(self, tokenizer: Tokenizer, kind: Callable[[Tokenizer], ScriptedEngine] = ScriptedEngine) -> None:
         self.tokenizer, self.kind = tokenizer, kind
@@ -51,13 +51,14 @@ def loader(tokenizer: Tokenizer) -> Loader:
 
 @asynccontextmanager
 async def served(folder: Path, loader: Loader, **settings: Any) -> AsyncIterator[tuple[Served, asyncio.Event]]:
-    """The service, and what is set when it gave up."""
+    """Runs the service. The event is set when the supervisor gives up."""
     gave_up = asyncio.Event()
     async with serve(folder, loader, on_fatal=gave_up.set, **{**SOON, **settings}) as api:
         yield api, gave_up
 
 
 async def ready(api: Served) -> str:
+    """Returns why the service is not ready, or "ready"."""
     answer = (await api.client.get("/readyz")).json()
     return answer.get("reason") or answer["status"]
 
@@ -121,7 +122,7 @@ async def test_a_stream_ends_with_the_error(tmp_path: Path, tokenizer: Tokenizer
 
 
 class Talking(ScriptedEngine):
-    """Says half of what it has to say, then nothing until it dies."""
+    """Emits some text, then hangs until it dies."""
 
     async def generate(self, *args: Any, on_text: Any = None, **options: Any) -> Any:
         if on_text:
@@ -150,7 +151,7 @@ async def test_an_engine_that_hangs_while_nobody_asks_is_found(tmp_path: Path, l
 
 
 async def test_any_output_is_a_sign_of_life(tmp_path: Path, tokenizer: Tokenizer):
-    """An engine whose queue is so long that no probe is answered, while steps are taken."""
+    """The queue of this engine is so long that no probe is answered, but the engine makes progress."""
 
     class Crowded(HeldEngine):
         async def probe(self) -> None:
@@ -246,7 +247,7 @@ async def test_a_dead_engine_is_let_go(tmp_path: Path, loader: Loader):
     async with served(tmp_path, loader, on_ready=gc.collect) as (api, _):
         await api.open()
         await api.act()
-        loader.engine.itself = loader.engine  # so that only the collector can free it
+        loader.engine.itself = loader.engine  # a reference cycle, so that only the garbage collector can free it
         dead = weakref.ref(loader.engine)
         loader.engine.die()
         await reloaded(api, loader, 2)
@@ -265,7 +266,7 @@ async def test_what_is_not_done_when_the_time_is_up_is_refused_and_not_committed
         api.app.state.services.lifecycle.enter(Phase.DRAINING)
         assert await api.app.state.services.sessions.abort_acts() == 2
         for call in calls:
-            assert _told(await call) == (503, "draining")
+            assert _status_and_code(await call) == (503, "draining")
         assert engine.num_aborted == 2
         assert [(await api.get(name))["step"] for name in ("e", "f")] == [0, 0]
 
@@ -295,11 +296,11 @@ async def test_an_act_that_is_launched_as_the_others_are_aborted(tmp_path: Path,
     async with serve(tmp_path, engine) as api:
         await api.open()
         await api.app.state.services.sessions.abort_acts()
-        assert _told(await api.post_act(step=0)) == (503, "draining")
+        assert _status_and_code(await api.post_act(step=0)) == (503, "draining")
         assert engine.num_held == 0
 
 
-def _told(answer: httpx.Response) -> tuple[int, str]:
+def _status_and_code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["code"]
 
 
