@@ -1,1 +1,1 @@
-"""Doubles that stand in at the seams: a scripted engine and a store in memory. No serving module imports them."""
+"""Test doubles: a scripted engine and a store in memory. No module that serves requests imports them."""

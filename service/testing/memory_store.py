@@ -1,4 +1,4 @@
-"""Owns the store in memory: the same promises but durability, for tests of what stands above the store."""
+"""A store in memory, for tests of the packages that use a store. It does not make anything durable."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from service.trajectory import Feedback, Step, StoredEpisode, StoredKey, StoredP
 
 
 class MemoryStore:
-    """Episodes in dictionaries; gone with the process. A fork shares its parent's rows, which never change."""
+    """Implements `Store` with dictionaries. A fork shares the `Step` objects of its parent, which never change."""
 
     def __init__(self) -> None:
         self._episodes: dict[str, StoredEpisode] = {}
@@ -83,10 +83,10 @@ class MemoryStore:
     async def add_feedback(self, feedback: Feedback) -> None:
         if self._episodes[feedback.episode_id].deleted:
             raise EpisodeGone
-        said = self._feedback[feedback.episode_id]
+        ratings = self._feedback[feedback.episode_id]
         if feedback.rater is not None:
-            said[:] = [old for old in said if (old.step, old.rater) != (feedback.step, feedback.rater)]
-        said.append(feedback)
+            ratings[:] = [old for old in ratings if (old.step, old.rater) != (feedback.step, feedback.rater)]
+        ratings.append(feedback)
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         return list(self._feedback.get(episode_id, ()))

@@ -1,4 +1,4 @@
-"""The scripted engine: deterministic, instant, without weights. It stands where vLLM would."""
+"""An engine for tests without a model. It is deterministic and replaces vLLM."""
 
 import asyncio
 import contextlib
@@ -13,19 +13,21 @@ from service.engine.tokenizer import Tokenizer
 from service.trajectory import Sampling
 
 Reply = Callable[[str], str]
-"""Gives the completion's text for a prompt's text."""
+"""Returns the text of the completion for the text of a prompt."""
 
 
 class ScriptedEngine(DecoderOnlyEngine):
-    """Replies by `reply`, and scores candidates by a fixed arithmetic of the prompt's and the candidate's ids.
+    """Completes prompts with the function `reply`, and computes scores from the ids of the prompt and the candidate.
 
-    `latency_s` is slept before every answer. `num_calls` counts engine calls; `prompts` and
-    `cache_salts` keep what each came with.
+    prompts, cache_salts: those of all requests so far, in order.
+    adapters: the adapters that are loaded now.
+    num_aborted: number of requests that were cancelled.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, reply: Reply = lambda _: "ok", latency_s: float = 0.0, max_model_len: int = 4096
     ) -> None:
+        """`latency_s`: seconds that every request takes."""
         info = EngineInfo("scripted", "scripted-1", max_model_len, Sampling(temperature=0.0, max_tokens=64))
         super().__init__(info, tokenizer)
         self.healthy = True
@@ -44,14 +46,14 @@ class ScriptedEngine(DecoderOnlyEngine):
         return len(self.prompts)
 
     def die(self) -> None:
-        """From now on every call fails, those in flight too, as when an engine process is gone."""
+        """Makes all calls fail, including those in flight, as if the engine's process had ended."""
         self.healthy = False
         self._died.set()
 
     kill = die
 
     def hang(self) -> None:
-        """From now on no call is answered, as when an engine process is stopped."""
+        """Makes all later calls wait forever, as if the engine's process were stopped."""
         self._hangs = True
 
     async def generate(
@@ -106,7 +108,7 @@ class ScriptedEngine(DecoderOnlyEngine):
         await self._died.wait()
 
     async def probe(self) -> None:
-        await self._answer()
+        await self._wait()
 
     async def load_adapter(self, adapter: Adapter) -> None:
         self.adapters.append(adapter)
@@ -125,18 +127,18 @@ class ScriptedEngine(DecoderOnlyEngine):
             self.prompts.append(prompt_token_ids)
             self.cache_salts.append(cache_salt)
         try:
-            await self._answer()
+            await self._wait()
         except asyncio.CancelledError:
             self.num_aborted += 1
             raise
 
-    async def _answer(self) -> None:
-        """Returns after the latency, or never where it hangs. Raises EngineUnavailable as soon as it is dead."""
+    async def _wait(self) -> None:
+        """Waits for the latency, or forever if the engine hangs. Raises EngineUnavailable once the engine is dead."""
         if self._hangs or self._latency_s:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._died.wait(), None if self._hangs else self._latency_s)
         if not self.healthy:
-            raise EngineUnavailable("the scripted engine was told to die")
+            raise EngineUnavailable("the scripted engine is dead")
         self.heartbeat += 1
 
     def _completion(self, ids: list[int], text: str, finish_reason: str) -> Completion:

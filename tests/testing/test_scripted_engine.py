@@ -1,4 +1,4 @@
-"""The scripted engine keeps the promises of the Engine protocol that the tests above it lean on."""
+"""The scripted engine behaves as the Engine protocol specifies. Many other tests rely on this."""
 
 import asyncio
 import math
