@@ -326,7 +326,7 @@ async def test_actions_that_the_tokenizer_cannot_tell_apart(tmp_path: Path, toke
         problem = assert_problem(
             await api.client.post("/episode", json={"action_space": actions}), 422, "invalid_request"
         )
-        assert "apart" in problem["detail"]
+        assert "cannot distinguish" in problem["detail"]
 
 
 BAD_ACTS: dict[str, dict[str, Any]] = {

@@ -409,7 +409,7 @@ def _tool(name: str = "f", **parameters: Any) -> dict[str, Any]:
             [_tool(properties={"x": {"$ref": "#/$defs/n"}}, **{"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}})],
             ("recursive",),
         ),
-        ([_tool(properties={"x": {"$ref": "#/$defs/none"}})], ("does not hold",)),
+        ([_tool(properties={"x": {"$ref": "#/$defs/none"}})], ("has no target",)),
         ([_tool(properties={"x": {"$ref": "https://example.org/s"}})], ("another document",)),
         ([_tool(properties={"x": {"type": "integer", "not": {"const": 3}}})], ("'f'", "'not'")),
         ([{"name": "f", "parameters": {"type": "string"}}], ("object",)),
