@@ -1,6 +1,6 @@
 """Plays a Gymnasium vector environment: one batch of acts for each step of all its copies."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def _info(infos: Info, i: int) -> Info:
     return {key: values[i] for key, values in infos.items() if not key.startswith("_") and infos[f"_{key}"][i]}
 
 
-def _act_all(client: Client, acts: list[BatchItem[Episode]]) -> list[Act]:
+def _act_all(client: Client, acts: Sequence[BatchItem[Episode]]) -> list[Act]:
     results = client.act_batch(acts)
     for result in results:
         if isinstance(result, ApiError):
