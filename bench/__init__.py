@@ -1,1 +1,1 @@
-"""The measurement behind `make bench`: the service, vLLM's own server and the bare engine under one load."""
+"""Benchmarks. `make bench` compares the service, vLLM's own server and the bare engine under the same load."""

@@ -1,4 +1,4 @@
-"""`python -m bench`: plays the grid on each contender in turn and writes results.json and results.png."""
+"""`python -m bench`: runs all cells of the grid on each contender and writes results.json and results.png."""
 
 import asyncio
 import json
@@ -21,13 +21,15 @@ from bench.results import AGAIN, CellResult, bars
 from bench.workloads import WORKLOADS, Cell, grid
 from service.settings import Settings
 
-SETTLE_S = 0.4  # OpenMP's threads spin for 0.2 s after their last work
+SETTLE_S = 0.4
+"""Pause in seconds before a sample. OpenMP's threads use the CPU for 0.2 s after their last work."""
+
 _console = Console(width=150, highlight=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to play: `budget_s` is how long a contender may take for one cell before its further rounds are dropped."""
+    """What to run. `budget_s`: after this many seconds in one cell, a contender's further rounds are skipped."""
 
     cells: list[Cell]
     contenders: list[str]
@@ -36,26 +38,31 @@ class Plan:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each cell; the medians over them are reported.")] = 3,
-    quick: Annotated[bool, typer.Option(help="A small grid and one round: does everything work?")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each cell. The report has the medians.")] = 3,
+    quick: Annotated[bool, typer.Option(help="Run a small grid in one round, to check that everything works.")] = False,
     cells: Annotated[
-        list[str] | None, typer.Option(help='Only cells whose name contains this, e.g. "choice1 32x".')
+        list[str] | None, typer.Option(help='Run only cells whose name contains this text, for example "choice1 32x".')
     ] = None,
-    contenders: Annotated[list[str] | None, typer.Option(help="Only these: service, openai, engine.")] = None,
+    contenders: Annotated[
+        list[str] | None, typer.Option(help="Run only these contenders: service, openai, engine.")
+    ] = None,
     budget_s: Annotated[
-        float, typer.Option(help="Seconds of a contender in a cell after which rounds are dropped.")
+        float, typer.Option(help="Skip a contender's further rounds of a cell after this many seconds.")
     ] = 30,
-    model: Annotated[str, typer.Option(help="As EPISODIC_MODEL.")] = "toy-text",
-    engine: Annotated[list[str] | None, typer.Option(help="An engine option for all contenders, NAME=VALUE.")] = None,
+    model: Annotated[str, typer.Option(help="Model, as in EPISODIC_MODEL.")] = "toy-text",
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Engine option for all contenders, NAME=VALUE. Can be repeated.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = ROOT / "bench",
 ) -> None:
-    """Measures the service (a), vLLM's own OpenAI server (b) and the bare AsyncLLM (c) under one load."""
+    """Compare the service (a), vLLM's own OpenAI server (b) and the bare AsyncLLM (c) under the same load."""
     named = contenders or list(CONTENDERS)
     if unknown := set(named) - set(CONTENDERS):
-        raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(CONTENDERS)}", param_hint="--contenders")
+        hint = f"unknown contender {min(unknown)!r}; the contenders are {', '.join(CONTENDERS)}"
+        raise typer.BadParameter(hint, param_hint="--contenders")
     wanted = [cell for cell in grid(quick=quick) if not cells or any(part in cell.name for part in cells)]
     if not wanted:
-        raise typer.BadParameter("no cell has such a name", param_hint="--cells")
+        raise typer.BadParameter("no cell's name contains this text", param_hint="--cells")
     options = dict(_option(pair) for pair in engine or [])
     plan = Plan(wanted, named, 1 if quick else rounds, budget_s)
     facts = report.machine()
@@ -67,15 +74,15 @@ def main(
         raise typer.Exit(1) from error
     found = bars(results)
     report.show(results, found, _console)
-    said = {"model": model, "engine": options, "rounds": plan.rounds, "budget_s": budget_s}
+    run = {"model": model, "engine": options, "rounds": plan.rounds, "budget_s": budget_s}
     output.mkdir(parents=True, exist_ok=True)
-    report.write_json(output / "results.json", facts, said, results, found)
+    report.write_json(output / "results.json", facts, run, results, found)
     report.plot(output / "results.png", results, facts)
     _console.print(f"{(time.perf_counter() - began) / 60:.1f} minutes. Wrote results.json and results.png.")
 
 
 def _path(model: str) -> str:
-    """The weights that the service would load for this name."""
+    """The path of the weights that the service would load for this model name."""
     given: dict[str, Any] = {"model": model}
     return Settings(**given).model_path
 
@@ -83,7 +90,7 @@ def _path(model: str) -> str:
 def _option(pair: str) -> tuple[str, Any]:
     name, equals, value = pair.partition("=")
     if not equals:
-        raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--engine")
+        raise typer.BadParameter(f"expected NAME=VALUE, got {pair!r}", param_hint="--engine")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -92,7 +99,7 @@ def _option(pair: str) -> tuple[str, Any]:
 
 async def _run(plan: Plan, model: str, options: dict[str, Any]) -> list[CellResult]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
-    (ROOT / "data").mkdir(exist_ok=True)  # where the service keeps its data by default, so on a disk
+    (ROOT / "data").mkdir(exist_ok=True)  # the service's default data folder; /tmp may be in memory
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=ROOT / "data")))
         policy = str(endless(Path(model), folder / "policy"))
@@ -103,7 +110,7 @@ async def _run(plan: Plan, model: str, options: dict[str, Any]) -> list[CellResu
             began = time.perf_counter()
             await running[name].start()
             await _warm_up(running[name])
-            _console.print(f"{report.LABELS[name]}: up and warm after {time.perf_counter() - began:.0f} s")
+            _console.print(f"{report.LABELS[name]}: started and warmed up in {time.perf_counter() - began:.0f} s")
         return [await _play(cell, plan, running) for cell in plan.cells]
 
 
@@ -113,7 +120,10 @@ async def _warm_up(contender: Contender) -> None:
 
 
 async def _play(cell: Cell, plan: Plan, running: dict[str, Contender]) -> CellResult:
-    """Rounds of every contender in turn, another one first each time, then the service once more for the noise."""
+    """Runs all rounds of a cell. The contenders alternate, each round starts with another one.
+
+    At the end, one more round of the service shows the noise.
+    """
     result = CellResult(cell)
     names = [name for name in running if name == "service" or not cell.service_only]
     spent = dict.fromkeys(names, 0.0)

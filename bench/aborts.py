@@ -1,4 +1,4 @@
-"""Measures callers that go away: how soon the engine is free again, and whether anything is left behind."""
+"""Measures acts whose callers disconnect: how soon the act stops, and whether anything leaks."""
 
 import asyncio
 import statistics
@@ -12,7 +12,7 @@ from bench.served import served, server_of
 
 _NUM_LANES = 16
 _SETTLE_S = 12.0
-"""Longer than the engine lets its metrics grow old."""
+"""Seconds until the engine's metrics are certainly up to date."""
 _ENDLESS = {"type": "regex", "pattern": "[a-z]{2000}"}
 
 
@@ -23,7 +23,7 @@ async def _measure(url: str, num_aborts: int) -> None:
             body = {"episode_id": f"e{lane}", "action_space": _ENDLESS, "sampling": {"max_tokens": 1500}}
             (await http.post("/episode", json=body)).raise_for_status()
         latencies_s = [await _leave_and_watch(http) for _ in range(10)]
-    await _abort(url, 1024)  # what the first ones allocate once
+    await _abort(url, 1024)  # warm-up: the first aborts allocate memory once
     before = process.num_fds(), process.memory_info().rss
     await _abort(url, num_aborts)
     fds, rss = process.num_fds() - before[0], process.memory_info().rss - before[1]
@@ -31,9 +31,9 @@ async def _measure(url: str, num_aborts: int) -> None:
         running = await _metric(http, "vllm:num_requests_running") + await _metric(http, "vllm:num_requests_waiting")
         steps = [(await http.get(f"/episode/e{lane}")).json()["step"] for lane in range(_NUM_LANES)]
     typer.echo(
-        f"the act is over {statistics.median(latencies_s) * 1e3:.0f} ms (median), {max(latencies_s) * 1e3:.0f} ms (worst)"  # noqa: E501
-        f" after its caller left; after {num_aborts} aborted acts: {sum(steps)} committed, {running:.0f} left in the "
-        f"engine, {fds:+d} file descriptors, {rss / 1e6:+.1f} MB"
+        f"an act stops {statistics.median(latencies_s) * 1e3:.0f} ms (median), {max(latencies_s) * 1e3:.0f} ms (max)"
+        f" after its caller disconnects; after {num_aborts} aborted acts: {sum(steps)} committed, "
+        f"{running:.0f} requests left in the engine, {fds:+d} file descriptors, {rss / 1e6:+.1f} MB RSS"
     )
 
 
@@ -56,7 +56,7 @@ async def _lane(http: httpx.AsyncClient, lane: int, num_aborts: int) -> None:
             await asyncio.wait_for(call, 0.02)
         except TimeoutError:
             continue
-        # busy: the act before is still on its way out
+        # No timeout: the service answered that the episode is busy, because the previous act is still being aborted.
 
 
 async def _leave_and_watch(http: httpx.AsyncClient) -> float:
@@ -79,8 +79,8 @@ async def _metric(http: httpx.AsyncClient, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
-def main(num_aborts: Annotated[int, typer.Option()] = 5_000) -> None:
-    """Prints how soon an act is over when its caller left, and what is left behind after many."""
+def main(num_aborts: Annotated[int, typer.Option(help="Number of acts to abort.")] = 5_000) -> None:
+    """Print how soon an act stops after its caller has disconnected, and what many of them leak."""
     with served() as url:
         asyncio.run(_measure(url, num_aborts))
 

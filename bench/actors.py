@@ -1,4 +1,4 @@
-"""Owns an episode's calls to each HTTP contender: POST /act to the service, the whole conversation to vLLM's server."""
+"""Actors for the HTTP contenders: one plays an episode with POST /act, the other with vLLM's chat completions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from bench.workloads import INSTRUCTIONS, Workload
 
 
 class ServiceActor:
-    """Sends an observation a step; the service keeps the rest."""
+    """Plays an episode on the service. It sends only the new observation of each step."""
 
     def __init__(self, connection: Connection, episode_id: str, workload: Workload) -> None:
         self._connection = connection
@@ -31,8 +31,8 @@ class ServiceActor:
 
     async def act(self, step: int) -> Reply:
         sent = self._connection.bytes_sent
-        asked = {"episode_id": self._id, "observation": self._observations[step], "step": step}
-        answer = await self._connection.post("/act", asked, self._headers)
+        body = {"episode_id": self._id, "observation": self._observations[step], "step": step}
+        answer = await self._connection.post("/act", body, self._headers)
         usage = answer["usage"]
         sent = self._connection.bytes_sent - sent
         return Reply(answer["text"], usage["prompt_tokens"], usage["completion_tokens"], sent, answer["timing"])
@@ -42,7 +42,7 @@ class ServiceActor:
 
 
 class ChatActor:
-    """Keeps the conversation on its own side and sends all of it a step, as a client of a chat API must."""
+    """Plays an episode on a chat API. The client keeps the conversation and sends all of it at each step."""
 
     def __init__(self, connection: Connection, model: str, workload: Workload) -> None:
         self._connection = connection
@@ -50,7 +50,7 @@ class ChatActor:
         self._request: dict[str, Any] = {"model": model, "messages": self._messages, **workload.sampling}
         if workload.actions:
             self._request["structured_outputs"] = {"choice": workload.actions}
-        else:  # all that was written, that the history sent back is as long as the service's
+        else:  # request special tokens too, so that the history sent back is as long as the service's
             self._request |= {"skip_special_tokens": False, "spaces_between_special_tokens": False}
         self._observations: Sequence[str] = ()
 

@@ -1,6 +1,6 @@
-"""The bare engine as a contender: a process that plays cells on AsyncLLM with no HTTP, no store and no rendering.
+"""The bare engine as a contender: a process that runs cells on AsyncLLM without HTTP, store or prompt rendering.
 
-Driven over pipes by `bench.contenders`: a line of JSON in names a cell and a run, a line out holds the sample.
+`bench.contenders` controls it over pipes: it reads the cell and the run as a line of JSON and writes the sample as one.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from service.trajectory import Sampling
 
 
 class BareActor:
-    """Grows a list of token ids, the very ones that the service would send, and asks the engine for the next step."""
+    """Plays an episode with the token ids that the service would send to the engine."""
 
     def __init__(self, engine: VLLMEngine, workload: Workload) -> None:
         self._engine = engine
@@ -33,7 +33,8 @@ class BareActor:
         self._children: tuple[int, ...] = ()
         if workload.actions:
             trie = engine.trie(workload.actions)
-            (branch,) = trie.branches  # else one pass would not decide, and this would be another workload
+            # With one branch, one forward pass decides between the actions, as it does in the service.
+            (branch,) = trie.branches
             self._choices = list(zip(trie.actions, trie.sequences, strict=True))
             self._children = branch.children
 
@@ -62,16 +63,16 @@ class BareActor:
 
 
 async def serve(model: str, options: dict[str, Any], answers: BinaryIO) -> None:
-    """Loads the engine, says so, and plays every cell that is asked for until the pipe closes."""
+    """Loads the engine, reports that it is ready, and runs each requested cell until the pipe is closed."""
     engine = await VLLMEngine.load(model, options, name="bench", grammar_limit_s=5.0)
     watch = asyncio.create_task(engine.watch())
     _write_line(answers, {"ready": True})
     try:
         while line := await asyncio.to_thread(sys.stdin.buffer.readline):
-            asked = orjson.loads(line)
-            workload = next(workload for workload in WORKLOADS if workload.name == asked["workload"])
-            cell = Cell(workload, asked["num_episodes"], asked["num_steps"], asked["num_sets"])
-            sample = await measure(cell, asked["run"], _actors(engine, workload), time.process_time)
+            order = orjson.loads(line)
+            workload = next(workload for workload in WORKLOADS if workload.name == order["workload"])
+            cell = Cell(workload, order["num_episodes"], order["num_steps"], order["num_sets"])
+            sample = await measure(cell, order["run"], _actors(engine, workload), time.process_time)
             _write_line(answers, asdict(sample))
     finally:
         watch.cancel()
@@ -88,9 +89,9 @@ def _write_line(answers: BinaryIO, document: Any) -> None:
 
 
 def main() -> None:
-    """Takes the model and the engine options, as JSON, from the command line."""
+    """Runs with the model and the engine options (JSON) from the command line."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    os.dup2(2, 1)  # output of libraries goes to stderr, so that it cannot mix with the answers
     uvloop.run(serve(sys.argv[1], orjson.loads(sys.argv[2]), answers))
 
 

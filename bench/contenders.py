@@ -1,4 +1,4 @@
-"""Owns the contenders as processes: starts each with the same weights and options, plays cells on it, ends it."""
+"""The contenders as processes: starts each with the same weights and options, runs cells on it, and stops it."""
 
 import asyncio
 import os
@@ -27,19 +27,23 @@ Command = list[str]
 
 
 class Failed(RuntimeError):
-    """A contender did not start, or died; the message ends with the tail of its log."""
+    """A contender did not start or has died. The message ends with the end of its log."""
 
 
 class Contender(Protocol):
-    """A running contender."""
+    """A contender: something that can run a cell."""
 
     async def start(self) -> None:
-        """Returns when it serves. Raises Failed."""
+        """Starts it and waits until it is ready. Raises Failed."""
         ...
 
-    async def play(self, cell: Cell, run: int) -> Sample: ...
+    async def play(self, cell: Cell, run: int) -> Sample:
+        """Runs a cell. `run` is the number of the round. Raises Failed."""
+        ...
 
-    async def stop(self) -> None: ...
+    async def stop(self) -> None:
+        """Stops it, whether it has started or not."""
+        ...
 
 
 class _Program:
@@ -53,7 +57,7 @@ class _Program:
 
     @property
     def process(self) -> Process:
-        assert self._process, "start() comes first"
+        assert self._process, "the process has not been started"
         return self._process
 
     async def start(self, *, piped: bool = False) -> Process:
@@ -68,7 +72,7 @@ class _Program:
         if self._process is None or self._process.returncode is not None:
             return
         if self._process.stdin:
-            self._process.stdin.close()  # the end of its work, and so its engine is closed too
+            self._process.stdin.close()  # the process then closes its engine and exits
         else:
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -79,11 +83,11 @@ class _Program:
 
     def failure(self, what: str) -> Failed:
         lines = self._log.read_text(errors="replace").splitlines()[-25:]
-        return Failed(f"{what}; the end of its log:\n" + "\n".join(lines))
+        return Failed(f"{what}. The end of its log:\n" + "\n".join(lines))
 
 
 class _Server:
-    """A contender behind HTTP."""
+    """A contender with an HTTP API."""
 
     def __init__(self, program: _Program, port: int, ready_path: str) -> None:
         self._program = program
@@ -134,7 +138,7 @@ class _Server:
 
 
 class Service(_Server):
-    """(a) `episodic serve` with its default settings: every step is on disk before it is answered."""
+    """(a) `episodic serve` with its default settings: every step is on disk before the response is sent."""
 
     def __init__(self, model: str, options: dict[str, Any], folder: Path) -> None:
         port = _free_port()
@@ -149,7 +153,7 @@ class Service(_Server):
 
 
 class OpenAIServer(_Server):
-    """(b) vLLM's own server: chat completions with `structured_outputs.choice`, the whole conversation in each call."""
+    """(b) vLLM's own server: chat completions with the whole conversation in each request."""
 
     def __init__(self, model: str, options: dict[str, Any], folder: Path) -> None:
         port = _free_port()
@@ -161,7 +165,7 @@ class OpenAIServer(_Server):
 
 
 class BareEngine:
-    """(c) AsyncLLM alone, in a process that plays the cells itself."""
+    """(c) AsyncLLM without a server, in a process that runs the cells itself."""
 
     def __init__(self, model: str, options: dict[str, Any], folder: Path) -> None:
         command = [sys.executable, "-m", "bench.bare", model, orjson.dumps(options).decode()]
@@ -172,7 +176,7 @@ class BareEngine:
         await self._answer()
 
     async def play(self, cell: Cell, run: int) -> Sample:
-        asked = {
+        order = {
             "workload": cell.workload.name,
             "num_episodes": cell.num_episodes,
             "num_steps": cell.num_steps,
@@ -180,7 +184,7 @@ class BareEngine:
             "run": run,
         }
         assert self._program.process.stdin
-        self._program.process.stdin.write(orjson.dumps(asked) + b"\n")
+        self._program.process.stdin.write(orjson.dumps(order) + b"\n")
         return Sample(**await self._answer())
 
     async def stop(self) -> None:
@@ -190,7 +194,7 @@ class BareEngine:
         assert self._program.process.stdout
         line = await self._program.process.stdout.readline()
         if not line:
-            raise self._program.failure("BareEngine ended")
+            raise self._program.failure("BareEngine exited")
         return orjson.loads(line)
 
 
@@ -208,5 +212,5 @@ def _free_port() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The caller's, without settings of the service: all contenders get the same, from the command line."""
+    """The caller's environment without EPISODIC_* variables. Otherwise only one contender would use these settings."""
     return {name: value for name, value in os.environ.items() if not name.startswith("EPISODIC_")}

@@ -1,4 +1,4 @@
-"""Measures what GET /export costs in memory: the RSS of the real service while it streams many trajectories."""
+"""Measures the memory of GET /export: the RSS of the real service while it streams many trajectories."""
 
 from typing import Annotated
 
@@ -13,12 +13,15 @@ _BATCH = 256
 _LOOK_EVERY = 1 << 20
 
 
-def main(num_episodes: Annotated[int, typer.Option()] = 2_048, num_steps: Annotated[int, typer.Option()] = 20) -> None:
-    """Prints, for each format, the bytes that were exported and by how much the resident set grew meanwhile."""
+def main(
+    num_episodes: Annotated[int, typer.Option(help="Number of episodes to export.")] = 2_048,
+    num_steps: Annotated[int, typer.Option(help="Number of steps of each episode.")] = 20,
+) -> None:
+    """Print, for each format, the size of the export and the growth of the resident set size (RSS) meanwhile."""
     with served() as url, httpx.Client(base_url=url, timeout=120) as http:
         server = server_of(url)
         _play(http, num_episodes, num_steps)
-        _export(http, server, "steps")  # what the first one allocates once
+        _export(http, server, "steps")  # warm-up: the first export allocates memory once
         for format in ("steps", "messages", "tokens"):
             num_lines, num_bytes, grown = _export(http, server, format)
             typer.echo(
@@ -32,8 +35,8 @@ def _play(http: httpx.Client, num_episodes: int, num_steps: int) -> None:
         for name in names:
             http.post("/episode", json={"episode_id": name, "action_space": _SPACE}).raise_for_status()
         for step in range(num_steps + 1):
-            said = {"truncated": True} if step == num_steps else {"observation": f"row {step}, column 0"}
-            acts = [{"episode_id": name, "step": step, **said} for name in names]
+            fields = {"truncated": True} if step == num_steps else {"observation": f"row {step}, column 0"}
+            acts = [{"episode_id": name, "step": step, **fields} for name in names]
             results = http.post("/act/batch", json={"acts": acts}).raise_for_status().json()["results"]
             assert all("code" not in result for result in results), results
 

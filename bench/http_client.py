@@ -1,6 +1,6 @@
-"""Owns the load generator's HTTP/1.1: one keep-alive connection, one request at a time, and a count of bytes sent.
+"""A minimal HTTP/1.1 client for load generation: one keep-alive connection, one request at a time, bytes counted.
 
-It does as little as it can, so that client and servers, which share the machine, leave the servers most of it.
+It is as light as possible, because it shares the machine with the servers that it measures.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import orjson
 
 
 class UnexpectedStatus(RuntimeError):
-    """The server answered with another status than 2xx; the message holds its words."""
+    """The server answered with a status other than 2xx. The message contains the start of the response body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +39,18 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     async def post(self, path: str, document: Any, headers: str = "") -> Any:
-        """The answer's JSON. `headers` are lines, each closed by CRLF. Raises UnexpectedStatus, ConnectionError."""
+        """Sends a JSON body and returns the response's JSON. Raises UnexpectedStatus, ConnectionError.
+
+        `headers` are further header lines, each with CRLF at its end.
+        """
         response = await self.request("POST", path, orjson.dumps(document), headers)
         if not 200 <= response.status < 300:
             raise UnexpectedStatus(f"{path}: {response.status} {response.body[:500].decode(errors='replace')}")
         return orjson.loads(response.body)
 
     async def request(self, method: str, path: str, body: bytes = b"", headers: str = "") -> Response:
-        assert self._transport, "open() comes first"
+        """Sends a request and returns the response. Raises ConnectionError."""
+        assert self._transport, "the connection has not been opened"
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n{headers}"
         if body:
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
@@ -57,7 +61,7 @@ class Connection(asyncio.Protocol):
         return await self._answer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transport only lacks the base class
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -72,7 +76,7 @@ class Connection(asyncio.Protocol):
 
 
 def parse(message: bytes | bytearray) -> Response | None:
-    """The response in `message`, None while it is not whole. A body is as long as its header says, or chunked."""
+    """Parses a response, with a Content-Length or chunked. Returns None while it is incomplete."""
     end = message.find(b"\r\n\r\n")
     if end < 0:
         return None

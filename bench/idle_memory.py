@@ -1,4 +1,4 @@
-"""Measures what idle episodes cost in memory: opens many over one store, acts once on each, and reads the RSS."""
+"""Measures the memory of idle episodes: opens many episodes, acts once in each, and reads the RSS."""
 
 import asyncio
 import gc
@@ -42,7 +42,7 @@ async def _measure(num_episodes: int) -> None:
         await store.open()
         sessions = Sessions(store, max_cached_episodes=settings.max_live_episodes)
         sessions.serve(engine)
-        await _play(sessions, 0, 512)  # what the first episodes allocate once
+        await _play(sessions, 0, 512)  # warm-up: the first episodes allocate memory once
         gc.collect()
         before = process.memory_info().rss
         await _play(sessions, 512, num_episodes)
@@ -50,11 +50,12 @@ async def _measure(num_episodes: int) -> None:
         gc.collect()
         grown = process.memory_info().rss - before
         await store.close()
-    typer.echo(f"{num_episodes} idle episodes: RSS grew by {grown / 1e6:.1f} MB ({settings.max_live_episodes} live)")
+    cached = f"at most {settings.max_live_episodes} cached"
+    typer.echo(f"{num_episodes} idle episodes, {cached}: RSS grew by {grown / 1e6:.1f} MB")
 
 
-def main(num_episodes: Annotated[int, typer.Option()] = 100_000) -> None:
-    """Prints by how much the resident set grew."""
+def main(num_episodes: Annotated[int, typer.Option(help="Number of idle episodes.")] = 100_000) -> None:
+    """Print the growth of the resident set size (RSS)."""
     asyncio.run(_measure(num_episodes))
 
 

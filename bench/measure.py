@@ -1,4 +1,4 @@
-"""Owns the measuring: plays a cell's episodes through a contender's actors and times every step."""
+"""Plays a cell's episodes through a contender's actors and measures every step."""
 
 import asyncio
 import ctypes
@@ -13,7 +13,7 @@ from bench.workloads import Cell, observations
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A step's answer. `timing`: the contender's own account of the step, in seconds, where it gives one."""
+    """The result of a step. `timing` has the durations in seconds that the contender itself reports, if any."""
 
     text: str
     prompt_tokens: int
@@ -23,21 +23,24 @@ class Reply:
 
 
 class Actor(Protocol):
-    """One episode, seen from the side that asks for its actions."""
+    """Plays one episode on a contender."""
 
     async def open(self, observations: Sequence[str]) -> None:
-        """Prepares the episode; not measured with its steps."""
+        """Prepares the episode. This is not part of the measured steps."""
         ...
 
     async def act(self, step: int) -> Reply:
-        """Takes the step's observation to an action."""
+        """Sends the observation of a step and returns the reply."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One contender's measurement of one cell. Latencies are the client's; open_ms is the mean of opening an episode
-    while all are opened at once; `timing_ms` holds medians of the contender's own account."""
+    """One contender's measurement of one cell.
+
+    Latencies are measured at the client. `open_ms` is the time to open all episodes concurrently, divided by their
+    number. `timing_ms` has medians of the durations that the contender itself reports.
+    """
 
     seconds: float
     steps_per_s: float
@@ -53,16 +56,19 @@ class Sample:
 
 
 class WrongAction(RuntimeError):
-    """A contender answered with what is not an action."""
+    """A contender returned a text that is not one of the workload's actions."""
 
 
 async def measure(cell: Cell, run: int, actor: Callable[[int], Actor], cpu_s: Callable[[], float]) -> Sample:
-    """Plays the cell once. `actor` makes the actor of an episode's number; `cpu_s` reads the API process's CPU time."""
+    """Plays the cell once. Raises WrongAction.
+
+    `actor` creates the actor for the episode with the given number. `cpu_s` reads the CPU time of the API process.
+    """
     sets = [[actor(first + i) for i in range(cell.num_episodes)] for first in _firsts(cell)]
     actors = [actor for one in sets for actor in one]
     began = time.perf_counter()
-    words = [observations(run, number, cell.num_steps) for number in range(len(actors))]
-    await asyncio.gather(*(actor.open(said) for actor, said in zip(actors, words, strict=True)))
+    texts = [observations(run, number, cell.num_steps) for number in range(len(actors))]
+    await asyncio.gather(*(actor.open(of_episode) for actor, of_episode in zip(actors, texts, strict=True)))
     opened = time.perf_counter()
     latencies: list[float] = []
     replies: list[Reply] = []
@@ -92,8 +98,11 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def process_clock(pid: int) -> Callable[[], float]:
-    """Reads a process's CPU time in seconds, all of its threads and none of its children, to the nanosecond; what /proc
-    shows has ticks of 10 ms, as long as ten steps. See clock_getcpuclockid(3)."""
+    """Returns a function that reads a process's CPU time in seconds. It includes all threads, but no child processes.
+
+    The resolution is a nanosecond: see clock_getcpuclockid(3). The times in /proc have a resolution of 10 ms, in which
+    ten steps can happen.
+    """
     clock = ctypes.c_int()
     error = ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock))
     if error:
@@ -112,4 +121,4 @@ async def _play(actor: Actor, cell: Cell, latencies: list[float], replies: list[
         latencies.append(time.perf_counter() - began)
         replies.append(reply)
         if cell.workload.actions and reply.text not in cell.workload.actions:
-            raise WrongAction(f"{cell.name}: {reply.text!r}")
+            raise WrongAction(f"{cell.name}: {reply.text!r} is not one of the actions")

@@ -1,6 +1,6 @@
-"""Starts vLLM's own OpenAI server with the environment and the engine options that the service gives its engine.
+"""Starts vLLM's own OpenAI server with the environment and the engine options that the service uses for its engine.
 
-`python -m bench.openai_server MODEL OPTIONS_JSON PORT` becomes that server: it is the same process, without a wrapper.
+Usage: `python -m bench.openai_server MODEL OPTIONS_JSON PORT`. The process replaces itself with the server (exec).
 """
 
 import json
@@ -12,7 +12,7 @@ from service.engine.vllm import loading
 
 
 def arguments(options: dict[str, Any]) -> list[str]:
-    """Engine options as the command line takes them."""
+    """Engine options as arguments of vLLM's command line."""
     found: list[str] = []
     for name, value in options.items():
         flag = name.replace("_", "-")

@@ -1,7 +1,8 @@
-"""Measures a flood: what of it is served, how soon the rest is refused, and what it leaves of another tenant's acts.
+"""Measures overload: how many acts are served, how fast the others are refused, and the effect on another tenant.
 
-Acts are free text of a fixed number of tokens. At full capacity as many clients act as the engine batches, each again
-once it is answered; in the flood, acts come at ten times the rate that was served then, whatever becomes of them.
+Acts generate free text of a fixed number of tokens. At full capacity there are as many clients as slots, and each sends
+its next act when the previous one is answered (closed loop). In the flood, acts arrive at ten times the rate that was
+served at full capacity, whether earlier acts are answered or not (open loop).
 """
 
 import asyncio
@@ -35,7 +36,10 @@ _TICK_S = 0.01
 
 @dataclass
 class Record:
-    """What became of the acts of one phase; latencies in seconds."""
+    """The results of one phase. `accepted_s` and `refused_s` are latencies in seconds.
+
+    `num_unsent` is the number of acts that were not sent because no connection was free.
+    """
 
     accepted_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
@@ -53,7 +57,7 @@ class Record:
 
 
 class Lane:
-    """One client with a connection of its own, which plays one episode after the other."""
+    """One client with its own connection. It plays one episode after the other."""
 
     def __init__(self, url: str, name: str, max_tokens: int, key: str | None) -> None:
         host, _, port = url.removeprefix("http://").partition(":")
@@ -72,7 +76,7 @@ class Lane:
         self._connection.close()
 
     async def act(self, record: Record) -> None:
-        """Sends the next act, in a new episode where the last one is over; a refused one is the next again."""
+        """Sends the next act, in a new episode if the last one is complete. A refused act is sent again next time."""
         self.busy = True
         try:
             if self._step == _STEPS_AN_EPISODE:
@@ -103,7 +107,7 @@ async def _lanes(url: str, name: str, num: int, max_tokens: int, key: str | None
 
 
 async def _closed(lanes: list[Lane], seconds: float) -> Record:
-    """Each lane acts again as soon as it is answered."""
+    """Closed loop: each lane sends its next act as soon as the previous one is answered."""
     record, began = Record(), time.perf_counter()
 
     async def play(lane: Lane) -> None:
@@ -116,7 +120,7 @@ async def _closed(lanes: list[Lane], seconds: float) -> Record:
 
 
 async def _flood(lanes: list[Lane], rate: float, seconds: float) -> Record:
-    """Acts at `rate` a second, each on a lane that is free; `num_unsent` counts those for which none was."""
+    """Open loop: `rate` acts per second, each on a free lane. `num_unsent` counts the acts without a free lane."""
     record, began, num_due = Record(), time.perf_counter(), 0
     acting: set[asyncio.Task[None]] = set()
     while (now := time.perf_counter()) < began + seconds:
@@ -164,13 +168,13 @@ async def _overload(url: str, num_running: int, max_tokens: int, seconds: float,
     before = process.memory_info().rss
     record = await _flood(flooding, 10 * full.goodput, seconds)
     grown = (process.memory_info().rss - before) / 1e6
-    table.add_row(*_row("10 times that", record))
+    table.add_row(*_row("10 times that rate", record))
     ratio = _percentile(record.accepted_s, 99) / _percentile(full.accepted_s, 99)
     worst = max(status for status in record.statuses)
     table.caption = (
-        f"p99 of the accepted {ratio:.2f} times that at full capacity (bar 2), goodput"
-        f" {record.goodput / full.goodput:.0%} of it (bar 90%), RSS {grown:+.1f} MB, highest status {worst},"
-        f" unsent for want of a connection {record.num_unsent}"
+        f"Compared with full capacity: p99 of accepted acts {ratio:.2f} times (target: at most 2), goodput"
+        f" {record.goodput / full.goodput:.0%} (target: at least 90%). RSS {grown:+.1f} MB, highest status {worst},"
+        f" not sent because no connection was free: {record.num_unsent}"
     )
     for lane in [*lanes, *flooding]:
         lane.close()
@@ -189,12 +193,12 @@ async def _fairness(
     await asyncio.sleep(5.0)
     beside = await _closed(calm, seconds / 2)
     record = await flooding
-    table.add_row(*_row("the calm tenant beside the flood", beside))
+    table.add_row(*_row("the calm tenant during the flood", beside))
     table.add_row(*_row("the flooding tenant", record))
     ratio = _percentile(beside.accepted_s, 99) / _percentile(quiet.accepted_s, 99)
     table.caption = (
-        f"p99 of the calm tenant {ratio:.2f} times its quiet value (bar 2); each tenant may have {num_running // 2}"
-        " acts at once (EPISODIC_QUOTA__CONCURRENT_ACTS), which the calm one uses"
+        f"p99 of the calm tenant during the flood: {ratio:.2f} times its value without the flood (target: at most 2)."
+        f" Each tenant may have {num_running // 2} concurrent acts (EPISODIC_QUOTA__CONCURRENT_ACTS)"
     )
     for lane in [*calm, *lanes]:
         lane.close()
@@ -207,14 +211,16 @@ def _make_key(data: Path, tenant: str) -> str:
 
 
 def main(
-    seconds: Annotated[float, typer.Option(help="Seconds of the flood.")] = 60.0,
-    running: Annotated[int, typer.Option(help="EPISODIC_MAX_RUNNING_ACTS; the queue is a quarter of it.")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an act.")] = 64,
-    what: Annotated[str, typer.Option(help="overload, fairness or both.")] = "both",
+    seconds: Annotated[float, typer.Option(help="Duration of the flood in seconds.")] = 60.0,
+    running: Annotated[
+        int, typer.Option(help="Number of slots (EPISODIC_MAX_RUNNING_ACTS). The queue has a quarter of that size.")
+    ] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Number of tokens of an act.")] = 64,
+    what: Annotated[str, typer.Option(help="What to measure: overload, fairness or both.")] = "both",
 ) -> None:
-    """Prints what a flood of acts leaves of latency, goodput and memory, and of another tenant's latency."""
+    """Print the latency, goodput and memory during a flood of acts, and the latency of another tenant."""
     console = Console(width=170, highlight=False)
-    console.print(f"{psutil.cpu_count()} cores, {running} acts in the engine, {max_tokens} tokens an act")
+    console.print(f"{psutil.cpu_count()} cores, {running} slots, {max_tokens} tokens per act")
     with tempfile.TemporaryDirectory() as folder:
         policy = endless(Path(Settings(model="toy-text").model_path), Path(folder) / "policy")
         settings = {"max_running_acts": str(running), "model": str(policy)}

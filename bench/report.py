@@ -1,4 +1,4 @@
-"""Owns how results are shown: tables, bars, a JSON file with the machine's facts, and a plot."""
+"""Formats the results: tables, targets, a JSON file with a description of the machine, and a plot."""
 
 import importlib.metadata
 import json
@@ -22,7 +22,7 @@ _COLOURS = {"service": "#2a6f97", "openai": "#c9772d", "engine": "#9aa5ad"}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, and nothing that names the machine."""
+    """The hardware and versions that the figures depend on, without anything that identifies the machine."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_model(),
@@ -36,19 +36,19 @@ def machine() -> dict[str, Any]:
 
 
 def table(result: Sequence[CellResult]) -> Table:
-    """A line for each cell and contender."""
-    shown = Table(title="Medians over the rounds", title_justify="left")
-    shown.add_column("cell")
-    shown.add_column("contender")
+    """The table of medians, with a row for each cell and contender."""
+    rows = Table(title="Medians over the rounds", title_justify="left")
+    rows.add_column("cell")
+    rows.add_column("contender")
     for heading in (
         "rounds", "steps/s", "p50 ms", "p99 ms", "CPU ms/step", "bytes/step", "prompt tok", "compl. tok",
         "service/this", "spread",
     ):  # fmt: skip
-        shown.add_column(heading, justify="right")
+        rows.add_column(heading, justify="right")
     for one in result:
         for name in one.samples:
-            shown.add_row(*_row(one, name), end_section=name == list(one.samples)[-1])
-    return shown
+            rows.add_row(*_row(one, name), end_section=name == list(one.samples)[-1])
+    return rows
 
 
 def _row(result: CellResult, name: str) -> list[str]:
@@ -61,50 +61,52 @@ def _row(result: CellResult, name: str) -> list[str]:
         result.cell.name if name == next(iter(result.samples)) else "",
         LABELS.get(name, name),
         str(len(result.samples[name])),
-        *(_shown(result.median(name, figure), form) for figure, form in figures),
-        _shown(ratio, "{:.2f}"),
-        _shown(result.spread(name), "{:.0%}"),
+        *(_format(result.median(name, figure), form) for figure, form in figures),
+        _format(ratio, "{:.2f}"),
+        _format(result.spread(name), "{:.0%}"),
     ]
 
 
-def _shown(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
 def timing_table(results: Sequence[CellResult]) -> Table:
-    """Where the service says a step's time went: medians of a step's parts, in the first round."""
-    shown = Table(title="A step in the service, ms", title_justify="left")
-    shown.add_column("cell")
+    """The durations of the parts of a step that the service reports: medians of the first round."""
+    rows = Table(title="Parts of a step in the service, ms", title_justify="left")
+    rows.add_column("cell")
     parts = ("queue_s", "engine_s", "store_s", "total_s")
     for heading in (*(part.removesuffix("_s") for part in parts), "at the client", "POST /episode"):
-        shown.add_column(heading, justify="right")
+        rows.add_column(heading, justify="right")
     for one in results:
         if first := next(iter(one.samples.get("service", ())), None):
-            told = [f"{first.timing_ms[part]:.2f}" for part in parts]
-            shown.add_row(one.cell.name, *told, f"{first.p50_ms:.2f}", f"{first.open_ms:.2f}")
-    return shown
+            durations = [f"{first.timing_ms[part]:.2f}" for part in parts]
+            rows.add_row(one.cell.name, *durations, f"{first.p50_ms:.2f}", f"{first.open_ms:.2f}")
+    return rows
 
 
 def bar_table(found: Sequence[Bar]) -> Table:
-    shown = Table(title="Bars", title_justify="left")
-    for heading, justify in (("figure", "left"), ("measured", "right"), ("bar", "right"), ("", "left")):
-        shown.add_column(heading, justify="right" if justify == "right" else "left")
+    """The table of targets, each with its verdict."""
+    rows = Table(title="Targets", title_justify="left")
+    for heading, justify in (("figure", "left"), ("measured", "right"), ("target", "right"), ("", "left")):
+        rows.add_column(heading, justify="right" if justify == "right" else "left")
     for bar in found:
         limit = f"{'>=' if bar.at_least else '<='} {bar.limit:g}"
         verdict = "[green]PASS[/]" if bar.passed else "[red]MISS[/]"
-        shown.add_row(bar.what, _shown(bar.value, "{:.2f}"), limit, verdict)
-    return shown
+        rows.add_row(bar.what, _format(bar.value, "{:.2f}"), limit, verdict)
+    return rows
 
 
 def show(results: Sequence[CellResult], found: Sequence[Bar], console: Console) -> None:
+    """Prints all tables and the noise."""
     console.print(table(results))
     console.print(timing_table(results))
     noise = [result.noise for result in results if result.noise is not None]
     if noise:
         ordered = sorted(noise)
         console.print(
-            f"Noise: a further run of the service was {ordered[len(ordered) // 2]:.1%} (median over the cells; "
-            f"at most {ordered[-1]:.1%}) from the median of its rounds."
+            f"Noise: an additional round of the service differed by {ordered[len(ordered) // 2]:.1%} (median over the "
+            f"cells; at most {ordered[-1]:.1%}) from the median of its rounds."
         )
     console.print(bar_table(found))
 
@@ -131,24 +133,27 @@ def write_json(
 
 
 def plot(path: Path, results: Sequence[CellResult], facts: dict[str, Any]) -> None:
-    """Steps/s of the contenders, a panel a workload; over each group the service's ratio to vLLM's own server."""
+    """Plots the steps per second of the contenders, with one panel for each workload.
+
+    Above each group of bars is the ratio of the service to vLLM's own server.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    shown = [result for result in results if not result.cell.service_only]
-    workloads = [workload for workload in WORKLOADS if any(result.cell.workload is workload for result in shown)]
+    compared = [result for result in results if not result.cell.service_only]
+    workloads = [workload for workload in WORKLOADS if any(result.cell.workload is workload for result in compared)]
     if not workloads:
         return
     figure: Any
     figure, axes = pyplot.subplots(1, len(workloads), figsize=(5.2 * len(workloads), 4.4), squeeze=False)
     for axis, workload in zip(axes[0], workloads, strict=True):
-        _panel(axis, workload.title, [result for result in shown if result.cell.workload is workload])
+        _panel(axis, workload.title, [result for result in compared if result.cell.workload is workload])
     axes[0][0].set_ylabel("steps/s")
     axes[0][0].legend(frameon=False, loc="upper left")
     figure.suptitle(
-        f"Steps a second, {facts['cores']} cores of {facts['cpu']}; the ratio is service / vLLM's own server"
+        f"Steps per second, {facts['cores']} cores of {facts['cpu']}; the ratio is service / vLLM's own server"
     )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -184,8 +189,8 @@ def _gpu() -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    return ran.stdout.strip() or None
 
 
 def _version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Owns what was measured: samples by cell and contender, their medians and ratios, and the bars they are held to."""
+"""The results: samples by cell and contender, their medians and ratios, and the targets ("bars")."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -9,20 +9,23 @@ from bench.measure import Sample
 from bench.workloads import CHOICE1, CHOICE12, TEXT16, Cell
 
 AGAIN = "service again"
-"""The service's extra run, made when a cell's rounds are over: how far it is from their median is the noise."""
+"""The name of the service's additional round, after the other rounds of a cell.
+
+Its difference from their median is the noise.
+"""
 
 _FIGURES = tuple(field.name for field in fields(Sample) if field.name != "timing_ms")
 
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """A cell's samples, by contender, one a round."""
+    """The samples of a cell: for each contender a list with one sample for each round."""
 
     cell: Cell
     samples: dict[str, list[Sample]] = field(default_factory=dict[str, list[Sample]])
 
     def median(self, contender: str, figure: str) -> float | None:
-        """The median over the rounds of one of a Sample's figures; None where the contender did not run."""
+        """The median of a field of `Sample` over the rounds. None if the contender did not run."""
         values = [getattr(sample, figure) for sample in self.samples.get(contender, ())]
         return median(values) if values else None
 
@@ -32,17 +35,17 @@ class CellResult:
 
     @property
     def noise(self) -> float | None:
-        """How far the service's extra run was from the median of its rounds, as a share of it, in steps/s."""
+        """The relative difference in steps/s between the service's additional round and the median of its rounds."""
         again = self.ratio(AGAIN, "service")
         return again and abs(again - 1)
 
     def spread(self, contender: str) -> float | None:
-        """The widest distance between two rounds as a share of the median, in steps/s."""
+        """The difference in steps/s between the fastest and the slowest round, relative to the median."""
         values = [sample.steps_per_s for sample in self.samples.get(contender, ())]
         return (max(values) - min(values)) / median(values) if values else None
 
     def document(self) -> dict[str, Any]:
-        """The result as JSON."""
+        """The result as a JSON object."""
         return {
             "workload": self.cell.workload.name,
             "episodes": self.cell.num_episodes,
@@ -61,7 +64,7 @@ class CellResult:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure and what it must reach. `value` is None where it was not measured."""
+    """A figure and its target. `value` is None if the figure was not measured."""
 
     what: str
     value: float | None
@@ -76,7 +79,7 @@ class Bar:
 
 
 def bars(results: Sequence[CellResult]) -> list[Bar]:
-    """Every bar that the cells at hand have the figures for."""
+    """All targets for which these results have the figures."""
     by_name = {result.cell.name: result for result in results}
     found: list[Bar] = []
 

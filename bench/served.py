@@ -1,4 +1,4 @@
-"""Owns one service process for a measurement: the packaged policy on a free port, with data that is thrown away."""
+"""Starts a service process for a measurement: the packaged policy on a free port, with a temporary data folder."""
 
 import os
 import signal
@@ -19,8 +19,11 @@ _START_LIMIT_S = 300.0
 
 @contextmanager
 def served(data: Path | None = None, **settings: str) -> Generator[str]:
-    """The URL of a service that is ready, over `data` if that is to stay. `settings` by their names, e.g.
-    max_queued_acts. Raises RuntimeError, with the end of its log, for one that does not start."""
+    """Starts a service, waits until it is ready, and yields its URL.
+
+    `data` is its data folder, by default a temporary one. `settings` are settings by name, for example max_queued_acts.
+    Raises RuntimeError with the end of the service's log if it does not start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,13 +52,13 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise RuntimeError("the service did not start; the end of its log:\n" + log.read_text(errors="replace")[-2000:])
+    raise RuntimeError("the service did not start. The end of its log:\n" + log.read_text(errors="replace")[-2000:])
 
 
 def server_of(url: str) -> psutil.Process:
-    """The process that listens there, a descendant of this one."""
+    """The process that listens at this URL. It must be a descendant of this process."""
     port = int(url.rpartition(":")[2])
     for child in psutil.Process().children(recursive=True):
         if any(at.laddr.port == port and at.status == psutil.CONN_LISTEN for at in child.net_connections("tcp")):
             return child
-    raise RuntimeError("the service is not a child of this process")
+    raise RuntimeError(f"no descendant of this process listens on port {port}")

@@ -1,4 +1,4 @@
-"""Loads one service for a long while with all that callers do, and says what grows: memory, tasks, files."""
+"""Soak test: runs a mixed load on one service for a long time and reports what grows: memory, tasks, files."""
 
 import asyncio
 import json
@@ -21,13 +21,13 @@ from service.client import AsyncClient, Retry
 
 _EVERY_S = 5.0
 _SETTLE_S = 15.0
-"""Longer than an idle episode's time, and than the engine lets its metrics grow old."""
+"""Pause in seconds after the load. Idle episodes have then expired, and the engine's metrics are up to date."""
 _SETTINGS = {"engine__kv_cache_memory_bytes": str(1 << 27)}
-"""A prefix cache that fills up in the warm-up: its pages are taken when they are first written."""
+"""A KV cache so small that it fills up in the warm-up. Its memory counts as resident only after the first write."""
 
 
 class Probe:
-    """Looks at a service from outside: its processes, its metrics and its SQLite file."""
+    """Samples a service from outside: its processes, its metrics and its SQLite file."""
 
     def __init__(self, url: str, data: Path) -> None:
         self._url = url
@@ -57,7 +57,7 @@ class Probe:
         )
 
     async def _metrics(self) -> Mapping[str, float]:
-        """Each of ours, summed over its labels."""
+        """The service's own metrics (agent_*), each summed over its labels."""
         async with httpx.AsyncClient(base_url=self._url, timeout=60) as http:
             lines = (await http.get("/metrics")).text.splitlines()
         found: dict[str, float] = {}
@@ -69,11 +69,11 @@ class Probe:
         return found
 
     def _rows(self) -> tuple[int, int, int, int]:
-        """Episodes; deleted ones, of which a tombstone is left; steps; and the bytes of the file's free pages."""
-        asked = """SELECT count(*) FILTER (WHERE deleted_at IS NULL), count(deleted_at), (SELECT count(*) FROM steps),
+        """The numbers of episodes, of tombstones and of steps, and the size of the file's free pages in bytes."""
+        query = """SELECT count(*) FILTER (WHERE deleted_at IS NULL), count(deleted_at), (SELECT count(*) FROM steps),
             (SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size) FROM episodes"""
         with closing(sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, timeout=30)) as connection:
-            return connection.execute(asked).fetchone()
+            return connection.execute(query).fetchone()
 
     def _size_mb(self, suffix: str) -> float:
         file = self._file.with_name(self._file.name + suffix)
@@ -96,12 +96,19 @@ async def _soak(url: str, data: Path, seconds: float, seed: int) -> tuple[list[S
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="How long.")] = 30.0,
-    seed: Annotated[int, typer.Option(help="Of the load's choices.")] = 7,
-    warm_up_s: Annotated[float | None, typer.Option(help="What comes before says nothing; a third, if unset.")] = None,
-    out: Annotated[Path, typer.Option(help="OUT.json and OUT.png are written.")] = Path("bench/soak"),
+    minutes: Annotated[float, typer.Option(help="Duration of the load in minutes.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Seed of the load's random choices.")] = 7,
+    warm_up_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds at the start that are not evaluated. Default: a third of the time, at most 600."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Path of the results without suffix: writes OUT.json and OUT.png.")] = Path(
+        "bench/soak"
+    ),
 ) -> None:
-    """Soaks the service. Exit code 1 if anything grows, given time to tell, or a call failed that should not have."""
+    """Run a soak test of the service.
+
+    The exit code is 1 if a figure grows (in runs that are long enough to tell) or if a call failed unexpectedly."""
     warm_up_s = min(minutes * 20, 600.0) if warm_up_s is None else warm_up_s
     facts = report.machine()
     with tempfile.TemporaryDirectory() as folder, served(Path(folder), **_SETTINGS) as url:
@@ -113,27 +120,27 @@ def main(
     out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     soak_report.plot(out.with_suffix(".png"), loaded, found, warm_up_s)
     measured_s = minutes * 60 - warm_up_s
-    _tell(load, found, loaded, idle)
+    _print(load, found, loaded, idle)
     typer.echo(soak_report.verdict(found, measured_s, sum(load.failures.values())))
     grows = measured_s >= soak_report.ENOUGH_S and any(trend.grows for trend in found)
     raise typer.Exit(int(grows or bool(load.failures)))
 
 
-def _tell(load: Load, found: list[soak_report.Trend], loaded: list[Sample], idle: Sample) -> None:
+def _print(load: Load, found: list[soak_report.Trend], loaded: list[Sample], idle: Sample) -> None:
     last, (of_step, of_tombstone) = loaded[-1], soak_report.bytes_each(loaded)
-    typer.echo("did: " + ", ".join(f"{number} {name}" for name, number in sorted(load.counts.items())))
+    typer.echo("load: " + ", ".join(f"{number} {name}" for name, number in sorted(load.counts.items())))
     for trend in found:
         typer.echo(str(trend))
     typer.echo(
-        f"a stored step takes {of_step:.0f} bytes of file, a deleted episode's tombstone {of_tombstone:.0f}; "
-        f"there are {last.steps} steps of {last.episodes} episodes, and {last.tombstones} tombstones"
+        f"store: {last.steps} steps of {last.episodes} episodes, {last.tombstones} tombstones of deleted episodes; "
+        f"a step takes {of_step:.0f} bytes in the file, a tombstone {of_tombstone:.0f} bytes"
     )
     typer.echo(
-        f"at rest afterwards: {idle.num_fds} descriptors, {idle.num_tasks:.0f} tasks, {idle.server_mb:.0f} MB, "
-        f"{idle.live_episodes:.0f} episodes in memory"
+        f"idle after the load: {idle.num_fds} file descriptors, {idle.num_tasks:.0f} tasks, {idle.server_mb:.0f} MB, "
+        f"{idle.live_episodes:.0f} cached episodes"
     )
     for failure, times in load.failures.most_common(10):
-        typer.echo(f"{times} times: {failure}")
+        typer.echo(f"failed {times} times: {failure}")
 
 
 if __name__ == "__main__":

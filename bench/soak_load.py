@@ -1,4 +1,4 @@
-"""Owns the load of a soak: lives of episodes of every kind, side by side; a bounded number of episodes stays."""
+"""The load of a soak test: episodes of every kind, concurrently. The number of stored episodes stays bounded."""
 
 import asyncio
 import random
@@ -10,7 +10,7 @@ from service.client import Act, AsyncClient, AsyncEpisode, EpisodicError, StepCo
 from service.client.errors import ApiError
 
 NUM_KEPT = 300
-"""Ended episodes that stay; older ones are deleted, so that what still grows is not what callers keep."""
+"""The number of ended episodes to keep. Older ones are deleted, because stored episodes would look like growth."""
 _NUM_LANES = 12
 _NUM_STEPS = 8
 _IDLE_TTL_S = 3.0
@@ -19,11 +19,11 @@ _DISCRETE = {"type": "discrete", "actions": ["left", "down", "right", "up"]}
 
 
 class Load:
-    """Plays until `stop_at` (time.monotonic()); `counts` says what it did, `failures` what it did not expect."""
+    """Plays until `stop_at` (time.monotonic()). `counts` has what it did, `failures` the unexpected errors."""
 
     def __init__(self, client: AsyncClient, seed: int, stop_at: float) -> None:
         self._client = client
-        self._random = random.Random(seed)  # noqa: S311 - a load, no secret
+        self._random = random.Random(seed)  # noqa: S311 - not used for secrets
         self._stop_at = stop_at
         self._tidying = asyncio.Semaphore(8)
         self.counts: Counter[str] = Counter()
@@ -52,11 +52,11 @@ class Load:
 
     async def _act(self, episode: AsyncEpisode, **fields: object) -> Act:
         self.counts["acts"] += 1
-        said = f"row {self._random.randrange(4)}, column {self._random.randrange(4)}"
-        return await episode.act(said, **fields)  # type: ignore[arg-type]
+        observation = f"row {self._random.randrange(4)}, column {self._random.randrange(4)}"
+        return await episode.act(observation, **fields)  # type: ignore[arg-type]
 
     async def _play(self) -> None:
-        """Discrete actions to a terminal state; half of these are deleted right away."""
+        """An episode with discrete actions up to a terminal state. Half of these episodes are deleted at once."""
         episode = await self._open(action_space=_DISCRETE)
         for step in range(_NUM_STEPS):
             await self._act(episode, reward=1.0 if step else None)
@@ -65,7 +65,7 @@ class Load:
             await episode.delete()
 
     async def _write(self) -> None:
-        """Streams of text, every other of which its reader leaves."""
+        """An episode with text actions. Before half of the acts, a streamed act is started and abandoned."""
         episode = await self._open(sampling={"max_tokens": 24})
         for _ in range(_NUM_STEPS // 2):
             if self._random.random() < 0.5:
@@ -80,7 +80,7 @@ class Load:
                 break
 
     async def _act_when_free(self, episode: AsyncEpisode) -> None:
-        """The act that was left may be on its way out still, or have been taken after all."""
+        """Acts, with retries: the abandoned act may still be in flight, or may have been committed."""
         while True:
             try:
                 await self._act(episode)
@@ -94,7 +94,7 @@ class Load:
                 await episode.refresh()
 
     async def _together(self) -> None:
-        """A vectorised environment's: four episodes a call."""
+        """Four episodes in batches, as a vector environment plays them."""
         episodes = [await self._open(action_space=_DISCRETE) for _ in range(4)]
         for _ in range(_NUM_STEPS):
             self.counts["acts"] += len(episodes)
@@ -105,7 +105,7 @@ class Load:
             await episode.end(truncated=True)
 
     async def _fork(self) -> None:
-        """Four ways from one point; the parent is deleted while its forks go on."""
+        """Four forks of one episode. The parent is deleted before the forks act."""
         parent = await self._open(action_space=_DISCRETE)
         for _ in range(_NUM_STEPS // 2):
             await self._act(parent)
@@ -117,12 +117,12 @@ class Load:
             await fork.end()
 
     async def _leave(self) -> None:
-        """An episode that its caller forgets: its idle time ends it."""
+        """An episode that its caller abandons, so that it ends by its idle timeout."""
         episode = await self._open(action_space=_DISCRETE, idle_ttl_s=_IDLE_TTL_S)
         await self._act(episode)
 
     async def _tidy(self) -> None:
-        """Deletes what ended but for the newest."""
+        """Deletes all ended episodes but the newest ones."""
         while time.monotonic() < self._stop_at:
             await asyncio.sleep(_TIDY_S)
             try:

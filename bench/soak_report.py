@@ -1,4 +1,4 @@
-"""Owns what a soak shows: how fast each figure grows once the service is warm, a verdict in words, and a plot."""
+"""The report of a soak test: how fast each figure grows after the warm-up, a verdict in words, and a plot."""
 
 import math
 import statistics
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 ENOUGH_S = 600.0
-"""A shorter time says nothing about growth."""
+"""The minimum time in seconds after the warm-up. Shorter runs cannot show whether a figure grows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The service at one moment, `at_s` seconds after the load began. Memory is resident; sizes are in MB."""
+    """The state of the service `at_s` seconds after the load began. Memory is resident memory, sizes are in MB."""
 
     at_s: float
     server_mb: float
@@ -26,7 +26,7 @@ class Sample:
     acts: float
     store_mb: float
     free_mb: float
-    """Of the store's file, pages that hold nothing and are used next."""
+    """Free pages of the store's file, which SQLite uses before the file grows."""
     wal_mb: float
     episodes: int
     tombstones: int
@@ -35,13 +35,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What is watched: a field of the samples, and how to say it."""
+    """A field of `Sample` whose growth is watched, with its title and unit."""
 
     name: str
     title: str
     unit: str
     at_most_an_hour: float
-    """What may be noise: more than this is growth. Infinite for what grows by nature."""
+    """The maximum increase per hour that may be noise. Infinite for a figure that grows by design."""
 
 
 FIGURES = (
@@ -50,17 +50,17 @@ FIGURES = (
     Figure("num_fds", "file descriptors", "", 4.0),
     Figure("num_threads", "threads", "", 4.0),
     Figure("num_tasks", "asyncio tasks", "", 8.0),
-    Figure("live_episodes", "episodes in memory", "", 400.0),
+    Figure("live_episodes", "cached episodes", "", 400.0),
     Figure("steps", "steps in the store", "", 3000.0),
     Figure("store_mb", "the store's file", "MB", math.inf),
-    Figure("free_mb", "free pages in it", "MB", 8.0),
-    Figure("wal_mb", "its write-ahead log", "MB", 8.0),
+    Figure("free_mb", "free pages of the store", "MB", 8.0),
+    Figure("wal_mb", "write-ahead log of the store", "MB", 8.0),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """How a figure moved after the warm-up."""
+    """The change of a figure after the warm-up: its level at both ends, and its slope per hour."""
 
     figure: Figure
     first: float
@@ -73,15 +73,14 @@ class Trend:
 
     def __str__(self) -> str:
         unit = f" {self.figure.unit}" if self.figure.unit else ""
-        by_nature = math.isinf(self.figure.at_most_an_hour)
-        what = "grows" if self.grows else "by nature" if by_nature else "flat"
-        return (
-            f"{self.figure.title}: {self.first:.4g} to {self.last:.4g}{unit}, {self.an_hour:+.1f}{unit} an hour: {what}"
-        )
+        expected = math.isinf(self.figure.at_most_an_hour)
+        what = "grows" if self.grows else "expected to grow" if expected else "does not grow"
+        levels = f"{self.first:.4g} to {self.last:.4g}{unit}"
+        return f"{self.figure.title}: {levels}, {self.an_hour:+.1f}{unit} per hour: {what}"
 
 
 def trends(samples: Sequence[Sample], warm_up_s: float) -> list[Trend]:
-    """Of each figure, from what was sampled after the warm-up: its level at both ends, and its slope."""
+    """The trend of each figure, from the samples after the warm-up."""
     warm = [sample for sample in samples if sample.at_s >= warm_up_s]
     return [
         _trend(figure, [(sample.at_s, float(getattr(sample, figure.name))) for sample in warm]) for figure in FIGURES
@@ -95,16 +94,21 @@ def _trend(figure: Figure, points: Sequence[tuple[float, float]]) -> Trend:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The median of the slopes between all pairs of points (Theil, 1950; Sen, 1968): a few that are far off, such as an
-    export in progress, do not tilt it. 0 for fewer than two points."""
+    """The slope of a line through the points, 0 for fewer than two points.
+
+    It is the median of the slopes between all pairs of points (Theil, 1950; Sen, 1968), so that a few outliers, for
+    example samples during an export, do not affect it.
+    """
     thinned = points[:: max(len(points) // 200, 1)]
     slopes = [(late[1] - early[1]) / (late[0] - early[0]) for early, late in combinations(thinned, 2)]
     return statistics.median(slopes) if slopes else 0.0
 
 
 def bytes_each(samples: Sequence[Sample]) -> tuple[float, float]:
-    """What a stored step and the tombstone of a deleted episode add to the store's file: the least squares over the
-    samples, as both numbers move."""
+    """The bytes that a step and the tombstone of a deleted episode take in the store's file.
+
+    Both numbers change during a run, so they are estimated by least squares over the samples.
+    """
     import numpy as np
 
     numbers = np.array([[sample.steps, sample.tombstones, 1.0] for sample in samples])
@@ -114,12 +118,12 @@ def bytes_each(samples: Sequence[Sample]) -> tuple[float, float]:
 
 
 def verdict(found: Sequence[Trend], measured_s: float, failures: int) -> str:
-    """The last line: what grows, in plain words. `measured_s`: how long the service was watched after the warm-up."""
-    growing = [f"{trend.figure.title} ({trend.an_hour:+.0f} an hour)" for trend in found if trend.grows]
+    """The verdict in words, as the last line. `measured_s` is the measured time after the warm-up in seconds."""
+    growing = [f"{trend.figure.title} ({trend.an_hour:+.0f} per hour)" for trend in found if trend.grows]
     grows = f"Grows: {', '.join(growing)}." if growing else "Nothing grows."
     if measured_s < ENOUGH_S:
-        grows = f"{measured_s / 60:.0f} minutes after the warm-up do not tell what an hour brings."
-    return grows + (f" {failures} calls failed that should not have." if failures else " Every call was answered.")
+        grows = f"{measured_s / 60:.0f} minutes after the warm-up are too short for a verdict."
+    return grows + (f" {failures} calls failed unexpectedly." if failures else " All calls succeeded.")
 
 
 def document(samples: Sequence[Sample], found: Sequence[Trend]) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def document(samples: Sequence[Sample], found: Sequence[Trend]) -> dict[str, Any
 
 
 def plot(path: Path, samples: Sequence[Sample], found: Sequence[Trend], warm_up_s: float) -> None:
-    """A panel a figure over the minutes, the warm-up shaded."""
+    """Plots each figure over time in its own panel. The warm-up is shaded."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -141,7 +145,7 @@ def plot(path: Path, samples: Sequence[Sample], found: Sequence[Trend], warm_up_
         axis.plot(minutes, values, color="#2a6f97", linewidth=1.2)
         axis.axvspan(0, warm_up_s / 60, color="#9aa5ad", alpha=0.2)
         unit = f", {trend.figure.unit}" if trend.figure.unit else ""
-        axis.set_title(f"{trend.figure.title}{unit}\n{trend.an_hour:+.1f} an hour", fontsize=10)
+        axis.set_title(f"{trend.figure.title}{unit}\n{trend.an_hour:+.1f} per hour", fontsize=10)
         axis.set_ylim(0, max(*values, 1) * 1.15)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[-1]:

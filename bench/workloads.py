@@ -1,4 +1,4 @@
-"""Owns what is asked of every contender: the grid of cells, the action spaces, and the words of an episode."""
+"""What every contender has to play: the grid of cells, the action spaces, and the observations of an episode."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ _MOVES = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What an action is: one of `actions`, or free text where there are none. `sampling` is the same for all."""
+    """The kind of actions: one of `actions`, or free text if there are none. All contenders use the same `sampling`."""
 
     name: str
     title: str
@@ -42,10 +42,10 @@ WORKLOADS = (CHOICE1, CHOICE12, TEXT16)
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A point of the grid. All of its episodes run at once, each strictly one step after the other.
+    """A point of the grid: `num_episodes` concurrent episodes of `num_steps` steps each.
 
-    A cell of few steps plays `num_sets` sets of such episodes, one after the other, for a measurable length. A
-    `service_only` cell is there for what the service alone must hold.
+    A short cell plays `num_sets` sets of such episodes, one after the other, so that it is long enough to measure. A
+    `service_only` cell is for a target that concerns only the service.
     """
 
     workload: Workload
@@ -68,7 +68,10 @@ class Cell:
 
 
 def grid(*, quick: bool) -> list[Cell]:
-    """Every cell: 1, 8, 32 episodes x 20, 100 steps x the workloads, and 200 steps for the service's own CPU time."""
+    """All cells: each workload with 1, 8 and 32 episodes of 20 and 100 steps.
+
+    Cells of 200 steps measure how the service's CPU time per step depends on the length of an episode.
+    """
     episodes, steps = ((1, 4), (5,)) if quick else ((1, 8, 32), (20, 100))
     cells = [_cell(workload, n, k, quick=quick) for workload, k, n in product(WORKLOADS, steps, episodes)]
     if not quick:
@@ -82,7 +85,7 @@ def _cell(workload: Workload, n: int, k: int, *, quick: bool = False, service_on
 
 
 def observations(run: int, episode: int, num_steps: int) -> list[str]:
-    """An episode's observations. The first is like no other's, so that no run finds an earlier one's cache."""
+    """An episode's observations. The first one is unique, so that no run can reuse another run's prefix cache."""
     return [f"run {run}, episode {episode}: {text}" if step == 0 else text for step, text in _walk(episode, num_steps)]
 
 

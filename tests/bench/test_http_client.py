@@ -1,4 +1,4 @@
-"""The load generator's own HTTP/1.1, byte by byte and against a real server."""
+"""The load generator's HTTP client: parsing of responses byte by byte, and requests to a real server."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -22,7 +22,7 @@ def test_an_answer_is_read_whole_and_not_before(message: bytes, expected: tuple[
 
 @asynccontextmanager
 async def _server(answer: bytes, *, pieces: int = 1) -> AsyncGenerator[tuple[int, list[bytes]]]:
-    """Gives every request the same answer; yields its port and the requests it read."""
+    """A server that answers every request the same way, in `pieces`. Yields its port and the requests it received."""
     requests: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -60,8 +60,8 @@ async def _post(port: int, times: int = 1) -> tuple[Any, int]:
 async def test_requests_share_a_connection_and_every_byte_sent_is_counted() -> None:
     answer = b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"text":"a"}'
     async with _server(answer, pieces=4) as (port, requests):
-        told, num_bytes = await _post(port, times=3)
-    assert told == {"text": "a"}
+        received, num_bytes = await _post(port, times=3)
+    assert received == {"text": "a"}
     assert len(requests) == 3
     assert sum(map(len, requests)) == num_bytes
     assert requests[0].startswith(b"POST /act HTTP/1.1\r\n")

@@ -1,4 +1,4 @@
-"""The measured copy of the policy: the same weights and conversations, completions of any length."""
+"""The copy of the policy that is measured: same weights and conversations, but completions of any length."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Medians, ratios, noise, and a bar that says MISS when it is missed."""
+"""Medians, ratios and noise of benchmark results, verdicts on targets, and the figures in the README."""
 
 import io
 import json
@@ -69,10 +69,10 @@ def test_percentiles_are_nearest_rank() -> None:
 def test_the_tables_show_every_contender_and_each_bar_with_its_verdict() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     report.show(_results(), bars(_results()), console)
-    shown = console.export_text()
+    printed = console.export_text()
     for label in report.LABELS.values():
-        assert label in shown
-    assert (shown.count("PASS"), shown.count("MISS")) == (4, 3)
+        assert label in printed
+    assert (printed.count("PASS"), printed.count("MISS")) == (4, 3)
 
 
 def test_the_file_holds_every_round_and_the_plot_is_drawn(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_the_figures_in_the_readme_are_those_of_the_last_run() -> None:
         r"^\| (\w+), (\d+) episodes? of (\d+) steps \| (.*) \|$", (folder / "README.md").read_text(), re.M
     )
     assert len(rows) == 9
-    for workload, episodes, steps, shown in rows:
+    for workload, episodes, steps, figures in rows:
         medians = cells[workload, int(episodes), int(steps)]
         service, openai, engine = (medians[name]["steps_per_s"] for name in ("service", "openai", "engine"))
-        assert shown == f"{service:.0f} | {openai:.0f} | {engine:.0f} | {service / openai:.2f}"
+        assert figures == f"{service:.0f} | {openai:.0f} | {engine:.0f} | {service / openai:.2f}"

@@ -1,4 +1,4 @@
-"""What grows is said to grow, by how much an hour; noise, peaks and the warm-up are not taken for growth."""
+"""The soak report: growth is reported with its rate per hour; noise, peaks and the warm-up are not reported."""
 
 import math
 import random
@@ -10,10 +10,10 @@ HOUR_S = 3600.0
 
 
 def sampled(**of: Any) -> list[Sample]:
-    """Half an hour of a service at rest; `of`: a field's value as a function of the second."""
-    still = dict.fromkeys(Sample.__dataclass_fields__, 100)
+    """Half an hour of samples. `of` gives fields as functions of the time in seconds; the other fields are constant."""
+    constant = dict.fromkeys(Sample.__dataclass_fields__, 100)
     at = [5.0 * number for number in range(361)]
-    return [Sample(**{**still, "at_s": at_s, **{name: value(at_s) for name, value in of.items()}}) for at_s in at]
+    return [Sample(**{**constant, "at_s": at_s, **{name: value(at_s) for name, value in of.items()}}) for at_s in at]
 
 
 def growing(samples: list[Sample]) -> set[str]:
@@ -32,7 +32,7 @@ def test_a_service_at_rest_does_not_grow() -> None:
     generator = random.Random(1)
     samples = sampled(server_mb=lambda _: 900 + generator.gauss(0, 3), num_fds=lambda _: 80 + generator.randrange(20))
     assert growing(samples) == set()
-    assert verdict(trends(samples, 600), 1200, failures=0) == "Nothing grows. Every call was answered."
+    assert verdict(trends(samples, 600), 1200, failures=0) == "Nothing grows. All calls succeeded."
 
 
 def test_a_leak_of_each_figure_is_told_by_its_name() -> None:

@@ -1,4 +1,4 @@
-"""Every contender is asked for what the workload's title says."""
+"""The workloads: actions have as many tokens as the titles say, prompts are not cached, and the grid is complete."""
 
 from bench.workloads import CHOICE1, CHOICE12, TEXT16, Cell, Workload, grid, observations
 from service.engine.tokenizer import HFTokenizer
@@ -6,7 +6,7 @@ from service.testing.scripted_engine import ScriptedEngine
 
 
 def _num_tokens(workload: Workload, tokenizer: HFTokenizer) -> list[int]:
-    """Of each action, without the end of turn."""
+    """The number of tokens of each action, without the end of the turn."""
     return [len(sequence) - 1 for sequence in ScriptedEngine(tokenizer).trie(workload.actions).sequences]
 
 
