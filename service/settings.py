@@ -92,13 +92,13 @@ class Settings(BaseSettings):
         description="Maximum number of episodes cached in memory. Others are loaded from the store on demand.",
     )
     max_steps: int | None = Field(
-        None, ge=1, description="Maximum number of steps of an episode that sets no `max_steps`. Unset: no limit."
+        None, ge=1, description="Default maximum number of steps, for episodes that set none. Unset: no limit."
     )
     idle_ttl_s: float | None = Field(
         None,
         gt=0,
-        description="Idle timeout in seconds of an episode that sets no `idle_ttl_s`: without an act for so long, it "
-        "ends. Unset: no timeout.",
+        description="Default idle timeout in seconds, for episodes that set none: an episode ends after this time "
+        "without an act. Unset: no timeout.",
     )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Maximum size of a request body, in bytes.")
     receive_limit_s: float = Field(
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     )
     docs: bool = Field(True, description="Whether to serve /docs, /redoc and /openapi.json.")
     max_tokens: int | None = Field(
-        None, ge=1, description="Maximum number of tokens of a completion if the episode sets no `max_tokens`."
+        None, ge=1, description="Default maximum number of tokens of a completion, for episodes that set none."
     )
     constraint_limit_s: float = Field(
         5.0, gt=0, description="Timeout in seconds for compiling a JSON schema or a pattern of an action space."
@@ -137,7 +137,7 @@ class Settings(BaseSettings):
     engine_canary_s: float = Field(
         30.0,
         gt=0,
-        description="Hang timeout in seconds: an engine that produces no output and answers no probe for so long is "
+        description="Hang timeout in seconds. An engine that produces no output and answers no probe for this time is "
         "killed and loaded again.",
     )
     engine_backoff_s: float = Field(
@@ -162,7 +162,8 @@ class Settings(BaseSettings):
     drain_s: float = Field(
         30.0,
         ge=0,
-        description="Drain timeout in seconds, after that delay: new acts are refused and in-flight acts may finish.",
+        description="Drain timeout in seconds, which starts after EPISODIC_DRAIN_DELAY_S. During this time "
+        "in-flight acts may finish, and new acts are refused.",
     )
     log_format: Literal["console", "json"] = Field("console", description="Format of log lines: console or json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -214,8 +215,8 @@ class Settings(BaseSettings):
         rows = ["| variable | default | what it sets |", "|---|---|---|"]
         for name, field in cls.model_fields.items():
             default = field.get_default(call_default_factory=True)
-            shown = "" if default in (None, {}, [], Quota()) else f"`{default}`"
-            rows.append(f"| `EPISODIC_{name.upper()}` | {shown} | {field.description} |")
+            default_text = "" if default in (None, {}, [], Quota()) else f"`{default}`"
+            rows.append(f"| `EPISODIC_{name.upper()}` | {default_text} | {field.description} |")
         return "\n".join(rows)
 
     @classmethod

@@ -150,7 +150,7 @@ class Client:
     def export(self, format: TrajectoryFormat = "steps", **where: Unpack[EpisodeFilter]) -> Generator[dict[str, Any]]:
         """Yields trajectories that match the filters, newest first. Without a `status` filter, of ended episodes only.
 
-        Holds one trajectory in memory at a time. Raises ConnectionFailed if the export is incomplete.
+        Only one trajectory is in memory at a time. Raises ConnectionFailed if the export is incomplete.
         """
         return self.stream(calls.export(format, where), LineReader())
 

@@ -75,7 +75,7 @@ class ActFields(EndFields, total=False):
 
 
 class RecordFields(EndFields, total=False):
-    """Further fields of a step whose action was chosen elsewhere."""
+    """Further fields of a step with a recorded action, which a human or another policy chose."""
 
     legal_actions: Sequence[Any] | None
 
