@@ -11,7 +11,7 @@ import typer
 from transformers import AutoTokenizer
 
 from service.engine.tokenizer import HFTokenizer
-from service.sessions.episode import Call
+from service.sessions.acts import ActRequest
 from service.sessions.sessions import Sessions
 from service.settings import Settings
 from service.store.sql import SQLStore
@@ -26,7 +26,7 @@ async def _play(sessions: Sessions, first: int, count: int) -> None:
     async def one(number: int) -> None:
         episode_id = f"episode-{number}"
         await sessions.create(episode_id, {"instructions": "Walk.", "action_space": _SPACE}, b"0" * 16)
-        await sessions.act(episode_id, Call(Message(observation=f"row {number % 4}, column 0"), b"1" * 16))
+        await sessions.act(episode_id, ActRequest(Message(observation=f"row {number % 4}, column 0"), b"1" * 16))
 
     for start in range(first, first + count, _CONCURRENCY):
         await asyncio.gather(*(one(number) for number in range(start, min(start + _CONCURRENCY, first + count))))
