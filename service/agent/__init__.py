@@ -1,5 +1,5 @@
-"""The agent: from an observation to an action.
+"""The agent: turns an observation into an action.
 
-May import the engine's seam (`service.engine.base`). Does no HTTP and stores nothing: it gets a read-only view of an
-episode and returns a decision.
+`agent.py` receives a read-only view of an episode and an observation, and returns a decision of the engine.
+`policies.py` loads LoRA adapters and stores which ones are served. This package does not handle HTTP.
 """

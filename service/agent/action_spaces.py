@@ -1,7 +1,7 @@
-"""Action spaces: what an action may be, the constraint that makes a completion one, how it is parsed and written.
+"""Action spaces: which actions are allowed, how the engine enforces it, and how actions are parsed and written.
 
-A space carries all its behaviour. To add one, write a class here, add it to `SPACES`, and give it a request model in
-`service/api/http/schemas.py` (CONTRIBUTING.md has the recipe). Pure.
+Each action space is a class that implements all its behaviour. To add one, write a class here, add it to `SPACES`, and
+add its request model to `service/api/http/schemas.py` (CONTRIBUTING.md has a recipe). The classes do no I/O.
 """
 
 import json
@@ -18,60 +18,67 @@ from service.validation import strict_json
 from service.validation.json_schema import MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused
 
 Asked = Mapping[str, Any]
-"""An `action_space` as POST /episode was given it."""
+"""The field `action_space` of the body of POST /episode."""
 
 MAX_ACTIONS = 1024
 MAX_PATTERN_CHARS = 4096
 
 
 class Space(ABC):
-    """An action space. Offers the engine `choices` or a `constraint`, and nothing of its own beyond that."""
+    """Base class of the action spaces. The engine uses only `choices`, `constraint` and `parse`."""
 
     __slots__ = ()
 
     type: ClassVar[str]
     """The value of `type` in a request."""
     is_slow_to_build: ClassVar[bool] = False
-    """Whether `of` may take so long that it belongs in a thread."""
+    """Whether `of` may take so long that it must run in a thread."""
 
     @classmethod
     @abstractmethod
     def of(cls, asked: Asked) -> Self:
-        """The space that a request asks for. Raises ActionSpaceRefused."""
+        """Builds the space from a request. Raises ActionSpaceRefused if the request is invalid."""
 
     @classmethod
     def instructions(cls, asked: Asked) -> str:
-        """What the system message says about the space; empty if nothing."""
+        """Returns the description of the space for the system message; empty if it needs none."""
         return ""
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """The legal actions as distinct texts; None if an action is written freely."""
+        """The legal actions as distinct texts; None if an action is generated text."""
         return None
 
     @property
     def constraint(self) -> Constraint | None:
-        """What a written action must be; None for any text."""
+        """The constraint on an action that is generated text; None if any text is allowed."""
         return None
 
     @property
     def unverified(self) -> Constraint | None:
-        """The constraint that the engine must check the text of a recorded action against, because `write` cannot."""
+        """The constraint on a recorded action that `write` cannot check, so that the engine must; None if none."""
         return None
 
     def narrowed(self, legal_actions: tuple[str, ...] | None) -> "Space":
-        """The space of one act. Raises ActionSpaceRefused for legal actions that this space cannot be narrowed to."""
+        """Returns the space of one act, reduced to its `legal_actions`; None means that all actions are legal.
+
+        Raises ActionSpaceRefused if these actions are not a non-empty subset of the space, or if it is not discrete.
+        """
         if legal_actions is not None:
-            raise ActionSpaceRefused("legal_actions narrows a discrete action space only", "legal_actions")
+            raise ActionSpaceRefused("legal_actions is only supported in a discrete action space", "legal_actions")
         return self
 
     @abstractmethod
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
-        """The action that a completion's text stands for, or why it is none."""
+        """Parses the text of a completion.
+
+        `finish_reason` is "stop", or "length" if `max_tokens` cut off the completion. Returns the action, or None and
+        the reason why the text is not an action.
+        """
 
     @abstractmethod
     def write(self, action: JsonValue) -> str:
-        """The text of an action that somebody else chose. Raises ActionSpaceRefused for one outside this space."""
+        """Returns the text of an action that the caller chose. Raises ActionSpaceRefused if it is not in this space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class TextSpace(Space):
 
 @dataclass(frozen=True, slots=True)
 class DiscreteSpace(Space):
-    """An action is one of `actions`, 2 to 1,024 distinct strings; in one act, any non-empty selection of them."""
+    """An action is one of `actions`: 2 to 1,024 distinct strings. One act may narrow them to one or more."""
 
     type = "discrete"
 
@@ -111,9 +118,9 @@ class DiscreteSpace(Space):
         if legal_actions is None:
             return self
         if not legal_actions or len(set(legal_actions)) < len(legal_actions):
-            raise ActionSpaceRefused("legal_actions must be distinct and not empty", "legal_actions")
+            raise ActionSpaceRefused("legal_actions must be a non-empty list of distinct actions", "legal_actions")
         if unknown := set(legal_actions) - set(self.actions):
-            raise ActionSpaceRefused(f"{min(unknown)!r} is not in the action space", "legal_actions")
+            raise ActionSpaceRefused(f"the legal action {min(unknown)!r} is not in the action space", "legal_actions")
         return DiscreteSpace(legal_actions)
 
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
@@ -121,25 +128,25 @@ class DiscreteSpace(Space):
 
     def write(self, action: JsonValue) -> str:
         if action not in self.actions:
-            raise ActionSpaceRefused(f"{str(action)[:100]!r} is not among the legal actions")
+            raise ActionSpaceRefused(f"the action {str(action)[:100]!r} is not among the legal actions")
         return action
 
 
 @lru_cache(maxsize=1024)
 def _discrete(actions: tuple[str, ...]) -> DiscreteSpace:
-    """Equal spaces are shared."""
+    """Builds a discrete space. Equal requests share one object."""
     if not 2 <= len(actions) <= MAX_ACTIONS:
-        raise ActionSpaceRefused(f"{len(actions)} actions; 2 to {MAX_ACTIONS} are allowed")
+        raise ActionSpaceRefused(f"the action space has {len(actions)} actions; 2 to {MAX_ACTIONS} are allowed")
     if len(set(actions)) < len(actions):
         raise ActionSpaceRefused("actions must be distinct")
     if not all(actions):
-        raise ActionSpaceRefused("an action must not be empty")
+        raise ActionSpaceRefused("an action must not be an empty string")
     return DiscreteSpace(actions)
 
 
 @dataclass(frozen=True, slots=True)
 class RegexSpace(Space):
-    """An action is a text that the pattern matches in full. The engine enforces it."""
+    """An action is text that the pattern matches in full. The engine enforces this."""
 
     type = "regex"
 
@@ -147,10 +154,12 @@ class RegexSpace(Space):
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
-        """Whether the pattern compiles is the engine's to say."""
+        """Checks only the length of the pattern. Whether the pattern compiles is checked by `Engine.check`."""
         pattern: str = asked["pattern"]
         if len(pattern) > MAX_PATTERN_CHARS:
-            raise ActionSpaceRefused(f"the pattern is {len(pattern)} characters long; at most {MAX_PATTERN_CHARS} are")
+            raise ActionSpaceRefused(
+                f"the pattern is {len(pattern)} characters long; at most {MAX_PATTERN_CHARS} are allowed"
+            )
         return cls(pattern)
 
     @property
@@ -163,7 +172,7 @@ class RegexSpace(Space):
 
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
         if finish_reason != "stop":
-            return None, ParseFailure("length", "The completion was cut before the pattern matched in full.")
+            return None, ParseFailure("length", "max_tokens cut off the completion before the pattern matched in full.")
         return text, None
 
     def write(self, action: JsonValue) -> str:
@@ -172,7 +181,10 @@ class RegexSpace(Space):
 
 @dataclass(frozen=True, slots=True)
 class JsonSpace(Space):
-    """An action is a JSON value that is valid under the schema. The engine enforces its grammar."""
+    """An action is a JSON value that is valid under the schema.
+
+    The engine restricts the tokens by a grammar. `parse` validates the value against the whole schema.
+    """
 
     type = "json"
     is_slow_to_build = True
@@ -181,7 +193,8 @@ class JsonSpace(Space):
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
-        """Refuses a schema that is too large or too deep, that refers outside itself, or that is no schema."""
+        """Builds the space. Raises ActionSpaceRefused if the schema is too large, nests too deeply, refers to another
+        document, or is not a JSON schema."""
         return cls(_checked(asked["schema"]))
 
     @property
@@ -190,10 +203,10 @@ class JsonSpace(Space):
 
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
         if finish_reason != "stop":
-            return None, ParseFailure("length", "The completion was cut before the JSON value was complete.")
+            return None, ParseFailure("length", "max_tokens cut off the completion before the JSON value was complete.")
         try:
             value = strict_json.parse(text)
-            strict_json.dump(value)  # a value that could not be stored is not an action
+            strict_json.dump(value)  # a value that cannot be stored is not an action
             self.schema.validate(value)
         except SchemaMismatch as error:
             return None, ParseFailure("schema", str(error))
@@ -202,7 +215,7 @@ class JsonSpace(Space):
         return value, None
 
     def write(self, action: JsonValue) -> str:
-        """Does not check patterns within the schema."""
+        """Checks the action against the schema, except for the patterns in it. Raises ActionSpaceRefused."""
         try:
             self.schema.validate(action)
         except SchemaMismatch as error:
@@ -212,26 +225,33 @@ class JsonSpace(Space):
 
 @dataclass(frozen=True, slots=True)
 class ToolsSpace(JsonSpace):
-    """An action is a call of a tool, {"name", "arguments"}, valid under that tool's schema."""
+    """An action is a tool call, {"name", "arguments"}, that is valid under the tool's schema."""
 
     type = "tools"
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
-        """Refuses names that clash, and parameters that are not an object's or that the grammar cannot enforce."""
+        """Builds the space.
+
+        Raises ActionSpaceRefused if two tools have the same name, or if the schemas are too large. Also raises it if a
+        schema of parameters is not of type object, or has a keyword that the grammar cannot enforce.
+        """
         tools: list[dict[str, Any]] = asked["tools"]
         names = [tool["name"] for tool in tools]
-        if twins := sorted({name for name in names if names.count(name) > 1}):
-            raise ActionSpaceRefused(f"two tools are named {twins[0]!r}")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ActionSpaceRefused(f"two tools have the same name, {duplicates[0]!r}")
         if len(json.dumps([tool.get("parameters") for tool in tools])) > MAX_SCHEMA_BYTES:
-            raise ActionSpaceRefused(f"the tools' schemas are too large: more than {MAX_SCHEMA_BYTES} bytes")
+            raise ActionSpaceRefused(f"the tools' schemas are too large: more than {MAX_SCHEMA_BYTES} bytes in total")
         calls: list[dict[str, Any]] = []
         room = MAX_SCHEMA_BYTES
         for tool in tools:
             call = _call_schema(tool)
             room -= len(json.dumps(call))
             if room < 0:
-                raise ActionSpaceRefused("the tools' schemas are too large with their references written out")
+                raise ActionSpaceRefused(
+                    "the tools' schemas are too large once their references are expanded: "
+                    f"more than {MAX_SCHEMA_BYTES} bytes in total"
+                )
             calls.append(call)
         return cls(_checked({"anyOf": calls}))
 
@@ -248,7 +268,7 @@ def _call_schema(tool: dict[str, Any]) -> dict[str, Any]:
     except SchemaRefused as error:
         raise ActionSpaceRefused(f"tool {tool['name']!r}: {error}") from error
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
-        raise ActionSpaceRefused(f"tool {tool['name']!r}: the parameters must be of type object")
+        raise ActionSpaceRefused(f"tool {tool['name']!r}: the schema of the parameters must be of type object")
     return {
         "type": "object",
         "properties": {"name": {"const": tool["name"]}, "arguments": parameters},
@@ -259,13 +279,13 @@ def _call_schema(tool: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class RefusedSpace(Space):
-    """The space of an episode that was opened when it was accepted and is no longer. The episode can only end."""
+    """Replaces the action space of a stored episode that is no longer accepted. The episode can only be ended."""
 
     reason: str
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
-        raise NotImplementedError("no request asks for it")
+        raise NotImplementedError("a request cannot ask for this space")
 
     def narrowed(self, legal_actions: tuple[str, ...] | None) -> Space:
         raise ActionSpaceRefused(self.reason)
@@ -280,18 +300,20 @@ class RefusedSpace(Space):
 SPACES: Mapping[str, type[Space]] = {
     space.type: space for space in (TextSpace, DiscreteSpace, JsonSpace, RegexSpace, ToolsSpace)
 }
-"""Every action space that can be asked for, by its `type`."""
+"""The action spaces that a request can ask for, by `type`."""
 
 _DEFAULT: Asked = {"type": TextSpace.type}
 
 
 def asked_space(request: Asked) -> tuple[type[Space], Asked]:
-    """The class of the space that an episode's request asks for, and what to build it from; any text if it asks for
-    none. Raises ActionSpaceRefused for a type that does not exist."""
+    """Returns the class of the action space that an episode's request asks for, and the fields to build it from.
+
+    The default is any text. Raises ActionSpaceRefused if the type does not exist.
+    """
     asked: Asked = request.get("action_space") or _DEFAULT
     space = SPACES.get(asked["type"])
     if space is None:
-        raise ActionSpaceRefused(f"there is no action space of type {asked['type']!r}")
+        raise ActionSpaceRefused(f"unknown action space type {asked['type']!r}; the types are {', '.join(SPACES)}")
     return space, asked
 
 
@@ -304,5 +326,5 @@ def _checked(schema: dict[str, Any]) -> Schema:
 
 def _text(action: JsonValue) -> str:
     if not isinstance(action, str):
-        raise ActionSpaceRefused("an action of this space is a string")
+        raise ActionSpaceRefused("the action must be a string in this action space")
     return action

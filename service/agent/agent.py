@@ -1,4 +1,4 @@
-"""The heart: `act` takes an observation to the policy's decision."""
+"""Asks the engine for the policy's decision on an observation."""
 
 import random
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from service.trajectory import Decision, Message
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the agent sees of an episode, read-only. `step` is the index of the step to decide."""
+    """A read-only view of an episode for the agent. `step` is the index of the step to decide."""
 
     tenant: str
     policy: str
@@ -32,7 +32,7 @@ class View:
 
 
 class Agent:
-    """The policy behind the episodes: an engine, and the base model and adapters that it serves."""
+    """Decides the acts of all episodes, with one engine and the policies (base model and adapters) that it serves."""
 
     def __init__(self, policies: Policies, engine: Engine) -> None:
         self.policies = policies
@@ -42,10 +42,13 @@ class Agent:
     async def act(
         self, view: View, message: Message, slot: Slot, recorded: Recorded | None = None, sink: TextSink | None = None
     ) -> Decision | Overflow:
-        """The decision for the message's observation. `slot` is entered around each request to the model; `recorded` is
-        an action that somebody else chose; `sink` receives the text as it is drawn.
+        """Returns the policy's decision on the message's observation, or Overflow if the context is too small for it.
 
-        Changes nothing. Raises ActionSpaceRefused, EngineUnavailable.
+        slot: returns a context manager to use around each request to the model; it waits for a slot of the engine.
+        recorded: an action that the caller chose; the policy then draws nothing.
+        sink: receives streamed text.
+
+        Does not change the episode. Raises ActionSpaceRefused, EngineUnavailable.
         """
         options = view.options
         space = options.action_space.narrowed(message.legal_actions)
@@ -69,6 +72,6 @@ class Agent:
         return await self.engine.decide(transcript, space, wanted)
 
     def _generator(self, view: View, purpose: str) -> random.Random:
-        """With a seed each step and purpose has a generator of its own, so that a step can be reproduced."""
+        """Returns the generator. With a seed, it depends only on seed, step and purpose, so steps are reproducible."""
         seed = view.options.sampling.seed
         return self._random if seed is None else random.Random(f"{seed}:{view.step}{purpose}")  # noqa: S311

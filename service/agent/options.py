@@ -1,4 +1,4 @@
-"""What an episode was opened with, made ready: defaults filled in, limits checked, the action space built."""
+"""The options of an episode: fills in defaults, checks limits, and builds the action space."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,7 +16,13 @@ Request = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What POST /episode asked for, made ready. Limits are in tokens."""
+    """The options of an episode, ready to use.
+
+    system: the system message.
+    reasoning: None if the policy writes no thoughts.
+    max_context_tokens: size of the context in tokens, prompt and completion together.
+    max_steps, idle_ttl_s: None for no limit.
+    """
 
     system: str
     action_space: Space
@@ -29,33 +35,39 @@ class Options:
 
     @classmethod
     def of(cls, request: Request, info: EngineInfo) -> "Options":
-        """Raises ActionSpaceRefused, and Unprocessable for limits that leave no room and for stop strings that would
-        cut an action short."""
+        """Returns the options of a new episode.
+
+        Raises ActionSpaceRefused if the action space is invalid. Raises Unprocessable if the token limits leave no room
+        for the prompt, or if a stop string could cut an action short.
+        """
         space, limit = _space(request), _limit(request, info)
         sampling: Request = request.get("sampling") or {}
         thought: Request | None = request.get("reasoning")
         max_tokens: int = sampling.get("max_tokens") or 0
         if max_tokens >= limit:
-            raise Unprocessable(f"max_tokens must be below the context's {limit} tokens", "sampling", "max_tokens")
+            raise Unprocessable(f"max_tokens must be less than the context, {limit} tokens", "sampling", "max_tokens")
         if thought and limit - thought["max_tokens"] <= max(max_tokens, 1):
-            detail = f"the thought must leave room in the context's {limit} tokens"
+            detail = f"max_tokens of thought and action together must be less than the context, {limit} tokens"
             raise Unprocessable(detail, "reasoning", "max_tokens")
         if sampling.get("stop") and space.constraint is not None:
-            raise Unprocessable("a stop string would end an action before it is whole", "sampling", "stop")
-        return cls._made(request, info, space)
+            detail = f"stop is not supported for {space.type!r}: a stop string could cut an action short"
+            raise Unprocessable(detail, "sampling", "stop")
+        return cls._build(request, info, space)
 
     @classmethod
     def restored(cls, request: Request, info: EngineInfo) -> "Options":
-        """The options of an episode that was opened earlier, perhaps under other limits. Limits are cut to fit. If its
-        action space would be refused now, the episode can only end."""
+        """Returns the options of a stored episode, which may have been opened under other limits.
+
+        Limits are reduced to fit. If the service no longer accepts the action space, the episode can only be ended.
+        """
         try:
             space = _space(request)
         except ActionSpaceRefused as error:
-            space = RefusedSpace(f"the episode's action space is not accepted any more: {error}")
-        return cls._made(request, info, space)
+            space = RefusedSpace(f"end the episode: its action space is not accepted any more: {error}")
+        return cls._build(request, info, space)
 
     @classmethod
-    def _made(cls, request: Request, info: EngineInfo, space: Space) -> "Options":
+    def _build(cls, request: Request, info: EngineInfo, space: Space) -> "Options":
         given: Request = request.get("sampling") or {}
         asked: Request = {name: value for name, value in given.items() if value is not None}
         asked["stop"] = tuple(asked.get("stop", ())) if space.constraint is None else ()
@@ -78,32 +90,33 @@ class Options:
         )
 
     def expires_at(self, now: float) -> float | None:
+        """Returns when the episode expires if no act follows, in Unix seconds; None for never."""
         return None if self.idle_ttl_s is None else now + self.idle_ttl_s
 
 
 async def checked(request: Request, info: EngineInfo) -> Options:
-    """`Options.of`, in a thread if it may take long."""
+    """Calls `Options.of`, in a thread if it may take long."""
     space, _ = asked_space(request)
-    return await _made(Options.of, request, info, in_thread=space.is_slow_to_build)
+    return await _run(Options.of, request, info, in_thread=space.is_slow_to_build)
 
 
 async def restored(request: Request, info: EngineInfo) -> Options:
-    """`Options.restored`, in a thread if it may take long."""
+    """Calls `Options.restored`, in a thread if it may take long."""
     try:
         space, _ = asked_space(request)
     except ActionSpaceRefused:
         return Options.restored(request, info)
-    return await _made(Options.restored, request, info, in_thread=space.is_slow_to_build)
+    return await _run(Options.restored, request, info, in_thread=space.is_slow_to_build)
 
 
-async def _made(
+async def _run(
     make: Callable[[Request, EngineInfo], Options], request: Request, info: EngineInfo, *, in_thread: bool
 ) -> Options:
     return await asyncio.to_thread(make, request, info) if in_thread else make(request, info)
 
 
 def system_text(request: dict[str, JsonValue]) -> str:
-    """The system message of an episode: instructions, goal, and what its action space has to say."""
+    """Returns the system message of an episode: its instructions, its goal, and the description of its action space."""
     goal = request.get("goal")
     parts = [request.get("instructions", ""), f"Goal: {goal}" if goal else "", _space_instructions(request)]
     return "\n\n".join(part for part in parts if part)
@@ -118,7 +131,7 @@ def _space_instructions(request: Request) -> str:
 
 
 def _limit(request: Request, info: EngineInfo) -> int:
-    """The size of the context in tokens."""
+    """Returns the size of the context in tokens."""
     context: Request = request.get("context") or {}
     return min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
 

@@ -1,4 +1,4 @@
-"""Owns the policies: the base model and its LoRA adapters, which are loaded, replaced and removed while it serves."""
+"""Manages the policies: the base model, and LoRA adapters that are loaded, replaced and removed at run time."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,12 @@ _log = logs.get(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What acts: the base model (`adapter` None), or it with an adapter."""
+    """The base model, or the base model with an adapter.
+
+    version: identifies the weights, including those of the adapter.
+    adapter: None for the base model.
+    loaded_at: Unix seconds; None for the base model.
+    """
 
     name: str
     version: str
@@ -29,7 +34,11 @@ class Policy:
 
 
 class Policies:
-    """The policies of one engine. Adapters come from `source`, unset: none do; their copies are kept in `kept`."""
+    """The policies of one engine.
+
+    source: the folder from which adapters are loaded; None disables adapters.
+    kept: the folder for copies of the loaded adapters.
+    """
 
     def __init__(
         self, engine: Engine, store: Store, *, source: Path | None = None, kept: Path = Path("adapters")
@@ -50,39 +59,43 @@ class Policies:
         return self._base
 
     def get(self, name: str) -> Policy:
-        """Raises EngineUnavailable for a policy that is not served (any more)."""
+        """Returns the policy with this name. Raises EngineUnavailable if it is not, or no longer, served."""
         if name == self._base.name:
             return self._base
         if name not in self._adapters:
-            raise EngineUnavailable(f"the episode belongs to the policy {name!r}, which is not served here")
+            raise EngineUnavailable(f"the policy {name!r} of the episode is not served; GET /policy lists the policies")
         return self._adapters[name]
 
     def __contains__(self, name: str) -> bool:
         return name == self._base.name or name in self._adapters
 
     async def restore(self) -> None:
-        """Loads the adapters that were there when the service was last up; one that cannot be is logged and left."""
+        """Loads the adapters that are in the store. One that cannot be loaded is logged and skipped."""
         for record in await self._store.policies():
             if self._source is None:
                 _log.warning("adapter_not_served", policy=record.name)
                 continue
             try:
-                checked = await self._adopted(record.name, self._kept / record.digest, record.loaded_at)
+                checked = await self._copy_checked(record.name, self._kept / record.digest, record.loaded_at)
                 self._adapters[record.name] = await self._load(checked)
             except AdapterRefused as error:
                 _log.error("adapter_load_failed", policy=record.name, reason=str(error))
 
     async def load(self, name: str, path: str) -> tuple[Policy, bool]:
-        """Loads or replaces an adapter from a folder below the source; returns it and whether its name is new. Acts in
-        flight end under the weights they began with. Raises Unprocessable."""
+        """Loads an adapter, or replaces the one with this name. Acts in flight complete with the previous weights.
+
+        path: the adapter's folder, relative to `source`.
+
+        Returns the policy, and whether its name is new. Raises Unprocessable, EngineUnavailable, StoreUnavailable.
+        """
         if self._source is None:
-            raise Unprocessable("adapters are off: name their folder in EPISODIC_ADAPTERS", "path")
+            raise Unprocessable("adapters are disabled; set EPISODIC_ADAPTERS to the folder that contains them", "path")
         if name == self._base.name:
-            raise Unprocessable(f"{name!r} is the base model", "name")
+            raise Unprocessable(f"{name!r} is the name of the base model; choose another name", "name")
         folder = _below(self._source, path)
         async with self._changing:
             try:
-                record = await self._adopted(name, folder, time.time())
+                record = await self._copy_checked(name, folder, time.time())
                 known = self._adapters.get(name)
                 if known and known.version == record.version:
                     return known, False
@@ -92,7 +105,7 @@ class Policies:
             try:
                 await self._store.put_policy(record)
             except BaseException:
-                await self._unload(policy)  # what is not kept is not served: it would be gone at the next start
+                await self._unload(policy)  # an adapter that is not stored would be missing after a restart
                 raise
             self._adapters[name] = policy
             if known:
@@ -100,25 +113,25 @@ class Policies:
         return policy, known is None
 
     async def remove(self, name: str) -> None:
-        """Raises NotFound, Unprocessable for the base model."""
+        """Removes an adapter. Raises NotFound, Unprocessable for the base model, StoreUnavailable."""
         if name == self._base.name:
-            raise Unprocessable(f"{name!r} is the base model", "name")
+            raise Unprocessable(f"{name!r} is the base model and cannot be removed", "name")
         async with self._changing:
             policy = self._adapters.get(name)
             if policy is None:
-                raise NotFound("policy_not_found", f"There is no policy {name!r}.")
+                raise NotFound("policy_not_found", f"There is no policy {name!r}. GET /policy lists the policies.")
             await self._store.delete_policy(name)
             del self._adapters[name]
             await self._unload(policy)
 
-    async def _adopted(self, name: str, folder: Path, loaded_at: float) -> StoredPolicy:
-        """Checked against the base model that is served now, which may be another than when it was first loaded."""
+    async def _copy_checked(self, name: str, folder: Path, loaded_at: float) -> StoredPolicy:
+        """Copies the adapter and checks it against the base model, which may have changed since the last start."""
         info = self._engine.info
         try:
             shapes, max_rank = info.weight_shapes, info.max_lora_rank
             found = await asyncio.to_thread(adopt, folder, self._kept, base=shapes, max_rank=max_rank)
         except OSError as error:
-            raise AdapterRefused(f"its files cannot be copied: {error.strerror}") from error
+            raise AdapterRefused(f"the adapter's files cannot be copied: {error.strerror}") from error
         version = hashlib.sha256(f"{info.version}:{found.digest}".encode()).hexdigest()[:12]
         return StoredPolicy(name, found.digest, version, found.rank, loaded_at)
 
@@ -133,10 +146,10 @@ class Policies:
 
 
 def _below(source: Path, path: str) -> Path:
-    """The folder of this path among the adapters. Raises Unprocessable."""
+    """Returns the folder `path` below `source`. Raises Unprocessable if there is no such folder."""
     root = source.resolve()
-    with contextlib.suppress(OSError, ValueError):  # too long a name, a NUL in it
+    with contextlib.suppress(OSError, ValueError):  # the path is too long, or contains a NUL
         folder = (root / path).resolve()
         if folder.is_relative_to(root) and folder.is_dir():
             return folder
-    raise Unprocessable(f"there is no folder {path[:200]!r} among the adapters", "path")
+    raise Unprocessable(f"there is no folder {path[:200]!r} in EPISODIC_ADAPTERS", "path")

@@ -1,4 +1,4 @@
-"""Action spaces: what each refuses, and how it parses, writes and is narrowed."""
+"""Tests of action spaces: what they refuse, and how they parse actions."""
 
 import json
 from typing import Any

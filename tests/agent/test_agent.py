@@ -1,4 +1,4 @@
-"""The heart: how often the engine is asked and for what, how seeds reach it, and what a step records."""
+"""Tests of the agent: the requests that it makes to the engine, the seeds, and the recorded steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,17 +19,17 @@ from tests.support.acts import take
 
 
 class RecordingEngine(ScriptedEngine):
-    """Keeps what it was asked for."""
+    """Records the arguments of its calls."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.candidates: list[tuple[int, ...]] = []
-        self.asked: list[tuple[Sampling, Constraint | None]] = []
+        self.requests: list[tuple[Sampling, Constraint | None]] = []
 
     async def generate(
         self, prompt_token_ids: list[int], sampling: Sampling, constraint: Constraint | None, **options: Any
     ) -> Completion:
-        self.asked.append((sampling, constraint))
+        self.requests.append((sampling, constraint))
         return await super().generate(prompt_token_ids, sampling, constraint, **options)
 
     async def score(self, prompt_token_ids: list[int], candidates: Sequence[int], **options: Any) -> Scores:
@@ -103,18 +103,18 @@ async def test_each_text_step_gets_a_seed_of_its_own(agent: Agent, engine: Recor
         playing = episode(agent, sampling={"seed": 5})
         for _ in range(3):
             await take(agent, playing)
-    seeds = [sampling.seed for sampling, _ in engine.asked]
+    seeds = [sampling.seed for sampling, _ in engine.requests]
     assert seeds[:3] == seeds[3:]
     assert len(set(seeds[:3])) == 3
     await take(agent, episode(agent))
-    assert engine.asked[-1][0].seed is None
+    assert engine.requests[-1][0].seed is None
 
 
 async def test_the_engine_holds_the_reply_to_the_constraint(agent: Agent, engine: RecordingEngine):
     await take(agent, episode(agent, action_space={"type": "regex", "pattern": "[ab]+"}))
     await take(agent, episode(agent, action_space={"type": "json", "schema": {"type": "null"}}))
     await take(agent, episode(agent))
-    assert [constraint for _, constraint in engine.asked] == [
+    assert [constraint for _, constraint in engine.requests] == [
         Constraint("regex", "[ab]+"),
         Constraint("json", '{"type":"null"}'),
         None,
@@ -159,7 +159,7 @@ async def test_a_reply_without_an_end_gets_one(tokenizer: HFTokenizer):
     step = await take(agent, playing)
     assert step.answer["finish_reason"] == "length"
     assert step.span.token_ids[-1] == engine.prompt.terminator
-    assert list(step.span.loss_mask[-5:]) == [1, 1, 1, 1, 0], "the end was not the policy's choice"
+    assert list(step.span.loss_mask[-5:]) == [1, 1, 1, 1, 0], "the end-of-turn token was forced"
 
 
 async def test_a_dead_engine_is_one_plain_error_however_many_passes(agent: Agent, engine: RecordingEngine):
