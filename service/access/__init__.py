@@ -1,4 +1,4 @@
-"""Who may call, and how much: API keys, quotas, and admission to the engine.
+"""Access control: API keys, quotas, and admission of acts to the engine.
 
-May import the store (keys are stored there), settings and errors. Knows nothing of episodes or models.
+This package may import the store (which contains the keys), settings and errors. It does not handle episodes or models.
 """

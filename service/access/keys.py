@@ -1,4 +1,4 @@
-"""Owns API keys: how one is made, what is kept of it, and which of the store's are valid now."""
+"""API keys: creates keys, computes the records that the store keeps of them, and looks up valid keys."""
 
 import asyncio
 import hashlib
@@ -18,7 +18,7 @@ _log = logs.get(__name__)
 Scope = Literal["act", "read", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 TENANT = r"[a-z0-9][a-z0-9_-]{0,63}"
-"""What a tenant may be called."""
+"""Pattern of the names of tenants."""
 
 _PREFIX = "ek"
 _KEY = re.compile(rf"{_PREFIX}_([0-9a-f]{{16}})_[0-9a-f]{{64}}")
@@ -26,52 +26,57 @@ _FRESH_S = 1.0
 
 
 class KeyRefused(Exception):
-    """A key that cannot be made known; the message does not hold it."""
+    """The key cannot be added to the store. The message does not contain the key."""
 
 
 def new_key(tenant: str, scopes: Sequence[Scope], now: float) -> tuple[str, StoredKey]:
-    """A key to hand out, shown once, and what the store keeps of it."""
+    """Creates a key. Returns the key, which must be shown once and not stored, and its record for the store."""
     key = f"{_PREFIX}_{secrets.token_hex(8)}_{secrets.token_hex(32)}"
     return key, record_of(key, tenant, scopes, now)
 
 
 def record_of(key: str, tenant: str, scopes: Sequence[Scope], now: float) -> StoredKey:
-    """What the store keeps of a key. Raises KeyRefused for one that `new_key` cannot have made."""
+    """Returns the record of a key for the store. Raises KeyRefused if the key does not have the format of `new_key`."""
     found = _KEY.fullmatch(key)
     if found is None:
-        raise KeyRefused("it is not of the form that `episodic keys new` prints")
+        raise KeyRefused("invalid key format; use a key that `episodic keys new` prints")
     return StoredKey(found[1], digest(key), tenant, tuple(scopes), now)
 
 
 async def make_known(store: Store, record: StoredKey) -> None:
-    """Adds a key that was made elsewhere, unless it is there; replicas that start together may all call it. One that
-    was revoked stays so. Raises KeyRefused if another key has its public id, StoreUnavailable."""
-    known = await _kept(store, record.key_id)
+    """Adds a key to the store if it is missing. Replicas that start at the same time may all add the same key.
+
+    A revoked key stays revoked. Raises KeyRefused if another key has the same public id, StoreUnavailable.
+    """
+    known = await _stored_key(store, record.key_id)
     if known is None:
         try:
             return await store.add_key(record)
-        except StoreUnavailable:  # or another replica was first
-            known = await _kept(store, record.key_id)
+        except StoreUnavailable:  # it is also raised if another replica has added the key meanwhile
+            known = await _stored_key(store, record.key_id)
             if known is None:
                 raise
     if not hmac.compare_digest(known.digest, record.digest):
-        raise KeyRefused(f"another key has the public id {record.key_id}")
+        raise KeyRefused(f"the store has another key with the public id {record.key_id}; create a new key")
     if known.revoked_at is not None:
         _log.warning("admin_key_revoked", key_id=record.key_id)
 
 
-async def _kept(store: Store, key_id: str) -> StoredKey | None:
+async def _stored_key(store: Store, key_id: str) -> StoredKey | None:
     return next((record for record in await store.keys() if record.key_id == key_id), None)
 
 
 def digest(key: str) -> bytes:
-    """SHA-256, 32 bytes. A key holds 256 random bits, so nobody finds it by trying, however fast the digest is; a slow
-    one, as passwords need, would only slow down each call."""
+    """Returns the SHA-256 digest of a key, 32 bytes.
+
+    A fast digest is safe, because a key has 256 random bits and cannot be guessed. A slow one, as passwords need, would
+    only delay each call.
+    """
     return hashlib.sha256(key.encode()).digest()
 
 
 class Keyring:
-    """The store's keys in memory, read again when they are a second old: so long may a revoked key still serve."""
+    """Caches the keys of the store for one second. So a revoked key is accepted for at most one more second."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -80,11 +85,14 @@ class Keyring:
         self._reading = asyncio.Lock()
 
     async def exists(self) -> bool:
-        """Whether a key was ever made. A revoked one counts: to revoke the last key must not open the door."""
+        """Returns whether a key was ever created, even if it is revoked.
+
+        Without any key the service accepts every local caller. Revoking the last key must not bring that back.
+        """
         return bool(await self._fresh())
 
     async def find(self, key: str) -> StoredKey | None:
-        """The record of a valid key; None for any other text."""
+        """Returns the record of a valid key; None for any other text."""
         prefix, _, rest = key.partition("_")
         record = (await self._fresh()).get(rest.partition("_")[0]) if prefix == _PREFIX else None
         if record is None or record.revoked_at is not None:
@@ -92,7 +100,10 @@ class Keyring:
         return record if hmac.compare_digest(record.digest, digest(key)) else None
 
     async def _fresh(self) -> dict[str, StoredKey]:
-        """Raises StoreUnavailable if the keys were never read; later on the last ones serve while the store cannot."""
+        """Returns the keys by id, read again if the cached ones are too old.
+
+        If the store is unavailable, the last keys stay in use. Raises StoreUnavailable if there are none.
+        """
         if self._keys is not None and time.monotonic() < self._read_at + _FRESH_S:
             return self._keys
         async with self._reading:

@@ -1,4 +1,4 @@
-"""Admission: quotas, the bound on what waits, whose turn is next, and that nothing is left behind."""
+"""Tests of admission control: quotas, the bound on the act queue, fairness, and the release of slots."""
 
 import asyncio
 from contextlib import ExitStack, suppress
@@ -11,7 +11,7 @@ from service.settings import Quota
 
 
 def refusal(admission: Admission, tenant: str = "a", num_acts: int = 1) -> str | None:
-    """The code that an act would be refused with now."""
+    """Returns the code with which these acts would be refused now; None if they would be admitted."""
     try:
         with admission.admitted(tenant, num_acts):
             return None
@@ -20,7 +20,7 @@ def refusal(admission: Admission, tenant: str = "a", num_acts: int = 1) -> str |
 
 
 class Turns:
-    """Acts that hold their place in the engine until they are told to end; `order` tells whose turns came when."""
+    """Starts acts that occupy a slot until the test ends them. `order` lists their tenants in the order of starting."""
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
@@ -44,6 +44,7 @@ class Turns:
         return task
 
     async def end(self, place: int) -> None:
+        """Ends the act number `place`, in the order of starting."""
         self.ends[place].set()
         for _ in range(3):
             await asyncio.sleep(0)
@@ -93,7 +94,7 @@ async def test_a_tenant_below_its_share_is_admitted_to_a_full_queue():
     for _ in range(4):
         await turns.begin("flood")
     assert refusal(admission, "flood") == "overloaded"
-    for _ in range(2):  # its share of four, with one other tenant there
+    for _ in range(2):  # its share: half of the limit of four
         assert refusal(admission, "other") is None
         await turns.begin("other")
     assert refusal(admission, "other") == "overloaded"
@@ -117,7 +118,7 @@ async def test_one_whose_turn_comes_as_it_leaves_hands_it_on():
     for tenant in "abc":
         await turns.begin(tenant)
     turns.ends[0].set()
-    await asyncio.sleep(0)  # the first leaves now and gives its place to b
+    await asyncio.sleep(0)  # the first act ends, and its slot is given to b
     turns.tasks[1].cancel()
     for _ in range(4):
         await asyncio.sleep(0)
@@ -150,7 +151,7 @@ async def test_calls_have_a_rate(monkeypatch: pytest.MonkeyPatch):
     admission = Admission(lambda _: Quota(calls_per_s=2.0))
     admission.count_calls("a")
     admission.count_calls("a")
-    with pytest.raises(TooManyRequests, match="2 calls a second") as refused:
+    with pytest.raises(TooManyRequests, match="2 calls per second") as refused:
         admission.count_calls("a")
     assert (refused.value.code, refused.value.headers["Retry-After"]) == ("rate_limited", "1")
     admission.count_calls("b")
@@ -159,7 +160,7 @@ async def test_calls_have_a_rate(monkeypatch: pytest.MonkeyPatch):
     with suppress(TooManyRequests):
         admission.count_calls("a")
     now += 10.0
-    admission.count_calls("a", 8)  # a batch may be larger than what is left, and is paid off
+    admission.count_calls("a", 8)  # a batch may exceed the allowance, which becomes negative
     now += 2.0
     with pytest.raises(TooManyRequests):
         admission.count_calls("a")

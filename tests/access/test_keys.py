@@ -1,4 +1,4 @@
-"""Keys: what is kept of one, how long the ones in memory serve, and how a service comes by its first one."""
+"""Tests of API keys: the stored record, the cache of keys, and the creation of the first key at start."""
 
 import asyncio
 import re
@@ -29,7 +29,7 @@ class CountingStore(MemoryStore):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """`clock[0]` is the time."""
+    """Replaces the clock: `clock[0]` is the time in seconds."""
     now = [100.0]
     monkeypatch.setattr("service.access.keys.time.monotonic", lambda: now[0])
     return now
@@ -92,12 +92,12 @@ async def test_the_last_keys_serve_while_the_store_cannot(clock: list[float]):
     assert await ring.find(key)
 
 
-# --- the first key
+# --- keys that are created or added at start
 
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs `serve` for all addresses, up to where it would listen."""
+    """Returns a function that runs `episodic serve` on all addresses, up to the point where it would listen."""
     monkeypatch.setattr("service.cli.serve._serve", lambda settings: 0)
     monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
     monkeypatch.setenv("EPISODIC_HOST", "0.0.0.0")  # noqa: S104
@@ -108,7 +108,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def kept(folder: Path) -> list[StoredKey]:
+def stored_keys(folder: Path) -> list[StoredKey]:
     async def read() -> list[StoredKey]:
         async with SQLStore(f"sqlite:///{folder / 'episodic.db'}") as store:
             return await store.keys()
@@ -121,18 +121,18 @@ def test_a_key_is_made_and_printed_by_the_first_start_alone(start: Any, tmp_path
     assert first.exit_code == 0
     key, usage = first.stdout.splitlines()
     assert "Authorization: Bearer" in usage
-    (record,) = kept(tmp_path)
+    (record,) = stored_keys(tmp_path)
     assert (record.digest, record.tenant, record.scopes) == (digest(key), DEFAULT_TENANT, SCOPES)
     second = start(make_key="true")
     assert (second.exit_code, second.output) == (0, "")
-    assert kept(tmp_path) == [record]
+    assert stored_keys(tmp_path) == [record]
 
 
 def test_no_key_is_made_where_none_is_needed(start: Any, tmp_path: Path):
     assert start(make_key="true", host="127.0.0.1").output == ""
     key = CliRunner().invoke(app, ["keys", "new"]).stdout.strip()
     assert start(make_key="true", admin_key=key).output == ""
-    assert [record.digest for record in kept(tmp_path)] == [digest(key)]
+    assert [record.digest for record in stored_keys(tmp_path)] == [digest(key)]
 
 
 def test_an_admin_key_is_made_known_once(start: Any, tmp_path: Path):
@@ -140,7 +140,7 @@ def test_an_admin_key_is_made_known_once(start: Any, tmp_path: Path):
     for _ in range(2):
         started = start(admin_key=key, host="127.0.0.1")
         assert (started.exit_code, started.output) == (0, "")
-    (record,) = kept(tmp_path)
+    (record,) = stored_keys(tmp_path)
     assert (record.digest, record.tenant, record.scopes) == (digest(key), DEFAULT_TENANT, SCOPES)
 
 
@@ -151,7 +151,7 @@ def test_an_admin_key_of_another_form_is_refused_in_a_line(start: Any, tmp_path:
     assert re.fullmatch(r"admin_key: .*`episodic keys new`.*\n", refused.stderr)
     assert refused.stdout == ""
     assert not key or key not in refused.output
-    assert kept(tmp_path) == []
+    assert stored_keys(tmp_path) == []
 
 
 async def test_replicas_that_start_together_make_the_same_key_known(tmp_path: Path):
@@ -166,8 +166,8 @@ async def test_the_loser_of_a_race_finds_the_key_known():
 
     class Raced(MemoryStore):
         async def add_key(self, key: StoredKey) -> None:
-            await super().add_key(key)  # by the other replica
-            raise StoreUnavailable("a row with this id is there")
+            await super().add_key(key)  # as if another replica had added it first
+            raise StoreUnavailable("a row with this id exists")
 
     store = Raced()
     await make_known(store, record)

@@ -243,7 +243,7 @@ async def test_quotas_refuse_with_retry_after_and_name_what_is_full(tmp_path: Pa
         assert (await api.client.post("/episode", json={"episode_id": "e"})).status_code == 200  # a retry
         acting = asyncio.create_task(api.post_act("e"))
         await until(lambda: engine.num_held == 1)
-        assert_refused(await api.post_act("f"), "quota_exceeded", "1 acts at once")
+        assert_refused(await api.post_act("f"), "quota_exceeded", "1 concurrent acts")
         engine.release.set()
         assert (await acting).status_code == 200
         assert (await api.post_act("f")).status_code == 200
@@ -251,7 +251,7 @@ async def test_quotas_refuse_with_retry_after_and_name_what_is_full(tmp_path: Pa
         await api.open("g")
         assert (await api.client.get("/episode", headers=slow)).status_code == 200
         limited = await api.client.get("/episode", headers=slow)
-        assert_refused(limited, "rate_limited", "0.5 calls a second")
+        assert_refused(limited, "rate_limited", "0.5 calls per second")
         assert int(limited.headers["Retry-After"]) == 2
         assert (await api.client.get("/healthz")).status_code == 200
 
