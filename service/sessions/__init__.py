@@ -1,4 +1,4 @@
-"""Episodes and their state: who acts on which step, what is a retry, what is committed, when an episode ends.
+"""Episodes and their state: the order of steps, retries, conflicts, commits and idle expiry.
 
-May import the agent, access control and the store. Knows nothing of HTTP.
+This package may import the agent, access control and the store. It does not handle HTTP.
 """

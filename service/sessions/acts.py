@@ -1,4 +1,4 @@
-"""Acts: a request for one, the one that is in flight, and its result."""
+"""Acts: the request for an act, an act in flight, and the result of an act."""
 
 import asyncio
 import time
@@ -10,17 +10,21 @@ from service.trajectory import JsonValue, Message, Step
 
 @dataclass(frozen=True, slots=True)
 class RecordedAction:
-    """An action that somebody other than the policy chose."""
+    """An action that the caller chose instead of the policy."""
 
     value: JsonValue
 
 
 @dataclass(frozen=True, slots=True)
 class ActRequest:
-    """One act as it arrived: the message, what identifies a retry of it (digest, step, key), and its deadline.
+    """A request for one act.
 
-    recorded: the action, if somebody else chose it. sink: receives streamed text; a retry that joins an act in flight
-    gets its result only.
+    digest: digest of the request body. A retry has the same one.
+    step, idempotency_key: identify a retry, if given. An act with another `step` than the next one is refused.
+    timeout_s: seconds after which the caller gives up; None for no timeout.
+    recorded: an action that the caller chose; None if the policy decides.
+    sink: receives streamed text. A retry that joins an act in flight receives only the result.
+    arrived: value of `time.perf_counter()` when the request arrived.
     """
 
     message: Message
@@ -35,8 +39,11 @@ class ActRequest:
 
 @dataclass(frozen=True, slots=True)
 class ActResult:
-    """A committed step, and the seconds that its parts took. `replayed`: another replica had committed it for the same
-    request."""
+    """The result of an act: the committed step.
+
+    timing: duration of each part of the act in seconds.
+    replayed: whether another replica committed the step, for a retry of the same request.
+    """
 
     step: Step
     timing: dict[str, float]
@@ -45,8 +52,10 @@ class ActResult:
 
 @dataclass(slots=True)
 class InFlightAct:
-    """The act in flight of an episode. Retries join it. It is cancelled when the last waiter leaves before the commit
-    began."""
+    """The act in flight of an episode. Retries join it.
+
+    If the last waiting caller leaves before the commit has begun, the act is cancelled. A commit is never cancelled.
+    """
 
     request: ActRequest
     task: "asyncio.Task[ActResult]"
@@ -54,7 +63,7 @@ class InFlightAct:
     is_committing: bool = False
 
     async def join(self, timeout_s: float | None) -> ActResult:
-        """Waits for the result. Raises TimeoutError if the time ran out and nothing was committed."""
+        """Waits for the result. Raises TimeoutError if the timeout expires before the commit has begun."""
         self.num_waiters += 1
         try:
             async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""Commits: how a step becomes durable, who wins a race with another replica, and what an unknown result means."""
+"""Commits steps to the store. Resolves races with other replicas, and commits whose result is unknown."""
 
 from service.errors import Conflict
 from service.observability import metrics
@@ -9,15 +9,17 @@ from service.trajectory import Step, StopReason
 
 
 class Commits:
-    """The only place where steps of cached episodes are written to the store."""
+    """Commits the steps of cached episodes. No other class writes them to the store."""
 
     def __init__(self, store: Store, cache: EpisodeCache) -> None:
         self._store = store
         self._cache = cache
 
     async def commit(self, episode: Episode, step: Step, stop_reason: StopReason | None) -> Step:
-        """The committed step: this one, which the episode then takes over, or one that another replica committed first
-        for a retry of the same request. Raises Conflict (step_conflict), StoreUnavailable.
+        """Commits a step. If `stop_reason` is set, the episode ends with this step.
+
+        Returns the committed step: `step`, or the step that another replica committed first for the same request.
+        Raises Conflict (step_conflict) if another request took the step, StoreUnavailable.
         """
         state = episode.state_after(step, stop_reason)
         act = episode.in_flight
@@ -31,26 +33,29 @@ class Commits:
             return await self._winner(step, names_step=step.closing or bool(act and act.request.step is not None))
         except StoreUnavailable:
             self._cache.drop(episode.episode_id)
-            if not await self._is_kept(step):
+            if not await self._is_stored(step):
                 raise
         except BaseException:
-            self._cache.drop(episode.episode_id)  # the result is unknown: the next call reads the store
+            self._cache.drop(episode.episode_id)  # the result is unknown: the next call must read the store
             raise
         if stop_reason:
             metrics.count_end(stop_reason, episode.config.request.get("profile"), state.episode_return, state.step)
         return step
 
-    async def _is_kept(self, step: Step) -> bool:
-        """Whether a commit with an unknown result took place: re-reads the step. Raises StoreUnavailable."""
+    async def _is_stored(self, step: Step) -> bool:
+        """Re-reads a step to find out whether a commit with an unknown result was stored. Raises StoreUnavailable."""
         rows = await self._store.steps(step.episode_id, step.index)
         return bool(rows) and (rows[0].digest, rows[0].created_at) == (step.digest, step.created_at)
 
     async def _winner(self, step: Step, *, names_step: bool) -> Step:
-        """The stored step with this index, if it answers the same request. An equal body alone does not prove that."""
+        """Returns the stored step with the same index if it answers the same request. Raises Conflict otherwise.
+
+        An equal body alone does not identify a retry: the request must name its step or have the same idempotency key.
+        """
         for row in await self._store.steps(step.episode_id, step.index):
             has_key = step.idempotency_key is not None and step.idempotency_key == row.idempotency_key
             if row.digest == step.digest and (names_step or has_key):
                 return row
         state = (await self._cache.stored(step.episode_id)).state
-        detail = f"Another act took step {step.index}; the next is {state.step}."
+        detail = f"Another act was committed as step {step.index}. The next step is {state.step}."
         raise Conflict("step_conflict", detail, expected_step=state.step)

@@ -1,4 +1,4 @@
-"""Creation of episodes: opened or forked, within their tenant's quota, and only once if a request is repeated."""
+"""Creates episodes: opens or forks them within the tenant's quota, and recognizes retries."""
 
 import hashlib
 import time
@@ -20,7 +20,7 @@ from service.trajectory import EpisodeConfig, EpisodeState, JsonValue, StoredEpi
 
 
 class Creation:
-    """Opens episodes in the store, and puts them into the cache."""
+    """Creates episodes in the store, and adds them to the cache."""
 
     def __init__(
         self,
@@ -30,8 +30,8 @@ class Creation:
         defaults: Mapping[str, JsonValue],
         agent: Callable[[], Agent],
     ) -> None:
-        """`defaults`: fields of POST /episode, for calls that name none. `agent`: the current one; raises
-        EngineUnavailable while there is none."""
+        """`defaults`: fields of POST /episode, for requests that leave them out. `agent`: returns the current agent; it
+        raises EngineUnavailable while there is none."""
         self._store = store
         self._cache = cache
         self._admission = admission
@@ -40,83 +40,95 @@ class Creation:
         self._num_opening: Counter[str] = Counter()
 
     async def open(self, episode_id: str, request: dict[str, Any], digest: bytes) -> tuple[StoredEpisode, bool]:
-        """The episode, and whether it is new. Raises Unprocessable, Conflict, Gone, TooManyRequests."""
+        """Opens an episode. Returns it, and whether it is new.
+
+        Raises Unprocessable, Conflict, Gone, TooManyRequests, EngineUnavailable, StoreUnavailable.
+        """
         now, agent = time.time(), self._agent()
         info = agent.engine.info
         if not info.generates:
-            raise Unprocessable(f"{info.model!r} does not generate: it serves /v1 and no episodes", "policy")
+            raise Unprocessable(f"the model {info.model!r} cannot generate text: use it through /v1", "policy")
         name = request.get("policy") or info.model
         if name not in agent.policies:
-            raise Unprocessable(f"the policy {name[:200]!r} is not served (GET /policy)", "policy")
+            raise Unprocessable(f"there is no policy {name[:200]!r}; GET /policy lists the policies", "policy")
         unnamed = {field: value for field, value in self._defaults.items() if request.get(field) is None}
         request = {**request, **unnamed, "policy": name}
         options = await _checked(agent, request)
         config = EpisodeConfig(episode_id, request, digest, agent.policies.get(name).version, now)
         stored = StoredEpisode(config, EpisodeState(updated_at=now, expires_at=options.expires_at(now)))
         try:
-            async with self._room(config.tenant):
+            async with self._within_quota(config.tenant):
                 await self._store.create(stored)
         except EpisodeExists:
             known = await self._cache.stored(episode_id)
             if known.config.digest != digest:
-                raise Conflict(
-                    "idempotency_mismatch", f"Episode {public_id(episode_id)!r} exists with another body."
-                ) from None
+                detail = f"Episode {public_id(episode_id)!r} exists with a different body. Use another episode_id."
+                raise Conflict("idempotency_mismatch", detail) from None
             return known, False
         except TooManyRequests:
             if known := await self.opened(episode_id, digest):
                 return known, False
             raise
-        self._began([Episode(stored, options, agent.engine.history())])
+        self._add_to_cache([Episode(stored, options, agent.engine.history())])
         return stored, True
 
     async def opened(self, episode_id: str, digest: bytes) -> StoredEpisode | None:
-        """The episode, if it was opened by the same call before."""
+        """Returns the episode if the same request has already created it; otherwise None."""
         known = await self._store.episode(episode_id)
         return known if known and not known.deleted and known.config.digest == digest else None
 
     async def fork(
         self, parent_id: str, at_step: int | None, episode_ids: Sequence[str], group: str | None, digest: bytes
     ) -> tuple[list[StoredEpisode], bool]:
-        """Episodes that go on from the parent as it was before `at_step` (now, if None), and whether they are new. They
-        are of one group: `group`, or the parent's, or else its id. With a seed the first draws as the parent would,
-        each other from a seed of its own. Raises NotFound, Gone, Unprocessable, Conflict, TooManyRequests.
+        """Forks an episode, once for each of `episode_ids`.
+
+        at_step: the forks share the parent's steps before this one; None for all steps.
+        group: group of the forks. Default: the parent's group, or its id if it has none.
+
+        If the parent has a seed, the first fork keeps it, so that it draws as the parent would. Each other fork gets a
+        new seed. Returns the forks, and whether they are new.
+
+        Raises NotFound, Gone, Unprocessable, Conflict, TooManyRequests, EngineUnavailable, StoreUnavailable.
         """
         digest = hashlib.blake2b(digest + parent_id.encode(), digest_size=16).digest()
         try:
-            forks = await self._forked(parent_id, at_step, episode_ids, group, digest)
+            forks = await self._create_forks(parent_id, at_step, episode_ids, group, digest)
         except (EpisodeExists, Gone, TooManyRequests) as error:
             known = [await self.opened(episode_id, digest) for episode_id in episode_ids]
             if all(known):
                 return [stored for stored in known if stored], False
             if not isinstance(error, EpisodeExists):
                 raise
-            raise Conflict("idempotency_mismatch", "One of these episodes exists already.") from error
-        self._began(forks)
+            detail = "One of these episodes already exists. Use other episode_ids."
+            raise Conflict("idempotency_mismatch", detail) from error
+        self._add_to_cache(forks)
         return [StoredEpisode(fork.config, fork.state) for fork in forks], True
 
-    async def _forked(
+    async def _create_forks(
         self, parent_id: str, at_step: int | None, episode_ids: Sequence[str], group: str | None, digest: bytes
     ) -> list[Episode]:
         parent = await self._cache.find(parent_id)
         rows = [row for row in await self._store.steps(parent_id) if not row.closing]
         step = len(rows) if at_step is None else at_step
         if step > len(rows):
-            raise Unprocessable(f"the episode has {len(rows)} steps", "at_step")
+            raise Unprocessable(f"at_step must be at most {len(rows)}, the episode's number of steps", "at_step")
         shared_group: str = group or parent.config.request.get("group") or public_id(parent_id)
         history = self._agent().engine.history()
         forks = parent.forks(rows[:step], episode_ids, shared_group, digest, history)
         try:
-            async with self._room(parent.config.tenant, len(forks)):
+            async with self._within_quota(parent.config.tenant, len(forks)):
                 await self._store.fork([StoredEpisode(fork.config, fork.state) for fork in forks])
         except EpisodeGone as error:
             raise episode_deleted(public_id(parent_id)) from error
         return forks
 
     @asynccontextmanager
-    async def _room(self, tenant: str, num_new: int = 1) -> AsyncGenerator[None]:
-        """Room for more active episodes of the tenant's. Raises TooManyRequests (quota_exceeded). Those that are being
-        opened here count; with several replicas, those that another opens at this moment do not."""
+    async def _within_quota(self, tenant: str, num_new: int = 1) -> AsyncGenerator[None]:
+        """Checks the tenant's quota for `num_new` more active episodes, which must be created inside the context.
+
+        Episodes that this replica is creating at the same time count. Those that other replicas are creating do not, so
+        several replicas together can exceed the quota. Raises TooManyRequests (quota_exceeded).
+        """
         allowed = self._admission.quota(tenant).active_episodes
         if allowed is None:
             yield
@@ -125,20 +137,20 @@ class Creation:
         try:
             num_active = await self._store.num_active(tenant)
             if num_active + self._num_opening[tenant] > allowed:
-                detail = f"More than {allowed} active episodes; end some."
+                detail = f"The quota of {allowed} active episodes is exceeded. End other episodes first."
                 raise TooManyRequests("quota_exceeded", detail, retry_after_s=1)
             yield
         finally:
             self._num_opening[tenant] -= num_new
 
-    def _began(self, episodes: Sequence[Episode]) -> None:
+    def _add_to_cache(self, episodes: Sequence[Episode]) -> None:
         for episode in episodes:
             self._cache.keep(episode)
         metrics.EPISODES_STARTED.inc(len(episodes))
 
 
 async def _checked(agent: Agent, request: dict[str, Any]) -> Options:
-    """Everything that could fail at an act because of the action space fails here instead."""
+    """Builds the options, and checks the action space completely, so that no act can fail because of it."""
     try:
         options = await checked(request, agent.engine.info)
         await agent.engine.check(options.action_space)

@@ -1,4 +1,4 @@
-"""One episode in memory: its state, its history, and the act that may be in flight."""
+"""An episode in memory: its state, its history, and its act in flight."""
 
 import asyncio
 import math
@@ -30,17 +30,17 @@ from service.trajectory import (
 
 
 class Episode:
-    """An episode in memory. The store's copy is the truth; this one is dropped whenever the two may differ."""
+    """An episode in memory. The store is authoritative: whenever this copy may differ, it is dropped from the cache."""
 
     __slots__ = ("_in_flight", "config", "history", "keys", "options", "state")
 
     def __init__(self, stored: StoredEpisode, options: Options, history: History, steps: Sequence[Step] = ()) -> None:
-        """`history`: the engine's, with no step in it; `steps`: the committed ones."""
+        """`history`: an empty history of the engine. `steps`: the committed steps, which are added to it."""
         self.config: EpisodeConfig = stored.config
         self.state: EpisodeState = stored.state
         self.options = options
-        self.history = _with(history, steps)
-        # A fork's callers did not use the idempotency keys of its ancestors' steps.
+        self.history = _filled(history, steps)
+        # A fork ignores the idempotency keys of inherited steps: they belong to requests to its ancestors.
         own = [step for step in steps if step.episode_id == self.episode_id]
         self.keys: dict[str, int] = {step.idempotency_key: step.index for step in own if step.idempotency_key}
         self._in_flight: InFlightAct | None = None
@@ -51,18 +51,18 @@ class Episode:
 
     @property
     def view(self) -> View:
-        """What the agent may see of the episode."""
+        """The read-only view of the episode for the agent."""
         config = self.config
         return View(config.tenant, config.request["policy"], self.state.step, self.options, self.history)
 
     @property
     def in_flight(self) -> InFlightAct | None:
-        """The act in flight. One that all its callers left is being cancelled, and nobody may join it."""
+        """The act in flight, or None. An act that is being cancelled does not count, so no retry can join it."""
         act = self._in_flight
         return None if act is None or act.task.cancelling() else act
 
     def start(self, request: ActRequest, work: Coroutine[None, None, ActResult]) -> InFlightAct:
-        """Starts the one act in flight. It is cleared before any waiter learns of its end."""
+        """Starts the act in flight. When it ends, it is cleared before any waiting caller receives the result."""
         task = asyncio.create_task(work)
         self._in_flight = act = InFlightAct(request, task)
         task.add_done_callback(self._clear)
@@ -72,22 +72,27 @@ class Episode:
         if self._in_flight and self._in_flight.task is task:
             self._in_flight = None
         if not task.cancelled():
-            task.exception()  # marks it as retrieved: the last waiter may be gone
+            task.exception()  # marks it as retrieved: asyncio would log it if no caller waits any more
 
     def check_active(self) -> None:
+        """Raises Conflict (episode_ended) if the episode has ended."""
         if self.state.status == "ended":
             reason = self.state.stop_reason
-            raise Conflict("episode_ended", f"The episode ended ({reason}).", stop_reason=reason)
+            raise Conflict("episode_ended", f"The episode has ended ({reason}). Open another one.", stop_reason=reason)
 
     def check_request(self, request: ActRequest) -> Recorded | None:
-        """The action that somebody else chose, as text, if the request has one. Raises Unprocessable for a request that
-        this episode cannot take."""
+        """Checks whether this episode can accept the request.
+
+        Returns the action that the caller chose, with its text; None if the policy decides. Raises Unprocessable.
+        """
         self._check_message(request.message)
         return None if request.recorded is None else self._checked_action(request.recorded.value, request.message)
 
     def _checked_action(self, action: JsonValue, message: Message) -> Recorded:
         if message.ends:
-            raise Unprocessable("what ends the episode has no action; record the action, then end it", "action")
+            raise Unprocessable(
+                "a message that ends the episode has no action; record the action first, then end it", "action"
+            )
         space = self.options.action_space.narrowed(message.legal_actions)
         try:
             return Recorded(action, space.write(action))
@@ -96,11 +101,11 @@ class Episode:
 
     def _check_message(self, message: Message) -> None:
         if message.observation is None and message.ends is None:
-            raise Unprocessable("an observation is required unless the episode ends here", "observation")
+            raise Unprocessable("observation is required unless terminated or truncated is true", "observation")
         if message.success is not None and message.ends is None:
-            raise Unprocessable("success is told only when the episode ends", "success")
+            raise Unprocessable("success is only allowed with terminated or truncated", "success")
         if message.reward is not None and not math.isfinite(self.state.episode_return + message.reward):
-            raise Unprocessable("the sum of the episode's rewards is too large a number", "reward")
+            raise Unprocessable("the sum of the episode's rewards is too large for a 64-bit float", "reward")
         if message.ends is None or message.legal_actions is not None:
             try:
                 self.options.action_space.narrowed(message.legal_actions)
@@ -108,26 +113,27 @@ class Episode:
                 raise Unprocessable(str(error), error.field) from error
 
     def ends_with(self, message: Message) -> StopReason | None:
-        """Why the episode ends with this message without an action, if it does."""
+        """Returns the stop reason if this message ends the episode without an action; otherwise None."""
         max_steps = self.options.max_steps
         if message.ends is None and max_steps is not None and self.state.step >= max_steps:
             return StopReason.MAX_STEPS
         return message.ends
 
     def overflow(self) -> StopReason:
-        """Why the episode ends when its context is full. Raises Conflict if the caller asked not to end it."""
+        """Returns the stop reason when the context is full. Raises Conflict unless the episode ends on overflow."""
         if self.options.overflow != "end":
-            raise Conflict("context_overflow", "The observation and its action no longer fit into the context.")
+            detail = "The observation and its action exceed the context. Shorten the observation or end the episode."
+            raise Conflict("context_overflow", detail)
         return StopReason.CONTEXT_OVERFLOW
 
     def next_step(self, request: ActRequest, decision: Decision) -> Step:
-        """The step of a decision."""
+        """Returns the step for a decision."""
         answer = _answer(self.episode_id, self.state.step, decision.policy_version, decision)
         step = self._step(request, answer, decision.span, decision.window_start)
         return step if decision.dropped == (0, 0) else replace(step, dropped=decision.dropped)
 
     def closing_step(self, request: ActRequest) -> Step:
-        """The step of a message that ends the episode: it has no action."""
+        """Returns the closing step, for a message that ends the episode. It has no action."""
         answer = _answer(self.episode_id, self.state.step, self.config.policy_version, None)
         return replace(self._step(request, answer, EMPTY_SPAN, 0), closing=True)
 
@@ -146,7 +152,7 @@ class Episode:
         )
 
     def state_after(self, step: Step, stop_reason: StopReason | None) -> EpisodeState:
-        """The state once `step` is committed."""
+        """Returns the state after the commit of `step`."""
         state, message = self.state, step.message
         return replace(
             state,
@@ -162,7 +168,7 @@ class Episode:
         )
 
     def advance(self, step: Step, state: EpisodeState) -> None:
-        """Takes over a committed step."""
+        """Updates the episode after the commit of `step`."""
         self.state = state
         if step.idempotency_key:
             self.keys[step.idempotency_key] = step.index
@@ -172,8 +178,10 @@ class Episode:
     def forks(
         self, rows: Sequence[Step], episode_ids: Sequence[str], group: str, digest: bytes, history: History
     ) -> "list[Episode]":
-        """Episodes under these ids that share `rows`, this one's first steps, and go on from there. `history`: the
-        engine's, with no step in it."""
+        """Returns episodes with these ids that continue after `rows`, the first steps of this episode.
+
+        `history` is an empty history of the engine.
+        """
         now = time.time()
         state = EpisodeState(
             step=len(rows),
@@ -182,7 +190,7 @@ class Episode:
             updated_at=now,
             expires_at=self.options.expires_at(now),
         )
-        shared = _with(history, rows)
+        shared = _filled(history, rows)
         return [
             self._fork(state, episode_id, group, digest, place, shared.copy())
             for place, episode_id in enumerate(episode_ids)
@@ -202,13 +210,14 @@ class Episode:
             episode_id=episode_id,
             request=request,
             digest=digest,
-            created_at=state.updated_at + place * 1e-6,  # so that lists show them in order
+            created_at=state.updated_at + place * 1e-6,  # distinct times, so that lists show the forks in order
             parent=(self.episode_id, state.step),
         )
         return Episode(StoredEpisode(config, state), options, history)
 
 
-def _with(history: History, steps: Sequence[Step]) -> History:
+def _filled(history: History, steps: Sequence[Step]) -> History:
+    """Adds the steps that have an action to the history, and returns it."""
     for step in steps:
         if not step.closing:
             history.append(step)
@@ -216,7 +225,7 @@ def _with(history: History, steps: Sequence[Step]) -> History:
 
 
 def _answer(episode_id: str, index: int, policy_version: str, decision: Decision | None) -> dict[str, JsonValue]:
-    """What POST /act answers, without `replayed` and `timing`."""
+    """Returns the answer to POST /act, without `replayed` and `timing`."""
     failure = decision.parse_failure if decision else None
     usage = decision.usage if decision else Usage()
     return {

@@ -1,6 +1,6 @@
-"""The episode cache: episodes in memory, bounded, least recently used (LRU) evicted first.
+"""Caches episodes in memory. The cache is bounded, and evicts the least recently used (LRU) episode first.
 
-An episode is dropped whenever it may differ from the store's copy; the next call loads it again.
+An episode is dropped whenever it may differ from the store's copy. The next call loads it again.
 """
 
 import asyncio
@@ -18,10 +18,13 @@ from service.trajectory import Step, StoredEpisode, public_id
 
 
 class EpisodeCache:
-    """At most `max_num` of the store's episodes, and beyond that those with an act in flight."""
+    """Contains at most `max_num` episodes.
+
+    An episode with an act in flight is not evicted, so the cache may be larger for a while.
+    """
 
     def __init__(self, store: Store, max_num: int, engine: Callable[[], Engine]) -> None:
-        """`engine`: the current one; raises EngineUnavailable while there is none."""
+        """`engine`: returns the current engine. Raises EngineUnavailable while there is none."""
         self._store = store
         self._max_num = max_num
         self._engine = engine
@@ -35,12 +38,14 @@ class EpisodeCache:
         return iter(self._episodes.values())
 
     def peek(self, episode_id: str) -> Episode | None:
-        """The episode if it is cached."""
+        """Returns the episode if it is cached, without marking it as recently used."""
         return self._episodes.get(episode_id)
 
     async def find(self, episode_id: str) -> Episode:
-        """The episode, loaded from the store if it is not cached. Concurrent callers share one load (single-flight).
-        Raises NotFound, Gone, EngineUnavailable."""
+        """Returns the episode, and loads it from the store if it is not cached.
+
+        Concurrent callers share one load (single-flight). Raises NotFound, Gone, EngineUnavailable, StoreUnavailable.
+        """
         if episode := self._episodes.get(episode_id):
             self._episodes.move_to_end(episode_id)
             return episode
@@ -51,20 +56,24 @@ class EpisodeCache:
         return await asyncio.shield(task)
 
     def keep(self, episode: Episode) -> Episode:
-        """Caches the episode; returns the one that is cached, which may have been loaded while this one was opened."""
-        kept = self._episodes.setdefault(episode.episode_id, episode)
+        """Adds the episode to the cache.
+
+        Returns the cached episode. It is another object if the episode was loaded by another call meanwhile.
+        """
+        cached = self._episodes.setdefault(episode.episode_id, episode)
         for episode_id in list(islice(self._episodes, max(len(self._episodes) - self._max_num, 0))):
             if self._episodes[episode_id].in_flight is None:
                 del self._episodes[episode_id]
         metrics.CACHED_EPISODES.set(len(self._episodes))
-        return kept
+        return cached
 
     def drop(self, episode_id: str) -> None:
+        """Removes the episode from the cache, so that the next call loads it from the store."""
         self._episodes.pop(episode_id, None)
         metrics.CACHED_EPISODES.set(len(self._episodes))
 
     async def stored(self, episode_id: str) -> StoredEpisode:
-        """The episode as the store has it, without its steps. Raises NotFound, Gone."""
+        """Reads the episode from the store, without its steps. Raises NotFound, Gone, StoreUnavailable."""
         stored = await self._store.episode(episode_id)
         if stored is None:
             raise episode_not_found(public_id(episode_id))
@@ -73,7 +82,7 @@ class EpisodeCache:
         return stored
 
     async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]]:
-        """The episode and its steps as the store has them. Raises NotFound, Gone."""
+        """Reads the episode and its steps from the store. Raises NotFound, Gone, StoreUnavailable."""
         found = await self._store.trajectory(episode_id)
         if found is None:
             raise episode_not_found(public_id(episode_id))

@@ -1,4 +1,4 @@
-"""Owns the end of idle episodes: looks for them at the moment when the next one's time is over, and now and then."""
+"""Ends idle episodes: sleeps until the next idle timeout expires, and then ends the expired episodes."""
 
 import asyncio
 import contextlib
@@ -13,30 +13,34 @@ from service.store.base import Store, StoreUnavailable
 _log = logs.get(__name__)
 
 _LONGEST_SLEEP_S = 30.0
-"""Other replicas open episodes too, of which nobody tells this one."""
+"""Maximum time between two queries of the store. Other replicas also open episodes, which only a query finds."""
 _RETRY_S = 1.0
 _BATCH = 256
 
 
 class Expiry:
-    """Ends the store's expired episodes by `expire`, which raises Conflict for one that an act keeps for the moment."""
+    """Ends the expired episodes of the store.
+
+    expire: ends the episode with this id. It raises Conflict while an act is in flight, and is then called again later.
+    """
 
     def __init__(self, store: Store, expire: Callable[[str], Awaitable[None]]) -> None:
         self._store = store
         self._expire = expire
         self._next = math.inf
-        self._sooner = asyncio.Event()
+        self._wake = asyncio.Event()
 
     def expect(self, expires_at: float | None) -> None:
-        """An episode was opened that expires then."""
+        """Must be called when an episode is opened, with the Unix time at which it expires; None for never."""
         if expires_at is not None and expires_at < self._next:
-            self._sooner.set()
+            self._wake.set()
 
     async def run(self) -> None:
-        """Sweeps for ever."""
+        """Ends expired episodes until it is cancelled."""
         while True:
-            self._sooner.clear()
-            self._next = math.inf  # whatever is opened while the store is asked counts as sooner
+            self._wake.clear()
+            # The query below may miss an episode that is opened meanwhile. With inf, `expect` then wakes the loop.
+            self._next = math.inf
             try:
                 self._next = await self._store.next_expiry() or math.inf
                 if self._next <= time.time():
@@ -49,21 +53,21 @@ class Expiry:
                 continue
             wait_s = min(self._next - time.time(), _LONGEST_SLEEP_S)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._sooner.wait(), wait_s)
+                await asyncio.wait_for(self._wake.wait(), wait_s)
 
     async def _end_expired(self) -> bool:
-        """Whether it ended all that expired."""
-        left: set[str] = set()
-        while found := await self._store.expired(time.time(), _BATCH + len(left)):
-            due = [episode_id for episode_id in found if episode_id not in left]
+        """Ends the expired episodes. Returns whether all of them have ended."""
+        remaining: set[str] = set()
+        while expired := await self._store.expired(time.time(), _BATCH + len(remaining)):
+            due = [episode_id for episode_id in expired if episode_id not in remaining]
             if not due:
                 return False
             for episode_id in due:
                 try:
                     await self._expire(episode_id)
                 except Conflict:
-                    left.add(episode_id)
-                except Exception as failure:  # noqa: BLE001 - one that cannot end keeps no other from it
+                    remaining.add(episode_id)
+                except Exception as failure:  # noqa: BLE001 - one failure must not block other episodes
                     _log.warning("episode_expiry_failed", episode_id=episode_id, reason=repr(failure))
-                    left.add(episode_id)
+                    remaining.add(episode_id)
         return True

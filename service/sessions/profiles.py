@@ -1,4 +1,4 @@
-"""Profiles: presets for POST /episode in TOML files, the packaged ones and those in a folder of the operator's."""
+"""Profiles: presets for POST /episode, read from packaged TOML files and from a folder of the operator."""
 
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,16 @@ from service.validation import strict_json
 
 PACKAGED = Path(__file__).parents[1] / "packaged" / "profiles"
 _MERGED = ("sampling", "context", "reasoning", "metadata")
-"""Objects of which a caller may override one key and keep the others; all else is replaced whole."""
+"""Fields that are merged key by key. Every other field of a request or a profile replaces the inherited one."""
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be; the message names its file and says why."""
+    """A profile is invalid. The message names the profile and says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`fields` are those of POST /episode, the ones of the profile it extends among them."""
+    """A preset. `fields` are fields of POST /episode, including those of the profiles that it extends."""
 
     name: str
     description: str
@@ -31,12 +31,15 @@ class Profile:
 
 
 class Profiles:
-    """The profiles in the packaged folder and in `folder`, whose files win. Files that begin with _ are ignored."""
+    """The profiles of the packaged folder and of `folder`.
+
+    A file in `folder` replaces a packaged file with the same name. Files whose names begin with _ are ignored.
+    """
 
     def __init__(self, fields: type[BaseModel], folder: Path | None = None) -> None:
-        """`fields`: the model that a profile's fields must be valid under. Raises ProfileError."""
+        """`fields`: the Pydantic model that validates the fields of a profile. Raises ProfileError."""
         if folder is not None and not folder.is_dir():
-            raise ProfileError(f"there is no folder {folder}")
+            raise ProfileError(f"the folder {folder} does not exist")
         folders = [PACKAGED, folder] if folder else [PACKAGED]
         files = {path.stem: path for place in folders for path in sorted(place.glob("[!_]*.toml"))}
         self._fields = fields
@@ -47,12 +50,15 @@ class Profiles:
         return iter(self._profiles.values())
 
     def fill(self, document: dict[str, Any]) -> dict[str, Any]:
-        """The body of POST /episode with the fields of the profile that it names. Raises Unprocessable."""
+        """Adds the fields of the profile that a body of POST /episode names. Fields of the body take precedence.
+
+        Raises Unprocessable if there is no such profile.
+        """
         name = document.get("profile")
         if name is None:
             return document
         if not isinstance(name, str) or name not in self._profiles:
-            raise Unprocessable(f"there is no profile {str(name)[:128]!r}", "profile")
+            raise Unprocessable(f"there is no profile {str(name)[:128]!r}; GET /profile lists the profiles", "profile")
         return _merged(self._profiles[name].fields, document)
 
     def _resolved(self, name: str) -> Profile:
@@ -62,7 +68,7 @@ class Profiles:
             if base in chain:
                 raise ProfileError(f"profile {name!r} extends itself: {' -> '.join([*chain, base])}")
             if base not in self._read:
-                raise ProfileError(f"profile {chain[-1]!r} extends {base!r}, which is not there")
+                raise ProfileError(f"profile {chain[-1]!r} extends {base!r}, which does not exist")
             chain.append(base)
             base = self._read[base].get("extends")
         fields: dict[str, Any] = {}
@@ -75,10 +81,10 @@ class Profiles:
             where = ".".join(str(part) for part in first["loc"])
             raise ProfileError(f"profile {name!r}: {where}: {first['msg']}") from error
         try:
-            kept = orjson.loads(strict_json.dump(fields))
+            as_json = orjson.loads(strict_json.dump(fields))
         except ValueError as error:
             raise ProfileError(f"profile {name!r}: {error}") from error
-        return Profile(name, self._read[name].get("description", ""), kept)
+        return Profile(name, self._read[name].get("description", ""), as_json)
 
 
 def _read(path: Path) -> dict[str, Any]:

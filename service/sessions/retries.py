@@ -1,6 +1,7 @@
-"""Retries: a request that repeats a committed step, or the act that is in flight.
+"""Recognizes retries: requests that repeat a committed step or the act in flight.
 
-A retry names the same step or the same Idempotency-Key and has the same digest. With another digest it is a conflict.
+A retry names the same step or the same Idempotency-Key, and has the same digest. The same step or key with a different
+digest is a conflict.
 """
 
 from service.errors import Conflict
@@ -11,7 +12,7 @@ from service.trajectory import Step
 
 
 async def committed_step(store: Store, episode: Episode, request: ActRequest) -> Step | None:
-    """The committed step that the request repeats. Raises Conflict (idempotency_mismatch)."""
+    """Returns the committed step that the request repeats, or None. Raises Conflict (idempotency_mismatch)."""
     index, has_key = request.step, request.idempotency_key in episode.keys
     if has_key:
         index = episode.keys[request.idempotency_key or ""]
@@ -30,8 +31,10 @@ async def committed_step(store: Store, episode: Episode, request: ActRequest) ->
 
 
 def act_in_flight(episode: Episode, request: ActRequest) -> InFlightAct | None:
-    """The act in flight that the request repeats; None if no act is in flight. Raises Conflict (episode_busy,
-    idempotency_mismatch) if another act is."""
+    """Returns the act in flight if the request repeats it; None if no act is in flight.
+
+    Raises Conflict (episode_busy, idempotency_mismatch) if a different act is in flight.
+    """
     act = episode.in_flight
     if act is None:
         return None
@@ -45,8 +48,10 @@ def act_in_flight(episode: Episode, request: ActRequest) -> InFlightAct | None:
 
 
 def busy() -> Conflict:
-    return Conflict("episode_busy", "Another act is in flight for this episode.")
+    """Returns the error for a call that has to wait until the act in flight completes."""
+    return Conflict("episode_busy", "Another act is in flight for this episode. Retry when it has completed.")
 
 
 def _mismatch() -> Conflict:
-    return Conflict("idempotency_mismatch", "The same step or Idempotency-Key came with another body.")
+    detail = "This step or Idempotency-Key was already used with a different body. A retry must send the same body."
+    return Conflict("idempotency_mismatch", detail)

@@ -1,4 +1,8 @@
-"""The calls of an episode, and the path of an act: retry, join or decide, then commit, then answer."""
+"""Operations on episodes: open, fork, act, end, delete.
+
+A retry of a committed step is answered from the store. A retry of the act in flight joins it. Any other act is decided
+by the agent and committed before it is answered.
+"""
 
 import asyncio
 import time
@@ -31,7 +35,7 @@ _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "t
 
 
 class Sessions:
-    """Episodes over one store and, once `serve` was called, one engine."""
+    """The episodes of one store. Acts need an engine: `serve` sets it."""
 
     def __init__(
         self,
@@ -42,7 +46,7 @@ class Sessions:
         admission: Admission | None = None,
         lifecycle: Lifecycle | None = None,
     ) -> None:
-        """`defaults`: fields of POST /episode, for calls that name none."""
+        """`defaults`: fields of POST /episode, for requests that leave them out."""
         self.store = store
         self.admission = admission or Admission()
         self.lifecycle = lifecycle or Lifecycle()
@@ -53,72 +57,77 @@ class Sessions:
         self._commits = Commits(store, self._cache)
 
     def serve(self, engine: Engine, policies: Policies | None = None) -> None:
-        """From now on this engine decides."""
+        """Sets the engine that decides all following acts."""
         self.admission.set_num_slots(engine.info.num_slots)
         self._agent = Agent(policies or Policies(engine, self.store), engine)
         self.lifecycle.engine_serves(lambda: engine.healthy)
 
     @property
     def agent(self) -> Agent:
-        """Raises EngineUnavailable while the first engine is loading."""
+        """The current agent. Raises EngineUnavailable while the first engine is loading."""
         if self._agent is None:
-            raise EngineUnavailable("the policy is still loading")
+            raise EngineUnavailable("the model is still loading; retry later")
         return self._agent
 
     async def create(self, episode_id: str, request: dict[str, Any], digest: bytes) -> tuple[StoredEpisode, bool]:
-        """Opens an episode; returns it and whether it is new. Raises Unprocessable, Conflict, Gone, TooManyRequests."""
+        """Opens an episode; see `Creation.open`."""
         self._refuse_while_draining()
         stored, is_new = await self._creation.open(episode_id, request, digest)
         self.expiry.expect(stored.state.expires_at)
         return stored, is_new
 
     async def opened(self, episode_id: str, digest: bytes) -> StoredEpisode | None:
-        """The episode, if the same request opened it earlier."""
+        """Returns the episode if the same request has already created it; otherwise None."""
         return await self._creation.opened(episode_id, digest)
 
     async def fork(
         self, parent_id: str, at_step: int | None, episode_ids: Sequence[str], group: str | None, digest: bytes
     ) -> tuple[list[StoredEpisode], bool]:
-        """As `Creation.fork`."""
+        """Forks an episode; see `Creation.fork`."""
         self._refuse_while_draining()
         stored, are_new = await self._creation.fork(parent_id, at_step, episode_ids, group, digest)
         self.expiry.expect(stored[0].state.expires_at)
         return stored, are_new
 
     async def get(self, episode_id: str) -> StoredEpisode:
-        """Raises NotFound, Gone."""
+        """Returns the episode without its steps. Raises NotFound, Gone."""
         return await self._cache.stored(episode_id)
 
     async def page(
         self, tenant: str, where: EpisodeFilter, *, limit: int, before: tuple[float, str] | None
     ) -> list[StoredEpisode]:
-        """The tenant's episodes, newest first, created before `before` = (created_at, episode_id)."""
+        """Returns one page of the tenant's episodes, newest first (keyset pagination).
+
+        before: (created_at, episode_id) of the last episode of the previous page; None for the first page.
+        """
         return await self.store.episodes(limit=limit, before=before, tenant=tenant, where=where)
 
     async def steps(self, episode_id: str) -> tuple[StoredEpisode, list[Step]]:
-        """The episode and its steps. Raises NotFound, Gone."""
+        """Returns the episode and its steps. Raises NotFound, Gone."""
         return await self._cache.trajectory(episode_id)
 
     async def add_feedback(self, feedback: Feedback) -> None:
-        """Raises NotFound, Gone, and Unprocessable for a step that does not exist."""
+        """Stores a rating. Raises NotFound, Gone, and Unprocessable for a step that does not exist."""
         stored = await self._cache.stored(feedback.episode_id)
         if feedback.step is not None and feedback.step >= stored.state.step:
-            raise Unprocessable(f"the episode has {stored.state.step} steps", "step")
+            detail = f"there is no step {feedback.step}: the episode has {stored.state.step} steps"
+            raise Unprocessable(detail, "step")
         try:
             await self.store.add_feedback(feedback)
         except EpisodeGone as error:
             raise episode_deleted(public_id(feedback.episode_id)) from error
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
-        """The episode's ratings, oldest first."""
+        """Returns the episode's ratings, oldest first."""
         return await self.store.feedback(episode_id)
 
     async def act(self, episode_id: str, request: ActRequest) -> Answer:
-        """The step's action, once it is committed. Raises EpisodicError, EngineUnavailable, StoreUnavailable.
+        """Performs an act. Returns the answer once the step is committed.
 
-        If it raises, nothing was committed, unless the result of the commit is unknown: then a retry finds out.
+        Raises EpisodicError, EngineUnavailable, StoreUnavailable. No step was committed then, with one exception: after
+        StoreUnavailable the result of the commit may be unknown. A retry then returns the step or repeats the act.
         """
-        with _counted():
+        with _count_act():
             self._refuse_while_draining()
             episode = await self._cache.find(episode_id)
             try:
@@ -130,7 +139,7 @@ class Sessions:
             return await self._answer(episode, request)
 
     async def record_action(self, episode_id: str, request: ActRequest) -> Answer:
-        """As `act`, with an action that somebody else chose."""
+        """Performs an act with an action that the caller chose; otherwise as `act`."""
         assert request.recorded is not None
         space, action = (await self._cache.find(episode_id)).options.action_space, request.recorded.value
         if space.unverified and isinstance(action, str):
@@ -139,11 +148,11 @@ class Sessions:
             except ActionSpaceRefused as error:
                 raise Unprocessable(str(error), "action") from error
             if not matches:
-                raise Unprocessable("the pattern does not match the action in full", "action")
+                raise Unprocessable("the action must match the whole pattern of the action space", "action")
         return await self.act(episode_id, request)
 
     async def end(self, episode_id: str, request: ActRequest, stop_reason: StopReason) -> StoredEpisode:
-        """Ends an episode; an ended one stays as it is. Raises NotFound, Gone, Conflict (episode_busy)."""
+        """Ends an episode. One that has ended is not changed. Raises NotFound, Gone, Conflict (episode_busy)."""
         episode = await self._cache.find(episode_id)
         try:
             await self._end(episode, request, stop_reason)
@@ -152,8 +161,10 @@ class Sessions:
         return await self.get(episode_id)
 
     async def expire(self, episode_id: str) -> None:
-        """Ends an episode whose idle timeout has passed. Raises Conflict (episode_busy) while an act is in flight: its
-        commit starts the timeout again."""
+        """Ends an episode if its idle timeout has expired.
+
+        Raises Conflict (episode_busy) while an act is in flight, because its commit restarts the timeout.
+        """
         episode = await self._cache.find(episode_id)
         try:
             await self._expire(episode)
@@ -161,7 +172,7 @@ class Sessions:
             await self._expire(await self._reloaded(episode, conflict))
 
     async def delete(self, episode_id: str) -> None:
-        """Raises NotFound, Gone, Conflict (episode_busy)."""
+        """Deletes an episode. Raises NotFound, Gone, Conflict (episode_busy)."""
         episode = self._cache.peek(episode_id)
         if episode and episode.in_flight:
             raise busy()
@@ -171,16 +182,18 @@ class Sessions:
         self._cache.drop(episode_id)
 
     async def abort_acts(self) -> int:
-        """Aborts the acts whose commit has not begun, and those that come later: their callers get 503 `draining`.
-        Returns the number that were in flight."""
+        """Aborts the acts whose commit has not begun, and all later ones. Their callers receive 503 `draining`.
+
+        Returns the number of acts in flight that were aborted.
+        """
         self.lifecycle.enter(Phase.ABORTING)
         acts = [episode.in_flight for episode in self._cache]
-        await asyncio.sleep(0)  # a task that has not started yet could not say why it ends
+        await asyncio.sleep(0)  # lets new tasks start: one that is cancelled before it starts cannot raise `draining`
         return sum(act.task.cancel() for act in acts if act and not act.is_committing)
 
     async def _reloaded(self, episode: Episode, conflict: Conflict) -> Episode:
-        """The episode as the store has it, if the conflict arose because another replica took it further. Otherwise
-        raises the conflict."""
+        """Loads the episode again if it is stale, because another replica has committed steps. Otherwise raises the
+        conflict."""
         is_stale = conflict.code == "step_conflict" or (
             conflict.code == "episode_busy" and await self._was_overtaken(episode)
         )
@@ -191,7 +204,10 @@ class Sessions:
         return await self._cache.find(episode.episode_id)
 
     async def _was_overtaken(self, episode: Episode) -> bool:
-        """Whether another replica took the step that is in flight here. If so, returns once the act has ended."""
+        """Returns whether another replica has committed the step that is in flight here.
+
+        If so, waits until the act in flight has ended.
+        """
         stored = await self.store.episode(episode.episode_id)
         if stored is None or stored.state.step <= episode.state.step:
             return False
@@ -202,7 +218,7 @@ class Sessions:
     async def _answer(self, episode: Episode, request: ActRequest) -> Answer:
         if step := await committed_step(self.store, episode, request):
             metrics.ACTS.labels("replayed").inc()
-            own = {"episode_id": public_id(episode.episode_id)}  # a fork's early steps are its parent's
+            own = {"episode_id": public_id(episode.episode_id)}  # a fork inherits steps that have its parent's id
             return {**step.answer, **own, "replayed": True, "timing": dict(_NO_TIME)}
         act, is_joined = self._act_for(episode, request)
         try:
@@ -210,17 +226,18 @@ class Sessions:
         except TimeoutError as error:
             if request.timeout_s is None:
                 raise
-            raise DeadlineExceeded("deadline_exceeded", f"{request.timeout_s:g} s ran out.") from error
+            detail = f"The timeout of {request.timeout_s:g} s expired before the commit. Retry with a larger timeout_s."
+            raise DeadlineExceeded("deadline_exceeded", detail) from error
         return {**result.step.answer, "replayed": is_joined or result.replayed, "timing": result.timing}
 
     def _act_for(self, episode: Episode, request: ActRequest) -> tuple[InFlightAct, bool]:
-        """The act in flight that the request repeats, or a new one; and whether it was joined."""
+        """Returns the act in flight that the request repeats, or starts one; and whether the request joined it."""
         if act := act_in_flight(episode, request):
             return act, True
         episode.check_active()
         next_step = episode.state.step
         if request.step not in (None, next_step):
-            detail = f"The next step is {next_step}, not {request.step}."
+            detail = f"Step {request.step} is out of order: the next step is {next_step}."
             raise Conflict("step_conflict", detail, expected_step=next_step)
         recorded = episode.check_request(request)
         return episode.start(request, self._decide_and_commit(episode, request, recorded)), False
@@ -231,7 +248,7 @@ class Sessions:
             if self.lifecycle.is_aborting:
                 raise _draining()
             step, stop_reason = await self._next_step(episode, request, recorded, slots)
-        except ActionSpaceRefused as error:  # the policy's tokenizer is not the one that the episode was opened with
+        except ActionSpaceRefused as error:  # the tokenizer has changed since the episode was opened
             raise Unprocessable(str(error), "action_space") from error
         except asyncio.CancelledError:
             if self.lifecycle.is_aborting:
@@ -255,7 +272,7 @@ class Sessions:
     async def _next_step(
         self, episode: Episode, request: ActRequest, recorded: Recorded | None, slots: "_Slots"
     ) -> tuple[Step, StopReason | None]:
-        """The step that answers the request, not committed yet, and why the episode ends with it, if it does."""
+        """Returns the step for the request, which is not committed yet, and the stop reason if it ends the episode."""
         if stop_reason := episode.ends_with(request.message):
             return episode.closing_step(request), stop_reason
         decision = await self.agent.act(episode.view, request.message, slots.slot, recorded, request.sink)
@@ -290,8 +307,8 @@ class Sessions:
 
 
 @contextmanager
-def _counted() -> Generator[None]:
-    """Counts an act while it is in flight, and one that fails by the code of its error."""
+def _count_act() -> Generator[None]:
+    """Counts the acts in flight, and the failed acts by error code."""
     with metrics.ACTIVE_ACTS.track_inprogress():
         try:
             yield
@@ -301,7 +318,10 @@ def _counted() -> Generator[None]:
 
 
 class _Slots:
-    """An act's slots in the engine. `first_at`: when it got the first one; if it needs none, when it began."""
+    """The slots of one act in the engine.
+
+    `first_at` is the `time.perf_counter()` at which the act got its first slot, or began if it needs none.
+    """
 
     def __init__(self, admission: Admission, tenant: str) -> None:
         self._admission = admission
@@ -319,4 +339,5 @@ class _Slots:
 
 
 def _draining() -> Unavailable:
-    return Unavailable("draining", "The service is shutting down.", retry_after_s=5)
+    detail = "The service is shutting down. Retry after the number of seconds in Retry-After."
+    return Unavailable("draining", detail, retry_after_s=5)

@@ -1,4 +1,4 @@
-"""One episode's options, what it refuses, and how its head moves."""
+"""Tests of an episode: its options, the requests that it refuses, and the updates of its state."""
 
 from dataclasses import replace
 from typing import Any
@@ -108,9 +108,9 @@ def test_success_counts_at_the_end_only():
 
 
 def test_the_resource_is_the_request_and_the_head():
-    shown = resource(StoredEpisode(episode(goal="g").config, EpisodeState(step=3, episode_return=1.5)))
+    body = resource(StoredEpisode(episode(goal="g").config, EpisodeState(step=3, episode_return=1.5)))
     assert (
-        shown.items() >= {"goal": "g", "step": 3, "episode_return": 1.5, "created_at": 5.0, "instructions": ""}.items()
+        body.items() >= {"goal": "g", "step": 3, "episode_return": 1.5, "created_at": 5.0, "instructions": ""}.items()
     )
 
 

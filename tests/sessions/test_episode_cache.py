@@ -1,4 +1,4 @@
-"""The episode cache: what is evicted, what is not, and how often an episode is loaded."""
+"""Tests of the episode cache: which episodes are evicted, and how often an episode is loaded."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tests.support.serving import HeldEngine, until
 
 
 class CountingStore(MemoryStore):
-    """Counts the episodes that are loaded."""
+    """Records the ids of the episodes that are loaded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ async def test_the_least_recently_used_is_evicted_first(store: CountingStore, to
         await sessions.create(name, {}, b"body")
     await sessions.act("a", act(0))
     await sessions.create("c", {}, b"body")
-    assert [episode.episode_id for episode in sessions._cache] == ["a", "c"], "b was used longest ago"
+    assert [episode.episode_id for episode in sessions._cache] == ["a", "c"], "b is the least recently used"
     await sessions.act("a", act(1))
     assert store.loads == []
     await sessions.act("b", act(0))
@@ -72,7 +72,9 @@ async def test_an_episode_with_an_act_in_flight_stays_beyond_the_bound(store: Co
     assert (await acting)["step"] == 0
     await sessions.act("other", act(0))
     await sessions.create("third", {}, b"body")
-    assert [episode.episode_id for episode in sessions._cache] == ["third"], "it is evicted once its act is over"
+    assert [episode.episode_id for episode in sessions._cache] == ["third"], (
+        "the episode must be evicted once its act has ended"
+    )
 
 
 async def test_concurrent_callers_share_one_load(store: CountingStore, tokenizer: HFTokenizer):

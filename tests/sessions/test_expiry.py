@@ -1,4 +1,4 @@
-"""When idle episodes are looked for: what is opened while the store is asked is not slept over."""
+"""Tests of idle expiry: when the store is queried, and that one failure does not block other episodes."""
 
 import asyncio
 import time
@@ -13,17 +13,17 @@ from service.testing.memory_store import MemoryStore
 
 
 class Expiries(MemoryStore):
-    """Its answers to `next_expiry` are given when they are let go; `due` has expired."""
+    """The test answers each call of `next_expiry` by a future in `queries`. `due` are the ids of expired episodes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: asyncio.Queue[asyncio.Future[float | None]] = asyncio.Queue()
+        self.queries: asyncio.Queue[asyncio.Future[float | None]] = asyncio.Queue()
         self.due: list[str] = []
         self.ended: list[str] = []
 
     async def next_expiry(self) -> float | None:
         answer = asyncio.get_running_loop().create_future()
-        self.asked.put_nowait(answer)
+        self.queries.put_nowait(answer)
         return await answer
 
     async def expired(self, now: float, limit: int) -> list[str]:
@@ -45,60 +45,60 @@ def expiries() -> Expiries:
 
 @pytest.fixture(autouse=True)
 async def expiry(expiries: Expiries) -> AsyncIterator[Expiry]:
-    """It sweeps while the test runs."""
-    made = Expiry(expiries, expiries.end)
-    running = asyncio.create_task(made.run())
-    yield made
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    """Runs the expiry loop during the test."""
+    instance = Expiry(expiries, expiries.end)
+    task = asyncio.create_task(instance.run())
+    yield instance
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_what_is_opened_while_the_store_is_asked_is_not_slept_over(expiries: Expiries, expiry: Expiry):
     expiries.due = ["over"]
-    (await expiries.asked.get()).set_result(time.time() - 1)
-    late = await expiries.asked.get()
+    (await expiries.queries.get()).set_result(time.time() - 1)
+    late = await expiries.queries.get()
     assert expiries.ended == ["over"]
     expiry.expect(time.time() + 60)
-    late.set_result(None)  # as the store was before that one
+    late.set_result(None)  # the query has missed the new episode
     async with asyncio.timeout(5):
-        again = await expiries.asked.get()
+        again = await expiries.queries.get()
     again.cancel()
 
 
 async def test_it_sleeps_while_nothing_can_expire(expiries: Expiries, expiry: Expiry):
-    (await expiries.asked.get()).set_result(time.time() + 60)
+    (await expiries.queries.get()).set_result(time.time() + 60)
     await asyncio.sleep(0.01)
     expiry.expect(None)
     expiry.expect(time.time() + 120)
     await asyncio.sleep(0.1)
-    assert expiries.asked.empty()
+    assert expiries.queries.empty()
     expiry.expect(time.time() + 30)
     async with asyncio.timeout(5):
-        (await expiries.asked.get()).cancel()
+        (await expiries.queries.get()).cancel()
 
 
 async def test_an_episode_that_another_replica_opened_is_found(expiries: Expiries, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("service.sessions.expiry._LONGEST_SLEEP_S", 0.01)
-    (await expiries.asked.get()).set_result(None)
+    (await expiries.queries.get()).set_result(None)
     expiries.due = ["theirs"]
     async with asyncio.timeout(5):
-        (await expiries.asked.get()).set_result(time.time() - 1)
-        (await expiries.asked.get()).cancel()
+        (await expiries.queries.get()).set_result(time.time() - 1)
+        (await expiries.queries.get()).cancel()
     assert expiries.ended == ["theirs"]
 
 
 async def test_a_store_that_fails_is_asked_again(expiries: Expiries, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("service.sessions.expiry._RETRY_S", 0.01)
-    (await expiries.asked.get()).set_exception(StoreUnavailable("down"))
+    (await expiries.queries.get()).set_exception(StoreUnavailable("down"))
     async with asyncio.timeout(5):
-        (await expiries.asked.get()).cancel()
+        (await expiries.queries.get()).cancel()
 
 
 async def test_what_cannot_end_keeps_no_other_from_it(expiries: Expiries, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("service.sessions.expiry._RETRY_S", 0.01)
     expiries.due = [*(f"busy{n}" for n in range(300)), *(f"broken{n}" for n in range(300)), "fine"]
-    (await expiries.asked.get()).set_result(time.time() - 1)
+    (await expiries.queries.get()).set_result(time.time() - 1)
     async with asyncio.timeout(5):
-        again = await expiries.asked.get()
+        again = await expiries.queries.get()
     assert expiries.ended == ["fine"]
     again.cancel()

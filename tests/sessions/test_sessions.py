@@ -1,4 +1,4 @@
-"""Sessions: the same tokens after eviction, restart and on another replica; joins, leaves and late commits."""
+"""Tests of sessions: eviction, restarts and several replicas give the same tokens; retries, cancellation, commits."""
 
 import asyncio
 from dataclasses import replace
@@ -24,17 +24,17 @@ NUM_STEPS = 24
 SLIDING = {"context": {"overflow": "slide", "max_tokens": 160}, "sampling": {"max_tokens": 8, "seed": 7}}
 
 
-def said(step: int) -> dict[str, Any]:
+def fields_of(step: int) -> dict[str, Any]:
     return {"observation": f"observation {step} " + "long " * (step % 5), "reward": 1.0 if step else None}
 
 
-async def unbroken(folder: Path, tokenizer: HFTokenizer, space: dict[str, Any]) -> tuple[Any, list[list[int]]]:
-    """Tokens of an episode that nothing disturbed, and the prompts its engine saw."""
+async def uninterrupted(folder: Path, tokenizer: HFTokenizer, space: dict[str, Any]) -> tuple[Any, list[list[int]]]:
+    """Plays an episode without interruption. Returns its segments of tokens, and the prompts of its engine."""
     engine = ScriptedEngine(tokenizer)
     async with serve(folder, engine) as api:
         await api.open(instructions="Play.", action_space=space, **SLIDING)
         for step in range(NUM_STEPS):
-            await api.act(**said(step))
+            await api.act(**fields_of(step))
         return (await api.trajectory(format="tokens"))["segments"], engine.prompts
 
 
@@ -42,19 +42,19 @@ async def unbroken(folder: Path, tokenizer: HFTokenizer, space: dict[str, Any]) 
 async def test_an_episode_goes_on_after_restarts_with_the_same_tokens(
     tmp_path: Path, tokenizer: HFTokenizer, space: dict[str, Any]
 ):
-    segments, prompts = await unbroken(tmp_path / "unbroken", tokenizer, space)
+    segments, prompts = await uninterrupted(tmp_path / "uninterrupted", tokenizer, space)
     seen: list[list[int]] = []
     for part in range(4):
         engine = ScriptedEngine(tokenizer)
-        async with serve(tmp_path / "broken", engine) as api:
+        async with serve(tmp_path / "restarted", engine) as api:
             if not part:
                 await api.open(instructions="Play.", action_space=space, **SLIDING)
             for step in range(part * NUM_STEPS // 4, (part + 1) * NUM_STEPS // 4):
-                await api.act(**said(step), step=step)
+                await api.act(**fields_of(step), step=step)
             found = (await api.trajectory(format="tokens"))["segments"]
             assert (await api.get())["episode_return"] == step
         seen += engine.prompts
-    assert len(segments) > 2, "the context slid"
+    assert len(segments) > 2, "the context must have slid"
     assert found == segments
     assert seen == prompts
 
@@ -63,14 +63,14 @@ async def test_an_episode_goes_on_after_restarts_with_the_same_tokens(
 async def test_an_evicted_episode_goes_on_with_the_same_tokens(
     tmp_path: Path, tokenizer: HFTokenizer, space: dict[str, Any]
 ):
-    segments, _ = await unbroken(tmp_path / "unbroken", tokenizer, space)
+    segments, _ = await uninterrupted(tmp_path / "uninterrupted", tokenizer, space)
     async with serve(tmp_path / "evicted", ScriptedEngine(tokenizer), max_live_episodes=1) as api:
         names = [f"e{number}" for number in range(4)]
         for name in names:
             await api.open(name, instructions="Play.", action_space=space, **SLIDING)
         for step in range(NUM_STEPS):
-            for name in names:  # one after the other: an act in flight would keep its episode in the cache
-                await api.act(name, **said(step), step=step)
+            for name in names:  # in sequence: an episode with an act in flight is not evicted
+                await api.act(name, **fields_of(step), step=step)
                 assert [episode.episode_id for episode in api.app.state.services.sessions._cache] == [name]
         for name in names:
             assert (await api.trajectory(name, format="tokens"))["segments"] == segments
@@ -87,7 +87,7 @@ async def test_a_key_of_an_evicted_episode_still_tells_a_retry(tmp_path: Path, t
 
 
 async def test_two_replicas_share_an_episode(tmp_path: Path, tokenizer: HFTokenizer):
-    """A caller that names no steps and moves between replicas meets one episode, not two."""
+    """A caller that names no steps can switch between replicas: they continue the same episode."""
     async with (
         serve(tmp_path, ScriptedEngine(tokenizer)) as one,
         serve(tmp_path, ScriptedEngine(tokenizer)) as two,
@@ -120,7 +120,7 @@ async def test_a_retry_at_another_replica_gets_the_same_answer(tmp_path: Path, t
 async def test_the_next_step_waits_for_one_in_flight_that_another_replica_has_taken(
     tmp_path: Path, tokenizer: HFTokenizer
 ):
-    """A caller's first attempt hangs on at one replica, the second was answered by another: that is no other act."""
+    """A retry was answered by another replica, while the first attempt is still in flight here."""
     async with (
         serve(tmp_path, HeldEngine(tokenizer)) as one,
         serve(tmp_path, ScriptedEngine(tokenizer)) as two,
@@ -139,7 +139,7 @@ async def test_the_next_step_waits_for_one_in_flight_that_another_replica_has_ta
         assert len((await one.trajectory())["steps"]) == 2
 
 
-# --- below HTTP, where a test can say what happens between two turns of the loop
+# --- without HTTP, so that a test controls what happens between two iterations of the event loop
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ async def test_a_retry_right_behind_the_caller_that_left_starts_anew(sessions: S
     left = asyncio.create_task(sessions.act("e", call(step=0)))
     await until(lambda: engine.num_held == 1)
     left.cancel()
-    await asyncio.sleep(0)  # the caller is gone, its act not yet
+    await asyncio.sleep(0)  # the caller has left, but its act is not cancelled yet
     again = asyncio.create_task(sessions.act("e", call(step=0)))
     await until(lambda: engine.num_held == 2)
     engine.release.set()
@@ -171,7 +171,7 @@ async def test_a_retry_right_behind_the_caller_that_left_starts_anew(sessions: S
 
 
 class SlowStore(MemoryStore):
-    """Commits when `release` is set."""
+    """Commits only after `release` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class SlowStore(MemoryStore):
 
 
 async def test_a_commit_that_began_is_not_given_up(tokenizer: HFTokenizer):
-    """Neither a caller that leaves nor a deadline tears an act between the store and the episode."""
+    """Neither a caller that leaves nor a timeout aborts an act whose commit has begun."""
     store = SlowStore()
     sessions = Sessions(store, max_cached_episodes=8)
     sessions.serve(ScriptedEngine(tokenizer))
@@ -203,12 +203,15 @@ async def test_a_commit_that_began_is_not_given_up(tokenizer: HFTokenizer):
 
 
 class FlakyStore(MemoryStore):
-    """Fails a commit before it was made, or after it, as a lost connection does; "away": and the next read."""
+    """Fails one commit as a lost connection does: `fault` "before" or "after" the commit takes effect.
+
+    With "after_and_read", the next read fails too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.fault = ""
-        self.away = False
+        self.fails_read = False
 
     async def commit(self, commit: Commit) -> None:
         fault, self.fault = self.fault, ""
@@ -216,17 +219,17 @@ class FlakyStore(MemoryStore):
             raise StoreUnavailable("gone")
         await super().commit(commit)
         if fault:
-            self.away = fault == "away"
+            self.fails_read = fault == "after_and_read"
             raise StoreUnavailable("gone")
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        away, self.away = self.away, False
-        if away:
+        fails_read, self.fails_read = self.fails_read, False
+        if fails_read:
             raise StoreUnavailable("gone still")
         return await super().steps(episode_id, index)
 
 
-@pytest.mark.parametrize("fault", ["before", "away"])
+@pytest.mark.parametrize("fault", ["before", "after_and_read"])
 async def test_an_unknown_outcome_of_a_commit_is_settled_by_the_retry(tokenizer: HFTokenizer, fault: str):
     store = FlakyStore()
     sessions = Sessions(store, max_cached_episodes=8)
@@ -236,7 +239,7 @@ async def test_an_unknown_outcome_of_a_commit_is_settled_by_the_retry(tokenizer:
     store.fault = fault
     with pytest.raises(StoreUnavailable):
         await sessions.act("e", call("one", step=1))
-    assert (await sessions.act("e", call("one", step=1)))["replayed"] == (fault == "away")
+    assert (await sessions.act("e", call("one", step=1)))["replayed"] == (fault == "after_and_read")
     assert [row.message.observation for row in await store.steps("e")] == ["zero", "one"]
     assert (await sessions.act("e", call("two", step=2)))["step"] == 2
 
@@ -247,7 +250,7 @@ async def test_a_commit_whose_answer_was_lost_is_found_by_reading_the_step_again
     sessions.serve(ScriptedEngine(tokenizer))
     await sessions.create("e", {}, b"body")
     store.fault = "after"
-    answer = await sessions.act("e", call("zero"))  # without a step: its caller could not repeat it
+    answer = await sessions.act("e", call("zero"))  # without a step: a retry would be a new act
     assert (answer["step"], answer["replayed"]) == (0, False)
     assert (await sessions.act("e", call("one")))["step"] == 1
     assert [row.message.observation for row in await store.steps("e")] == ["zero", "one"]
@@ -271,24 +274,24 @@ async def test_the_loser_of_a_race_answers_with_the_winners_step(tokenizer: HFTo
 
 
 async def test_a_streamed_act_that_loses_its_race_is_not_written_anew(tokenizer: HFTokenizer):
-    """Its caller has heard words already; others behind them would make no sense."""
+    """The caller has already received text. The text of a second attempt must not follow it."""
     store = MemoryStore()
     replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
     for replica in replicas:
         replica.serve(ScriptedEngine(tokenizer))
     await replicas[0].create("e", {}, b"body")
-    await replicas[1].act("e", call("zero"))  # replica 0 does not know of it
-    heard: list[str] = []
-    streamed = replace(call("one"), sink=TextSink(lambda _, delta: heard.append(delta)))
+    await replicas[1].act("e", call("zero"))  # the cached episode of replica 0 is now stale
+    received: list[str] = []
+    streamed = replace(call("one"), sink=TextSink(lambda _, delta: received.append(delta)))
     with pytest.raises(Conflict) as conflict:
         await replicas[0].act("e", streamed)
     assert (conflict.value.code, conflict.value.context["expected_step"]) == ("step_conflict", 1)
-    assert "".join(heard) == "ok"
+    assert "".join(received) == "ok"
     assert len(await store.steps("e")) == 1
 
 
 async def test_an_act_without_a_step_never_takes_over_anothers_answer(tokenizer: HFTokenizer):
-    """Equal words are no proof of a retry: two replicas' callers may both say "look"."""
+    """An equal body does not identify a retry: different callers may both send "look"."""
     store = MemoryStore()
     replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
     for replica in replicas:
