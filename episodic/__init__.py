@@ -1,4 +1,4 @@
-"""Episodic's Python client.
+"""Python client of Episodic.
 
     from episodic import Client
 
@@ -6,9 +6,9 @@
         episode = client.episode(profile="frozen-lake")
         print(episode.act("0: S F\\n1: H G\\nrow 0, column 0").action)
 
-This package is the public name of `service.client`; `episodic.environments` and `episodic.rollout` are those of
-`service.environments` and `service.rollout`.
+This package re-exports `service.client`. `episodic.environments` re-exports `service.environments`, and
+`episodic.rollout` re-exports `service.rollout`.
 """
 
-from service.client import *  # noqa: F403 - `__all__` says what
+from service.client import *  # noqa: F403 - `__all__` lists the names
 from service.client import __all__ as __all__

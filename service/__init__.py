@@ -1,5 +1,5 @@
-"""Episodic: a stateful agent service over a language model.
+"""Episodic: a stateful agent service on top of a language model.
 
-`ls service` is the architecture; docs/architecture.md draws which package may import which, and import-linter
-enforces it (pyproject.toml).
+docs/architecture.md describes the packages and which of them may import which. import-linter enforces these rules
+(pyproject.toml).
 """

@@ -1,4 +1,4 @@
-"""The composition root: store, engine, sessions and the HTTP API under one lifespan."""
+"""Creates the app: connects the store, engine, sessions and HTTP API, and manages their lifespan."""
 
 import asyncio
 import dataclasses
@@ -40,10 +40,12 @@ def create_app(
     on_ready: Callback = lambda: None,
     on_fatal: Callback = lambda: None,
 ) -> FastAPI:
-    """The application.
+    """Creates the app.
 
-    `engine` (or what loads one each time) and `store` replace those that the settings name. `on_ready` is called each
-    time an engine begins to serve; `on_fatal` when the supervisor gives up, so that the process can end with an error.
+    engine: replaces the engine of the settings. It is an engine, or a function that loads one at each (re)start.
+    store: replaces the store of the settings.
+    on_ready: called each time an engine is ready.
+    on_fatal: called when the supervisor gives up, so that the process can exit with an error.
     """
     used_store = store or SQLStore(settings.store_url, metrics.count_commit)
     services = _services(settings, used_store)
@@ -64,7 +66,7 @@ def create_app(
         summary="A stateful agent service.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
-        openapi_url="/openapi.json" if settings.docs else None,  # /docs and /redoc go with it
+        openapi_url="/openapi.json" if settings.docs else None,  # None also disables /docs and /redoc
     )
     app.state.services = services
     for module in (acts, episodes, profiles, policies, export, openai, operations):
@@ -94,7 +96,7 @@ def _services(settings: Settings, store: Store) -> Services:
 
 @asynccontextmanager
 async def _serving(services: Services, on_ready: Callback, engine: Engine) -> AsyncGenerator[None]:
-    """While it is open, the engine decides acts, and idle episodes end."""
+    """Serves acts with this engine, and ends expired episodes, until the context exits."""
     settings, sessions = services.settings, services.sessions
     adapters = Policies(engine, sessions.store, source=settings.adapters, kept=settings.data / "adapters")
     await adapters.restore()
@@ -128,7 +130,7 @@ def _loader(settings: Settings, engine: Engine | Load | None) -> Load:
 
     async def given() -> Engine:
         if not engine.healthy:
-            raise EngineRefused("the engine that was handed in is dead, and there is no other")
+            raise EngineRefused("the engine that was passed to create_app has died, and it cannot be loaded again")
         return engine
 
     return given

@@ -1,4 +1,4 @@
-"""Owns every error a caller can meet: its HTTP status, its stable code, and the facts that go with it.
+"""The errors that a caller can receive: their HTTP status, stable code, and further fields.
 
 EpisodicError
 ├── BadRequest           400 malformed_json
@@ -20,12 +20,17 @@ from typing import Any, ClassVar
 
 
 class EpisodicError(Exception):
-    """An expected failure. `code` is stable and lower_snake; `context` is merged into the problem document."""
+    """An expected failure, which the caller receives as a problem document.
+
+    code: a stable snake_case name.
+    detail: says what was wrong, where, and what to do.
+    context: further fields of the problem document.
+    """
 
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal error"
     headers: Mapping[str, str] = {}
-    """Sent with the problem."""
+    """Headers of the response."""
 
     def __init__(self, code: str, detail: str, **context: Any) -> None:
         super().__init__(detail)
@@ -71,7 +76,7 @@ class TooLarge(EpisodicError):
 
 
 class Unprocessable(EpisodicError):
-    """`errors` in the problem lists `loc` (path of keys) and `msg`."""
+    """The request is invalid. `errors` lists the location (`loc`, a path of keys) and message (`msg`) of each fault."""
 
     status = 422
     title = "Invalid request"
@@ -80,20 +85,20 @@ class Unprocessable(EpisodicError):
         super().__init__("invalid_request", detail, errors=errors or [{"loc": list(loc), "msg": detail}])
 
 
-class _Later(EpisodicError):
-    """Try again after `retry_after_s` seconds (sent as Retry-After, in whole ones)."""
+class _RetryLater(EpisodicError):
+    """The caller should retry after `retry_after_s` seconds, which are sent as Retry-After, rounded up."""
 
     def __init__(self, code: str, detail: str, *, retry_after_s: float = 1, **context: Any) -> None:
         super().__init__(code, detail, **context)
         self.headers = {"Retry-After": str(max(math.ceil(retry_after_s), 1))}
 
 
-class TooManyRequests(_Later):
+class TooManyRequests(_RetryLater):
     status = 429
     title = "Too many requests"
 
 
-class Unavailable(_Later):
+class Unavailable(_RetryLater):
     status = 503
     title = "Unavailable"
 

@@ -1,14 +1,14 @@
-"""The labels that episodes are filtered by, declared once for the API, the store, the client and the command line.
+"""Declares the filters of episodes, once for the HTTP API, the store, the client and the command line.
 
-To add a filter, add it to `EpisodeFilter`, and a column of the same name to the store (CONTRIBUTING.md has the recipe).
-Imports nothing but the standard library, because the client shares it.
+To add a filter, add it to `EpisodeFilter`, and add a column of the same name to the store (CONTRIBUTING.md has a
+recipe). This module imports only the standard library, because the client imports it.
 """
 
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 
 class EpisodeFilter(TypedDict, total=False):
-    """Which episodes: those that match every filter given."""
+    """Selects the episodes that match every given filter."""
 
     status: Annotated[Literal["active", "ended"], "Only episodes with this status."]
     tag: Annotated[str, "Only episodes that have this tag."]
@@ -24,4 +24,4 @@ FILTERS: dict[str, tuple[Any, str]] = {
 """The type and the help text of each filter, by name."""
 
 LABELS: tuple[str, ...] = tuple(name for name in FILTERS if name not in ("status", "tag"))
-"""The filters whose value is the field of the same name in the body of POST /episode."""
+"""The filters that compare the field of the same name in the body of POST /episode."""

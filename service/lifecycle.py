@@ -1,10 +1,10 @@
-"""The lifecycle of the service: whether it starts, is ready, or shuts down. The one place that knows.
+"""Tracks the lifecycle of the service: whether it is loading an engine, is ready, or is shutting down.
 
-An engine is loaded, serves, and may die and be loaded again. Independently, a signal starts the shutdown:
+An engine is loaded, serves, and may die and be loaded again. Independently of this, a signal starts the shutdown:
 
-    serving -> leaving    unready for load balancers, still answers calls (the drain delay)
-            -> draining   refuses new calls, in-flight acts continue
-            -> aborting   the drain timeout was reached: in-flight acts are aborted
+    serving -> leaving    drain delay: not ready for load balancers, but calls are still accepted
+            -> draining   new calls are refused, in-flight acts continue
+            -> aborting   drain timeout reached: in-flight acts are aborted
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ UnreadyReason = Literal["loading", "engine_unavailable", "store_unavailable", "d
 
 
 class Phase(IntEnum):
-    """How far the shutdown is. It never goes back."""
+    """The phase of the shutdown. It never goes back."""
 
     SERVING = auto()
     LEAVING = auto()
@@ -24,19 +24,20 @@ class Phase(IntEnum):
 
 
 class Lifecycle:
-    """Set by the supervisor (the engine) and by the server (the shutdown), read by everything else."""
+    """The current state. The supervisor sets the state of the engine, and the server sets the phase of the shutdown."""
 
     def __init__(self) -> None:
         self.phase = Phase.SERVING
         self.is_loading_engine = False
-        """A thread is loading an engine now. Nothing can interrupt it but the end of the process."""
+        """Whether a thread is loading an engine now. Only the end of the process can interrupt it."""
         self._is_engine_healthy: Callable[[], bool] | None = None
 
     def engine_serves(self, is_healthy: Callable[[], bool]) -> None:
-        """From now on acts are decided by an engine, as long as `is_healthy()`."""
+        """Reports that an engine was loaded. It can serve acts as long as `is_healthy()` returns true."""
         self._is_engine_healthy = is_healthy
 
     def enter(self, phase: Phase) -> None:
+        """Moves the shutdown on to this phase. Does nothing if it is already in a later one."""
         self.phase = max(self.phase, phase)
 
     @property
@@ -50,12 +51,12 @@ class Lifecycle:
 
     @property
     def has_served(self) -> bool:
-        """Whether an engine was ever ready."""
+        """Whether an engine has ever been ready."""
         return self._is_engine_healthy is not None
 
     @property
     def unready_reason(self) -> UnreadyReason | None:
-        """Why an act would not be served now; None if it would."""
+        """Why acts are not served now; None if they are. The store is not checked."""
         if self.is_draining:
             return "draining"
         if self._is_engine_healthy is None:
@@ -64,5 +65,5 @@ class Lifecycle:
 
     @property
     def routing_reason(self) -> UnreadyReason | None:
-        """Why a load balancer should choose another replica, the store aside; None if it should not."""
+        """Why a load balancer should not choose this replica; None if it may. The store is not checked."""
         return "draining" if self.phase >= Phase.LEAVING else self.unready_reason

@@ -1,4 +1,4 @@
-"""Owns the frozen values of a trajectory: what an episode was opened with, what a step holds, how an episode ends."""
+"""The immutable values of a trajectory: the configuration and state of an episode, its steps, and how it ended."""
 
 from array import array
 from dataclasses import dataclass, field
@@ -10,22 +10,24 @@ Status = Literal["active", "ended"]
 Overflow = Literal["slide", "error", "end"]
 
 DEFAULT_TENANT = "default"
-"""Whose the episodes are where no API key says otherwise."""
+"""The tenant of callers without an API key."""
 
 
 def qualified(tenant: str, episode_id: str) -> str:
-    """The id that is unique among all tenants: each names its episodes without knowing of the others'. A colon is in
-    neither part; the default tenant's ids stand as they are."""
+    """Returns the id of an episode that is unique among all tenants: `tenant:id`.
+
+    So several tenants can use the same id. Neither part contains a colon. Ids of the default tenant have no prefix.
+    """
     return episode_id if tenant == DEFAULT_TENANT else f"{tenant}:{episode_id}"
 
 
 def public_id(episode_id: str) -> str:
-    """A qualified id as its tenant knows it."""
+    """Returns the id that the tenant uses for a qualified id."""
     return episode_id.rpartition(":")[2]
 
 
 class StopReason(StrEnum):
-    """Why an episode ended. `terminated` and `truncated` have Gymnasium's meaning."""
+    """Why an episode ended. `terminated` and `truncated` have the same meaning as in Gymnasium."""
 
     TERMINATED = "terminated"
     TRUNCATED = "truncated"
@@ -37,10 +39,11 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next action is drawn from the policy. `temperature` 0 takes the most likely one.
+    """How an action is drawn from the policy.
 
-    `seed` makes a step reproducible: each step draws from a generator seeded by (seed, step).
-    For discrete actions top_k, top_p and min_p filter the distribution over actions, not over tokens.
+    temperature: 0 takes the most likely action or token.
+    top_p, top_k, min_p: in a discrete action space, they filter the distribution over actions, not over tokens.
+    seed: makes steps reproducible: each step draws from a generator that is seeded with (seed, step).
     """
 
     temperature: float = 1.0
@@ -51,12 +54,16 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    """Not a caller's: what ends a thought."""
+    """Tokens that end a thought. The engine sets them; a caller cannot."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParseFailure:
-    """Why a completion gave no action. `kind`: "length" (cut by max_tokens), "json" or "schema"."""
+    """Why the text of a completion is not an action.
+
+    kind: "length" if `max_tokens` cut off the completion; "json" if the text is not JSON that can be stored; "schema"
+    if the value is not valid under the schema.
+    """
 
     kind: Literal["length", "json", "schema"]
     detail: str
@@ -64,13 +71,14 @@ class ParseFailure:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The tokens that one step added: exactly what the engine was given and drew.
+    """The tokens that one step added: exactly those that the engine received and drew.
 
-    token_ids: int32 ids. Of a decoder-only model the new turn and then the completion, so that the spans of a window
-    form its context; of an encoder-decoder model the decoder's ids, from the start token on.
-    loss_mask: one byte for each token, 1 if the policy had a choice and drew it.
-    logprobs: float32 for each token: of a drawn one under the distribution that it was drawn from, else 0.
-    encoder_token_ids: int32 ids that the encoder was given; None for a decoder-only model.
+    token_ids: int32 ids. For a decoder-only model: the new turn and then the completion, so that the concatenated spans
+    of a window are the context. For an encoder-decoder model: the ids of the decoder, beginning with the start token.
+    loss_mask: one byte for each token: 1 if the policy drew the token and had a choice, else 0.
+    logprobs: float32 for each token: log-probability of a drawn token under the distribution that it was drawn from,
+    else 0.
+    encoder_token_ids: int32 ids that the encoder received; None for a decoder-only model.
     """
 
     token_ids: "array[int]"
@@ -84,7 +92,7 @@ EMPTY_SPAN = Span(array("i"), b"", array("f"))
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What a caller says in one act: the observation, and what its environment gave for the previous action."""
+    """The message of one act: the new observation, and what the environment returned for the previous action."""
 
     observation: JsonValue = None
     reward: float | None = None
@@ -96,7 +104,7 @@ class Message:
 
     @property
     def ends(self) -> StopReason | None:
-        """The reason this message ends the episode for, if it does; `terminated` wins over `truncated`."""
+        """The stop reason if this message ends the episode, else None. `terminated` has priority over `truncated`."""
         if self.terminated:
             return StopReason.TERMINATED
         return StopReason.TRUNCATED if self.truncated else None
@@ -104,7 +112,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one act: the whole prompt, how many of those the prefix cache held, and the completion."""
+    """Number of tokens of one act: the prompt, the part of the prompt in the prefix cache, and the completion."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -113,11 +121,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the policy decided, and the tokens to store for it.
+    """A decision of the policy, and the tokens to store with it.
 
-    span: what the step adds to the episode. window_start: the first step behind step 0 that the policy saw.
-    logprob: of the action under the distribution that it was drawn from; None if the policy did not choose it.
-    dropped: the range of the span that later windows leave out, because the episode does not keep thoughts.
+    span: the tokens that the step adds to the episode.
+    window_start: index of the oldest step in the context, apart from step 0.
+    logprob: log-probability of the action under the distribution that it was drawn from; None if the caller chose it.
+    action_probs: probability of each legal action; None if the action space is not discrete.
+    dropped: range of the span that later windows leave out: a thought, if the episode does not keep thoughts.
     """
 
     action: JsonValue
@@ -136,10 +146,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One row of an episode: observation -> action, or (`closing`) the message that ended it, which has no action.
+    """One stored step of an episode: an observation and the action for it.
 
-    `reward` is what the message brought: the reward for the previous action. `window_start` is the first step behind
-    step 0 that the policy saw. `answer` is what POST /act answered, without `replayed` and `timing`.
+    message: contains the observation, and the reward for the previous action.
+    closing: true for the message that ended the episode, which has no action.
+    window_start: index of the oldest step in the context, apart from step 0.
+    answer: the answer to POST /act, without `replayed` and `timing`.
+    digest: digest of the request body, which identifies a retry.
+    created_at: Unix seconds.
     """
 
     episode_id: str
@@ -153,14 +167,20 @@ class Step:
     created_at: float
     idempotency_key: str | None = None
     dropped: tuple[int, int] = (0, 0)
-    """The range of the span that later windows leave out: a thought that is not kept."""
+    """Range of the span that later windows leave out: a thought that the episode does not keep."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeConfig:
-    """What POST /episode asked for, a profile's fields among it; `request` is the body that GET /episode/{id} repeats.
-    `parent` of a fork: the episode it branched off, and the index of its own first step. `episode_id` is qualified by
-    the tenant, here and everywhere below the API."""
+    """The configuration of an episode.
+
+    episode_id: qualified by the tenant, as everywhere below the API.
+    request: the body of POST /episode with the fields of its profile. GET /episode/{episode_id} returns it.
+    digest: digest of the request body, which identifies a retry.
+    policy_version: the policy's weights when the episode was opened.
+    created_at: Unix seconds.
+    parent: for a fork, the episode that it was forked from, and the index of the fork's own first step.
+    """
 
     episode_id: str
     request: dict[str, JsonValue]
@@ -176,7 +196,12 @@ class EpisodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeState:
-    """The part of an episode that changes with each committed step. Times are Unix seconds."""
+    """The part of an episode that changes with each committed step.
+
+    step: index of the next step.
+    num_tokens: number of tokens in the spans of all steps.
+    updated_at, ended_at, expires_at: Unix seconds.
+    """
 
     step: int = 0
     status: Status = "active"
@@ -187,12 +212,17 @@ class EpisodeState:
     updated_at: float = 0.0
     ended_at: float | None = None
     expires_at: float | None = None
-    """When it ends unless an act comes first; None for never."""
+    """When the episode ends if no act follows; None for never."""
 
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """A human's rating, 1 to 5, of a step or (`step` None) of the episode. A rater has one for each."""
+    """A human's rating, 1 to 5.
+
+    step: index of the rated step; None if the rating is for the whole episode.
+    rater: name of the person. A later rating of the same step by the same rater replaces the earlier one.
+    created_at: Unix seconds.
+    """
 
     episode_id: str
     step: int | None
@@ -204,7 +234,12 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class StoredPolicy:
-    """An adapter that is served: `digest` names its files, `version` the weights that act, base model included."""
+    """An adapter that is served, as it is stored.
+
+    digest: identifies the adapter's files.
+    version: identifies the weights of the adapter and of the base model together.
+    loaded_at: Unix seconds.
+    """
 
     name: str
     digest: str
@@ -215,8 +250,12 @@ class StoredPolicy:
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """An API key as it is stored: its SHA-256 digest, its tenant and its scopes. `key_id` is its public part. A revoked
-    key stays stored, so that an id in the log can be traced to its tenant."""
+    """An API key as it is stored.
+
+    key_id: the public part of the key.
+    digest: SHA-256 of the whole key.
+    created_at, revoked_at: Unix seconds. A revoked key stays stored, so that its id in a log still leads to its tenant.
+    """
 
     key_id: str
     digest: bytes
@@ -228,7 +267,7 @@ class StoredKey:
 
 @dataclass(frozen=True, slots=True)
 class StoredEpisode:
-    """An episode as it is stored, without its steps; `deleted` marks a tombstone."""
+    """An episode as it is stored, without its steps. `deleted` marks a tombstone."""
 
     config: EpisodeConfig
     state: EpisodeState = field(default_factory=EpisodeState)

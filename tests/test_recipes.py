@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md: each is applied to a copy of the tree, and the result is used over HTTP."""
+"""Tests the recipes of CONTRIBUTING.md: applies each one to a copy of the tree, and uses the result over HTTP."""
 
 import os
 import re
@@ -73,14 +73,14 @@ async def main():
 
 
 def steps_of(heading: str) -> dict[str, list[str]]:
-    """The hunks of a recipe, by the file that they change."""
+    """Returns the hunks of a recipe by the path of the file that they change."""
     section = CONTRIBUTING.split(f"### {heading}\n")[1].split("\n## ")[0].split("\n### ")[0]
     found = re.findall(r"```diff (\S+)\n(.*?)```", section, re.DOTALL)
     return {path: text.split("@@\n") for path, text in found}
 
 
 def apply(folder: Path, path: str, hunks: list[str]) -> None:
-    """Replaces what a hunk shows of the file, which must be there once, or makes a new file of added lines."""
+    """Applies the hunks to a file. The old lines must occur exactly once. Without old lines, the file is created."""
     file = folder / path
     for hunk in hunks:
         lines = hunk.splitlines()
@@ -88,10 +88,10 @@ def apply(folder: Path, path: str, hunks: list[str]) -> None:
         after = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
         if before:
             text = file.read_text()
-            assert text.count(before) == 1, f"{path} has no such lines any more, or several times:\n{before}"
+            assert text.count(before) == 1, f"{path} must contain these lines exactly once:\n{before}"
             file.write_text(text.replace(before, after))
         else:
-            assert not file.exists(), f"{path} exists"
+            assert not file.exists(), f"{path} already exists"
             file.write_text(after)
 
 
