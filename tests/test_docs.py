@@ -70,7 +70,7 @@ def test_what_holds_a_promise_exists(page: str) -> None:
 
 
 def test_the_page_on_deploying_names_what_there_is() -> None:
-    text = (ROOT / "docs" / "deploy.md").read_text()
+    text = (ROOT / "docs" / "deployment.md").read_text()
     kubernetes, targets = ROOT / "deploy" / "kubernetes", (ROOT / "Makefile").read_text()
     rows = set(found(r"^\| `([\w/-]+)` \|", text))
     overlays = {f"overlays/{path.name}" for path in kubernetes.glob("overlays/*")}

@@ -246,8 +246,8 @@ def test_a_one_off_pod_gets_the_ways_out_and_no_calls() -> None:
 
 
 def in_the_pod(words: str, data: Path, stdin: bytes = b"") -> bytes:
-    """Takes the line of docs/deploy.md with these words, and runs its command here, with `data` in place of /data."""
-    (line,) = [line for line in (ROOT / "docs" / "deploy.md").read_text().splitlines() if words in line]
+    """Runs the command of docs/deployment.md that contains `words` here, with `data` in place of /data."""
+    (line,) = [line for line in (ROOT / "docs" / "deployment.md").read_text().splitlines() if words in line]
     inner = re.sub(r" [<>] backup\.db$", "", line.partition(" -- ")[2]).replace("/data/", f"{data}/")
     return subprocess.run(["sh", "-c", inner], input=stdin, capture_output=True, check=True).stdout
 
@@ -270,12 +270,12 @@ def test_the_lines_that_back_up_a_claim_and_restore_it_do(tmp_path: Path) -> Non
 
 
 def test_the_line_that_rolls_back_makes_a_job_of_what_kubectl_prints() -> None:
-    (words,) = re.findall(r"\| python3 (deploy/one_off\.py .*) \|", (ROOT / "docs" / "deploy.md").read_text())
+    (words,) = re.findall(r"\| python3 (deploy/one_off\.py .*) \|", (ROOT / "docs" / "deployment.md").read_text())
     deployment = {**BASE, "metadata": {"namespace": "episodic", "labels": {}}}
     command = [sys.executable, *words.split()]
     ran = subprocess.run(command, input=json.dumps(deployment).encode(), capture_output=True, check=True, cwd=ROOT)
     assert container_of(json.loads(ran.stdout))["command"] == ["episodic", "migrate", "--to", "0002"]
-    assert f"job/{one_off.NAME}" in (ROOT / "docs" / "deploy.md").read_text()
+    assert f"job/{one_off.NAME}" in (ROOT / "docs" / "deployment.md").read_text()
 
 
 def test_no_secret_is_in_the_repository() -> None:

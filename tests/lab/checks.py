@@ -27,7 +27,7 @@ IMAGE = "episodic:lab"
 PROXY = "http://127.0.0.1:18000"
 PROMETHEUS = "http://127.0.0.1:19090"
 ALONE_PORT = "18001"
-DEPLOYING = (ROOT / "docs" / "deploy.md").read_text()
+DEPLOYING = (ROOT / "docs" / "deployment.md").read_text()
 NUM_EPISODES = 192
 GRACE_S = 50
 SERVICES = ("db", "service", "proxy", "prometheus")
@@ -329,7 +329,7 @@ def check_metrics(lab: Lab) -> None:
 
 
 def check_restore(lab: Lab) -> None:
-    """Runs the commands in docs/deploy.md. Episodes from before the backup are restored, and later ones are gone."""
+    """Runs the commands in docs/deployment.md. Episodes from before the backup are restored, later ones are gone."""
     with Client(PROXY, lab.api_key) as client:
         before = {episode.episode_id for episode in client.episodes()}
     docker, folder = lab.docker, lab.secrets.parent
@@ -349,7 +349,7 @@ def check_restore(lab: Lab) -> None:
 
 
 def check_rollback(lab: Lab) -> None:
-    """Runs the commands in docs/deploy.md, except the start of an older image: the current one migrates up again."""
+    """Runs the commands in docs/deployment.md, but starts the current image again, not an older one."""
     lines = _lines_with("docker compose run ").splitlines()
     lab.docker.shell("\n".join(lines[:2]), lab.secrets.parent)
     query = ["psql", "--username=episodic", "--tuples-only", "--command=SELECT version_num FROM alembic_version"]
@@ -360,7 +360,7 @@ def check_rollback(lab: Lab) -> None:
 
 
 def _lines_with(words: str) -> str:
-    """Returns the shell block in docs/deploy.md that contains these words."""
+    """Returns the shell block in docs/deployment.md that contains these words."""
     (block,) = [block for block in re.findall(r"```sh\n(.*?)```", DEPLOYING, re.DOTALL) if words in block]
     return block
 

@@ -207,8 +207,10 @@ async def test_a_disk_that_is_full_at_the_start_is_said_so(small_disk: Path):
 
 
 async def test_a_backup_made_while_it_is_written_to_is_whole(store: SQLStore, tmp_path: Path):
-    """Runs the command that docs/deploy.md gives for backups."""
-    (line,) = re.findall(r"^\.venv/bin/python -c .*backup.*$", (ROOT / "docs" / "deploy.md").read_text(), re.MULTILINE)
+    """Runs the command that docs/deployment.md gives for backups."""
+    (line,) = re.findall(
+        r"^\.venv/bin/python -c .*backup.*$", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE
+    )
     line = line.replace(".venv/bin/python", sys.executable).replace("data/episodic.db", str(file(tmp_path)))
     await store.create(record())
     for index in range(200):
