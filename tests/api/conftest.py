@@ -1,7 +1,5 @@
 """Runs the HTTP tests on a SQLite file and on a real PostgreSQL server."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.support import serving
@@ -16,11 +14,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("database", kinds, indirect=True, scope="session")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def database(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def database(request: pytest.FixtureRequest) -> str:
     """The kind of store that the services of a test use: "sqlite" or "postgresql"."""
-    kind = getattr(request, "param", "sqlite")
-    if kind == "postgresql":
-        serving.new_store = request.getfixturevalue("new_database")
-    yield kind
-    serving.new_store = None
+    return getattr(request, "param", "sqlite")
+
+
+@pytest.fixture(autouse=True)
+def _serve_on(database: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if database == "postgresql":
+        monkeypatch.setattr(serving, "new_store", request.getfixturevalue("new_database"))
