@@ -8,6 +8,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from service.api.http.security import scope_of
 from tests.e2e.server import Server
 from tests.e2e.test_readme import ROOT, shell
 
@@ -61,8 +62,8 @@ def test_the_examples_work_in_their_order_and_answer_what_the_page_shows(server:
     assert '"loss_mask"' in printed
 
 
-def test_the_table_of_calls_is_complete(server: Server) -> None:
-    listed = re.findall(r"^\| `([A-Z]+) (/\S*)` \| \w+ \|", GUIDE, re.MULTILINE)
-    served = httpx.get(f"{server.url}/openapi.json").json()["paths"]
-    paths = {path.replace("{episode_id}", "{id}"): methods for path, methods in served.items()}
-    assert sorted(listed) == sorted((method.upper(), path) for path, methods in paths.items() for method in methods)
+def test_the_table_of_calls_is_complete_and_names_the_scopes(server: Server) -> None:
+    listed = re.findall(r"^\| `([A-Z]+) (/\S*)` \| (\w+) \|", GUIDE, re.MULTILINE)
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    served = [(method.upper(), path.replace("{episode_id}", "{id}")) for path in paths for method in paths[path]]
+    assert sorted(listed) == sorted((method, path, scope_of(method, path) or "none") for method, path in served)
