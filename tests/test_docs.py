@@ -35,7 +35,7 @@ def test_every_error_code_is_in_the_reference() -> None:
     assert sorted(listed) == sorted((str(status), code) for status, codes in CODES.items() for code in codes)
 
 
-def test_every_metric_of_ours_is_in_the_reference() -> None:
+def test_all_service_metrics_are_in_the_reference() -> None:
     assert metrics.ACTS is not None
     ours = {family.name for family in REGISTRY.collect() if family.name.startswith("agent_")}
     assert ours == set(found(r"^\| `(agent_\w+)`", REFERENCE))
@@ -57,7 +57,7 @@ def test_architecture_stays_under_80_lines_and_names_tests_that_exist() -> None:
 
 
 @pytest.mark.parametrize("page", ["security.md", "reliability.md"])
-def test_what_holds_a_promise_exists(page: str) -> None:
+def test_guarantees_and_mitigations_name_existing_tests(page: str) -> None:
     """Each row of the tables names its tests, and each of these tests exists."""
     text = (ROOT / "docs" / page).read_text()
     for path, name in found(r"`(tests/[\w/]+\.py)::(\w+)`", text):
@@ -68,7 +68,7 @@ def test_what_holds_a_promise_exists(page: str) -> None:
         assert "::" in row.split("|")[-2], f"{page}: this row names no test: {row}"
 
 
-def test_the_page_on_deploying_names_what_there_is() -> None:
+def test_deployment_page_names_existing_files_and_targets() -> None:
     text = (ROOT / "docs" / "deployment.md").read_text()
     kubernetes, targets = ROOT / "deploy" / "kubernetes", (ROOT / "Makefile").read_text()
     rows = set(found(r"^\| `([\w/-]+)` \|", text))

@@ -45,7 +45,9 @@ def test_a_password_among_the_arguments_is_refused(command: str):
 
 @pytest.mark.parametrize("url", [URL, URL.replace("+asyncpg", ""), f"mysql://user:{PASSWORD}@db/e", f":{PASSWORD}@"])
 @pytest.mark.parametrize("command", ["serve", "migrate"])
-def test_a_failure_does_not_say_the_password(command: str, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_startup_error_does_not_contain_the_password(
+    command: str, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setenv("EPISODIC_STORE", url)
     monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
     monkeypatch.setenv("EPISODIC_PORT", "many")  # an invalid value, so that serve fails
@@ -56,7 +58,7 @@ def test_a_failure_does_not_say_the_password(command: str, url: str, monkeypatch
 
 
 @pytest.mark.parametrize("command", [["episodes"], ["export"], ["rollout"]])
-def test_a_key_is_no_option(command: list[str]):
+def test_no_command_has_an_api_key_option(command: list[str]):
     ran = CliRunner().invoke(app, [*command, "--api-key", PASSWORD])
     assert ran.exit_code == 2
     assert "No such option" in ran.output
@@ -83,7 +85,7 @@ def test_the_key_is_taken_from_the_environment(command: list[str], monkeypatch: 
 
 
 @pytest.mark.parametrize("place", ["environment", "file"])
-async def test_the_admin_key_is_told_nowhere(
+async def test_admin_key_is_never_printed_or_logged(
     place: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     from service.testing.scripted_engine import ScriptedEngine
@@ -118,7 +120,7 @@ async def test_the_admin_key_is_told_nowhere(
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o755])
-def test_secrets_that_cannot_be_read_are_refused_in_a_line(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_secrets_are_refused_with_one_line(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "episodic_store").write_text(f"mysql://u:{PASSWORD}@db/e")
     (tmp_path / "episodic_store").chmod(mode)
     monkeypatch.setenv("EPISODIC_SECRETS", str(tmp_path))
@@ -128,9 +130,7 @@ def test_secrets_that_cannot_be_read_are_refused_in_a_line(mode: int, tmp_path: 
     assert PASSWORD not in refused.output
 
 
-async def test_neither_answers_nor_log_lines_hold_them(
-    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
-):
+async def test_secrets_are_not_in_responses_or_logs(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture):
     from service.testing.scripted_engine import ScriptedEngine
 
     caplog.set_level(logging.DEBUG)

@@ -71,7 +71,7 @@ def test_engine_options_are_read_as_what_they_look_like(monkeypatch: pytest.Monk
     "given",
     [{"prot": 1}, {"port": 70_000}, {"port": "many"}, {"log_format": "xml"}, {"max_live_episodes": 0}, {"drain_s": -1}],
 )
-def test_a_setting_that_cannot_be_is_refused(given: dict[str, Any]):
+def test_invalid_setting_is_refused(given: dict[str, Any]):
     with pytest.raises(ValidationError):
         Settings(**given)
 
@@ -90,7 +90,7 @@ def test_a_setting_that_cannot_be_is_refused(given: dict[str, Any]):
         "postgresql+asyncpg:///x",
     ],
 )
-def test_a_store_of_another_kind_is_refused_without_telling_its_password(store: str, monkeypatch: pytest.MonkeyPatch):
+def test_unsupported_store_url_is_refused_without_its_password(store: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EPISODIC_STORE", store)
     result = serve()
     assert result.exit_code == 2
@@ -191,7 +191,7 @@ def test_only_loopback_is_served(host: str):
         ("--no-such-option",),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(arguments: tuple[str, ...]):
+def test_invalid_arguments_are_refused(arguments: tuple[str, ...]):
     result = serve(*arguments)
     assert result.exit_code == 2
     assert "Traceback" not in result.output

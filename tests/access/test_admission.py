@@ -78,7 +78,7 @@ async def test_unset_bounds_come_from_the_engine():
     assert admission.limit == 2
 
 
-async def test_the_next_turn_is_the_tenants_with_the_fewest_in_the_engine():
+async def test_free_slot_goes_to_the_tenant_with_the_fewest_slots():
     turns = Turns(Admission(max_running=2, max_queued=10))
     for tenant in "aaaabb":
         await turns.begin(tenant)
@@ -101,7 +101,7 @@ async def test_a_tenant_below_its_share_is_admitted_to_a_full_queue():
     await turns.end_all()
 
 
-async def test_one_that_leaves_the_queue_takes_no_turn():
+async def test_cancelled_waiter_gets_no_slot():
     turns = Turns(Admission(max_running=1, max_queued=10))
     for tenant in "abc":
         await turns.begin(tenant)
@@ -113,7 +113,7 @@ async def test_one_that_leaves_the_queue_takes_no_turn():
     assert turns.admission._accounts == {}
 
 
-async def test_one_whose_turn_comes_as_it_leaves_hands_it_on():
+async def test_slot_given_to_a_cancelled_waiter_is_passed_on():
     turns = Turns(Admission(max_running=1, max_queued=10))
     for tenant in "abc":
         await turns.begin(tenant)
@@ -127,7 +127,7 @@ async def test_one_whose_turn_comes_as_it_leaves_hands_it_on():
     assert turns.admission._num_running == turns.admission._num_acts == 0
 
 
-async def test_acts_at_once_have_a_quota():
+async def test_concurrent_acts_quota():
     admission = Admission(lambda tenant: Quota(concurrent_acts=2) if tenant == "a" else Quota(), max_running=8)
     with ExitStack() as stack:
         stack.enter_context(admission.admitted("a"))
@@ -138,14 +138,14 @@ async def test_acts_at_once_have_a_quota():
     assert refusal(admission, "a", 2) is None
 
 
-async def test_a_batch_is_admitted_whole_where_its_first_act_is():
+async def test_batch_is_admitted_if_its_first_act_fits():
     admission = Admission(max_running=2, max_queued=2)
     with admission.admitted("a", 100):
         assert refusal(admission, "a") == "overloaded"
     assert refusal(admission, "a") is None
 
 
-async def test_calls_have_a_rate(monkeypatch: pytest.MonkeyPatch):
+async def test_calls_per_second_limit(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr("service.access.admission.time.monotonic", lambda: now)
     admission = Admission(lambda _: Quota(calls_per_s=2.0))
@@ -168,7 +168,7 @@ async def test_calls_have_a_rate(monkeypatch: pytest.MonkeyPatch):
     admission.count_calls("a")
 
 
-async def test_retry_after_is_what_the_queue_takes_at_the_measured_rate(monkeypatch: pytest.MonkeyPatch):
+async def test_retry_after_is_estimated_from_the_measured_rate(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr("service.access.admission.time.monotonic", lambda: now)
     admission = Admission(max_running=1, max_queued=12)

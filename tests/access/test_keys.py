@@ -62,7 +62,7 @@ async def test_the_store_keeps_no_secret():
     assert new_key("acme", ["read"], 1.0)[0] != key
 
 
-async def test_a_revoked_key_serves_a_second_longer_at_most(clock: list[float]):
+async def test_revoked_key_is_refused_within_a_second(clock: list[float]):
     store = CountingStore()
     key, record = new_key("acme", ["read"], 1.0)
     await store.add_key(record)
@@ -77,7 +77,7 @@ async def test_a_revoked_key_serves_a_second_longer_at_most(clock: list[float]):
     assert await ring.exists()
 
 
-async def test_the_last_keys_serve_while_the_store_cannot(clock: list[float]):
+async def test_cached_keys_are_used_while_the_store_is_unavailable(clock: list[float]):
     store = CountingStore()
     key, record = new_key("acme", ["read"], 1.0)
     await store.add_key(record)
@@ -116,7 +116,7 @@ def stored_keys(folder: Path) -> list[StoredKey]:
     return asyncio.run(read())
 
 
-def test_a_key_is_made_and_printed_by_the_first_start_alone(start: Any, tmp_path: Path):
+def test_only_the_first_start_creates_and_prints_a_key(start: Any, tmp_path: Path):
     first = start(make_key="true")
     assert first.exit_code == 0
     key, usage = first.stdout.splitlines()
@@ -128,14 +128,14 @@ def test_a_key_is_made_and_printed_by_the_first_start_alone(start: Any, tmp_path
     assert stored_keys(tmp_path) == [record]
 
 
-def test_no_key_is_made_where_none_is_needed(start: Any, tmp_path: Path):
+def test_no_key_is_created_if_none_is_needed(start: Any, tmp_path: Path):
     assert start(make_key="true", host="127.0.0.1").output == ""
     key = CliRunner().invoke(app, ["keys", "new"]).stdout.strip()
     assert start(make_key="true", admin_key=key).output == ""
     assert [record.digest for record in stored_keys(tmp_path)] == [digest(key)]
 
 
-def test_an_admin_key_is_made_known_once(start: Any, tmp_path: Path):
+def test_admin_key_is_stored_once(start: Any, tmp_path: Path):
     key = CliRunner().invoke(app, ["keys", "new"]).stdout.strip()
     for _ in range(2):
         started = start(admin_key=key, host="127.0.0.1")
@@ -145,7 +145,7 @@ def test_an_admin_key_is_made_known_once(start: Any, tmp_path: Path):
 
 
 @pytest.mark.parametrize("key", ["", "sesame", "ek_1_2", f"ek_{'0' * 16}_{'0' * 63}", f"ek_{'0' * 16}_{'0' * 64}\n"])
-def test_an_admin_key_of_another_form_is_refused_in_a_line(start: Any, tmp_path: Path, key: str):
+def test_malformed_admin_key_is_refused_with_one_line(start: Any, tmp_path: Path, key: str):
     refused = start(admin_key=key, make_key="true")
     assert refused.exit_code == 2
     assert re.fullmatch(r"admin_key: .*`episodic keys new`.*\n", refused.stderr)
@@ -161,7 +161,7 @@ async def test_replicas_that_start_together_make_the_same_key_known(tmp_path: Pa
         assert await one.keys() == [record]
 
 
-async def test_the_loser_of_a_race_finds_the_key_known():
+async def test_concurrent_start_finds_the_stored_key():
     key, record = new_key("default", SCOPES, 1.0)
 
     class Raced(MemoryStore):

@@ -163,7 +163,7 @@ def test_the_step_stays_where_it_was_after_a_call_that_failed(client: Client, fa
     assert len(fake.episodes[episode.id].acts) == 1
 
 
-def test_a_second_actor_is_told_the_step_it_missed(client: Client, fake: FakeService) -> None:
+def test_second_actor_gets_step_conflict(client: Client, fake: FakeService) -> None:
     one = client.episode(action_space=GRID)
     two = client.resume(one.id)
     one.act("o0")
@@ -209,7 +209,7 @@ def test_retries_end(client: Client, fake: FakeService) -> None:
     assert len(fake.bodies("/act")) == 1 + QUICK.max_retries
 
 
-def test_a_wait_longer_than_the_callers_patience_is_not_begun(client: Client, fake: FakeService) -> None:
+def test_wait_beyond_total_s_is_not_started(client: Client, fake: FakeService) -> None:
     fake.script("/episode", overloaded(429, "quota_exceeded", retry_after="3600"))
     with pytest.raises(Unavailable, match="quota_exceeded"):
         client.episode()

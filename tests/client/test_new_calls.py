@@ -59,7 +59,7 @@ async def blocking(api: Served, use: Callable[[Client], Any]) -> Any:
     return await asyncio.to_thread(call)
 
 
-async def test_a_blocking_callers_day(api: Served, tmp_path: Path):
+async def test_blocking_client_all_calls(api: Served, tmp_path: Path):
     def use(client: Client) -> None:
         assert "assistant" in {profile.name for profile in client.profiles()}
         episode = client.episode(profile="code", reasoning={"max_tokens": 16}, group="g", idle_ttl_s=60.0)
@@ -96,7 +96,7 @@ async def test_a_blocking_callers_day(api: Served, tmp_path: Path):
     await blocking(api, use)
 
 
-async def test_an_asyncio_callers_day(api: Served):
+async def test_asyncio_client_all_calls(api: Served):
     async with AsyncClient(api.url, retry=QUICK) as client:
         assert "assistant" in {profile.name for profile in await client.profiles()}
         episode = await client.episode(profile="code", group="g")
@@ -305,7 +305,7 @@ def test_a_rating_that_would_count_twice_is_not_sent_twice(lost: Any, rater: str
     assert len(transport.requests) == 1 + num_requests
 
 
-def test_a_removal_whose_answer_is_lost_is_not_made_again():
+def test_lost_delete_is_not_repeated():
     transport = Answers(httpx.ReadError("lost"), httpx.Response(404, json={"code": "policy_not_found"}))
     with client_of(transport) as client, pytest.raises(ConnectionFailed):
         client.remove_policy("walker")
@@ -341,7 +341,7 @@ ERROR = b"event: error\ndata: {}\n\n"
         *((lambda client: list(client.resume("e").stream("x")), body) for body in (ACT, ERROR, b"data: 1\n\n" + ACT)),
     ],
 )
-def test_what_is_not_the_services_is_named_so(call: Callable[[Client], Any], body: bytes):
+def test_foreign_response_is_invalid_response(call: Callable[[Client], Any], body: bytes):
     def handle(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/episode/e":
             return httpx.Response(200, json={"episode_id": "e", "status": "active", "step": 0})

@@ -37,12 +37,12 @@ def test_other_answers_are_final(status: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.DecodingError])
-def test_errors_of_our_own_making_are_final(kind: type[httpx.RequestError]) -> None:
+def test_local_errors_are_not_retried(kind: type[httpx.RequestError]) -> None:
     assert Attempts(Retry()).wait_s(kind("no")) is None
 
 
 @pytest.mark.parametrize("kind", [httpx.ConnectError, httpx.ReadTimeout, httpx.RemoteProtocolError, httpx.WriteError])
-def test_errors_of_the_way_are_retried_a_bounded_number_of_times(kind: type[httpx.RequestError]) -> None:
+def test_connection_errors_are_retried_max_retries_times(kind: type[httpx.RequestError]) -> None:
     attempts = Attempts(Retry(max_retries=2))
     assert [attempts.wait_s(kind("lost")) is None for _ in range(3)] == [False, False, True]
 

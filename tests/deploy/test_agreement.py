@@ -93,7 +93,7 @@ def test_what_is_probed_is_in_the_openapi_document() -> None:
     assert probed <= create_app(Settings(), store=MemoryStore()).openapi()["paths"].keys()
 
 
-def test_a_pod_has_time_to_end() -> None:
+def test_grace_period_covers_the_shutdown() -> None:
     drain_s = float(environment_of(CONTAINER)["EPISODIC_DRAIN_S"])
     pre_stop_s = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert POD["terminationGracePeriodSeconds"] > pre_stop_s + drain_s + LAST_S + CLOSE_S
@@ -198,7 +198,7 @@ def test_the_gateway_hashes_what_the_client_sends() -> None:
     assert f'headers["{header["name"]}"] = self.episode_id' in Path(calls.__file__).read_text()
 
 
-def test_the_gateway_sends_nothing_twice_and_ejects_nobody_for_an_answer() -> None:
+def test_gateway_never_repeats_a_call_or_ejects_for_a_response() -> None:
     spec = one("BackendTrafficPolicy", KUBERNETES / "components" / "gateway")["spec"]
     assert set(spec["retry"]["retryOn"]["triggers"]) == {"connect-failure", "refused-stream"}  # nothing was sent yet
     passive = spec["healthCheck"]["passive"]
@@ -252,7 +252,7 @@ def in_the_pod(words: str, data: Path, stdin: bytes = b"") -> bytes:
     return subprocess.run(["sh", "-c", inner], input=stdin, capture_output=True, check=True).stdout
 
 
-def test_the_lines_that_back_up_a_claim_and_restore_it_do(tmp_path: Path) -> None:
+def test_volume_backup_and_restore_commands_work(tmp_path: Path) -> None:
     live = tmp_path / "episodic.db"
     with closing(sqlite3.connect(live)) as store:
         store.execute("PRAGMA journal_mode = WAL")

@@ -96,7 +96,7 @@ def test_the_stack_is_on_loopback_and_confined():
     assert "ports" not in COMPOSE["services"]["service"]
 
 
-def test_the_proxy_hashes_what_the_client_sends_and_sends_nothing_twice():
+def test_proxy_routes_by_episode_and_never_repeats_a_call():
     (header,) = re.findall(r"var\(txn\.episode_id\) req\.hdr\(([\w-]+)\)", PROXY)
     assert f'headers["{header}"] = self.episode_id' in Path(calls.__file__).read_text()
     assert "balance hash var(txn.episode_id)" in PROXY

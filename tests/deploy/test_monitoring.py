@@ -98,7 +98,7 @@ def test_a_rule_keeps_the_installations_of_a_cluster_apart(rule: dict[str, Any])
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
-def test_an_alert_says_what_to_do_and_is_tested_both_ways(rule: dict[str, Any]) -> None:
+def test_alerts_have_a_remedy_and_firing_and_silent_tests(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert set(rule["annotations"]) == {"summary", "description"}
     results = {fires for expr, fires in TESTED if f'ALERTS{{alertname="{rule["alert"]}"' in expr}
@@ -159,7 +159,7 @@ def test_the_dashboard_has_a_place_for_each_panel() -> None:
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_a_panel_says_what_it_tells_and_asks_the_chosen_source(panel: dict[str, Any]) -> None:
+def test_panels_have_a_description_and_data_source(panel: dict[str, Any]) -> None:
     assert panel["type"] in ("timeseries", "stat", "table", "heatmap")
     assert len(panel["description"]) > 40
     assert panel["fieldConfig"]["defaults"]["unit"]

@@ -36,7 +36,7 @@ async def kill_after(server: Server, acknowledged: dict[str, list[Any]], num_act
     await asyncio.to_thread(server.start)
 
 
-def test_no_answered_step_is_lost_or_doubled_by_kill_9(server: Server) -> None:
+def test_answered_steps_are_stored_exactly_once_after_kill_9(server: Server) -> None:
     acknowledged: dict[str, list[Any]] = {}
     sent: dict[str, float] = {}
 
@@ -60,7 +60,7 @@ def test_no_answered_step_is_lost_or_doubled_by_kill_9(server: Server) -> None:
             assert onwards.json()["action"] in ACTIONS
 
 
-def test_kill_9_of_the_server_alone_leaves_no_process_behind(server: Server) -> None:
+def test_engine_processes_end_after_kill_9_of_the_server(server: Server) -> None:
     started = children(server)
     assert any("EngineCore" in " ".join(child.cmdline()) for child in started)
     server.signal(signal.SIGKILL)

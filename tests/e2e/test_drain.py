@@ -84,7 +84,7 @@ def code(answer: httpx.Response) -> tuple[int, str | None]:
     return answer.status_code, answer.json().get("code")
 
 
-def test_an_act_in_flight_ends_and_later_ones_are_told(
+def test_act_in_flight_completes_and_new_acts_get_503(
     start: Callable[..., Server], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     server = start(tmp_path, drain_s="120")
@@ -103,7 +103,7 @@ def test_an_act_in_flight_ends_and_later_ones_are_told(
     assert num_steps(server) == {"long": 1, "late": 0}
 
 
-def test_it_is_unready_and_serves_until_the_delay_is_over(start: Callable[..., Server], tmp_path: Path) -> None:
+def test_drain_delay_is_unready_but_serves_acts(start: Callable[..., Server], tmp_path: Path) -> None:
     server = start(tmp_path, drain_delay_s="600")
     body = {"episode_id": "late", "profile": "frozen-lake"}
     assert httpx.post(f"{server.url}/episode", json=body).status_code == 201
@@ -121,9 +121,7 @@ def test_it_ends_after_the_delay(start: Callable[..., Server], tmp_path: Path) -
     assert server.wait() == 0
 
 
-def test_what_does_not_end_in_time_is_aborted(
-    start: Callable[..., Server], tmp_path: Path, threads: ThreadPoolExecutor
-) -> None:
+def test_drain_timeout_aborts_acts(start: Callable[..., Server], tmp_path: Path, threads: ThreadPoolExecutor) -> None:
     server = start(tmp_path, drain_s="0.1")
     for name in ("cut", "cut-stream"):
         open_long(server, name)
@@ -138,7 +136,7 @@ def test_what_does_not_end_in_time_is_aborted(
     assert num_steps(server) == {"cut": 0, "cut-stream": 0}
 
 
-def test_the_second_signal_ends_it_at_once(
+def test_second_signal_exits_immediately(
     start: Callable[..., Server], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     server = start(tmp_path, drain_s="120")
@@ -167,7 +165,7 @@ def test_sigterm_while_the_model_loads(start: Callable[..., Server], tmp_path: P
     assert alive == []
 
 
-def test_a_store_that_is_no_database_is_refused_in_a_line(start: Callable[..., Server], tmp_path: Path) -> None:
+def test_invalid_store_exits_with_one_line(start: Callable[..., Server], tmp_path: Path) -> None:
     file = tmp_path / "data" / "episodic.db"
     file.parent.mkdir()
     file.write_bytes(b"no database" * 100)
@@ -186,7 +184,7 @@ def test_a_store_that_is_no_database_is_refused_in_a_line(start: Callable[..., S
     ],
     ids=["an unknown option", "an option's value", "an unknown model"],
 )
-def test_an_engine_that_cannot_be_is_refused_in_a_line(
+def test_unloadable_engine_exits_with_one_line(
     start: Callable[..., Server], tmp_path: Path, settings: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # otherwise the hub is asked several times

@@ -46,7 +46,7 @@ async def openai_call_fails(server: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_no_answered_step_is_lost_or_doubled(server: Server, number: signal.Signals) -> None:
+def test_answered_steps_are_stored_exactly_once(server: Server, number: signal.Signals) -> None:
     acknowledged: dict[str, list[Any]] = {}
     reasons: list[str] = []
     assert server.process is not None
@@ -87,7 +87,7 @@ def test_no_answered_step_is_lost_or_doubled(server: Server, number: signal.Sign
             assert [step["logprob"] for step in stored] == [act.logprob for act in acts]
 
 
-def test_the_rest_of_the_service_is_on_the_new_engine(server: Server) -> None:
+def test_whole_service_uses_the_new_engine(server: Server) -> None:
     with httpx.Client(base_url=server.url, timeout=120) as http:
         assert (
             http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 4}).json()["usage"]["completion_tokens"] > 0

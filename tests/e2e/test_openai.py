@@ -127,7 +127,7 @@ WIDE = {"type": "object", "properties": {f"property{number}": {"type": "string"}
     ],
     ids=["response_format", "structured_outputs", "regex", "tools"],
 )
-def test_what_does_not_compile_is_refused(http: httpx.Client, wanted: dict[str, Any]) -> None:
+def test_invalid_grammar_is_refused(http: httpx.Client, wanted: dict[str, Any]) -> None:
     body = {"model": MODEL, "messages": SAY, "max_tokens": 4, **wanted}
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400, answer.text[:300]
@@ -135,13 +135,13 @@ def test_what_does_not_compile_is_refused(http: httpx.Client, wanted: dict[str, 
 
 
 @pytest.mark.parametrize("value", ["[" * 50_000, "[" * 400 + "]" * 400, "9" * 10_000])
-def test_json_that_is_too_deep_or_holds_too_large_a_number_is_refused(http: httpx.Client, value: str) -> None:
+def test_deep_json_and_large_numbers_are_refused(http: httpx.Client, value: str) -> None:
     body = f'{{"model":"{MODEL}","messages":[{{"role":"user","content":{value}}}]}}'
     answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "malformed_json")
 
 
-def test_media_by_url_is_off(client: openai.OpenAI) -> None:
+def test_media_urls_are_refused_by_default(client: openai.OpenAI) -> None:
     image = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": [image]}])  # type: ignore[list-item,misc]
@@ -162,7 +162,7 @@ def test_media_by_url_is_off(client: openai.OpenAI) -> None:
         ),
     ],
 )
-def test_what_steers_the_engine_is_not_there(http: httpx.Client, path: str) -> None:
+def test_engine_control_routes_return_404(http: httpx.Client, path: str) -> None:
     for method in ("GET", "POST"):
         assert http.request(method, path, json={}).status_code in (404, 405), path
 

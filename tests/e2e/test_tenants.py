@@ -46,7 +46,7 @@ def chat(client: httpx.Client, **named: str) -> int:
 
 
 @pytest.mark.parametrize("ask", [act, chat])
-def test_a_tenant_has_no_use_of_what_is_cached_of_anothers(keys: dict[str, httpx.Client], ask: Any):
+def test_prefix_cache_is_not_shared_between_tenants(keys: dict[str, httpx.Client], ask: Any):
     names = iter("abc")
     arguments = [(next(names),) if ask is act else () for _ in range(3)]
     assert ask(keys["acme"], *arguments[0]) == 0
@@ -54,13 +54,13 @@ def test_a_tenant_has_no_use_of_what_is_cached_of_anothers(keys: dict[str, httpx
     assert ask(keys["other"], *arguments[2]) == 0
 
 
-def test_a_salt_that_a_caller_names_divides_its_own_cache_alone(keys: dict[str, httpx.Client]):
+def test_caller_salt_only_splits_the_tenants_own_cache(keys: dict[str, httpx.Client]):
     assert chat(keys["acme"], cache_salt="x") == 0
     assert chat(keys["acme"], cache_salt="x") > 0
     assert chat(keys["other"], cache_salt="x") == 0
 
 
-def test_a_key_of_one_tenant_opens_no_episode_of_another(keys: dict[str, httpx.Client]):
+def test_key_cannot_access_another_tenants_episode(keys: dict[str, httpx.Client]):
     assert keys["acme"].post("/episode", json={"episode_id": "mine"}).status_code == 201
     assert keys["other"].get("/episode/mine").status_code == 404
     assert httpx.get(f"{keys['acme'].base_url}/episode/mine").status_code == 401

@@ -14,7 +14,7 @@ def adopt_from(folder: Path, tmp_path: Path):
     return adopt(folder, tmp_path / "kept", base=base_shapes(POLICY), max_rank=8)
 
 
-def test_a_good_one_stays_under_its_digest(tmp_path: Path):
+def test_valid_adapter_is_copied_under_its_digest(tmp_path: Path):
     first = adopt_from(make_adapter(tmp_path / "a", 1), tmp_path)
     again = adopt_from(make_adapter(tmp_path / "b", 1), tmp_path)
     other = adopt_from(make_adapter(tmp_path / "c", 2), tmp_path)
@@ -57,7 +57,7 @@ def test_a_good_one_stays_under_its_digest(tmp_path: Path):
         (lambda f: make_adapter(f, 1, modules=()), "empty"),
     ],
 )
-def test_a_bad_one_is_refused_and_leaves_nothing(tmp_path: Path, spoil, message: str):
+def test_invalid_adapter_is_refused_without_a_copy(tmp_path: Path, spoil, message: str):
     folder = make_adapter(tmp_path / "a", 1)
     spoil(folder)
     with pytest.raises(AdapterRefused, match=message):
@@ -65,7 +65,7 @@ def test_a_bad_one_is_refused_and_leaves_nothing(tmp_path: Path, spoil, message:
     assert list((tmp_path / "kept").iterdir()) == []
 
 
-def test_half_a_pair_is_refused(tmp_path: Path):
+def test_unpaired_lora_matrix_is_refused(tmp_path: Path):
     from safetensors.numpy import load_file, save_file
 
     folder = make_adapter(tmp_path / "a", 1)

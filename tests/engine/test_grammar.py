@@ -78,7 +78,7 @@ async def test_a_caller_that_leaves_takes_no_answer_along(checker: GrammarChecke
     await checker.check(Constraint("regex", "never asked before"))
 
 
-async def test_what_takes_too_long_is_refused_and_the_next_is_served(tokenizer_info: str):
+async def test_slow_compilation_is_refused_and_the_next_succeeds(tokenizer_info: str):
     properties = {f"property{number}": {"type": "string"} for number in range(10_000)}
     hostile = Constraint("json", json.dumps({"type": "object", "properties": properties}))
     checker = GrammarChecker(tokenizer_info, limit_s=1.0)
@@ -158,7 +158,7 @@ async def test_the_grammar_holds_a_strict_schema(checker: GrammarChecker, schema
     assert not await checker.matches(constraint, json.dumps(invalid))
 
 
-async def test_the_grammar_passes_over_what_a_strict_schema_may_not_have(checker: GrammarChecker):
+async def test_grammar_ignores_the_refused_keywords(checker: GrammarChecker):
     """If this fails because a newer xgrammar enforces one of these keywords, it need not be refused any more."""
     for schema, invalid in (
         ({"type": "integer", "not": {"const": 5}}, 5),
@@ -278,7 +278,9 @@ async def _generate(checker: GrammarChecker, wanted: dict[str, Any] | None) -> C
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when it is imported
 @pytest.mark.parametrize(("wanted", "kind"), WANTED)
-async def test_what_v1_holds_completions_to_compiles_first(checker: GrammarChecker, wanted: dict[str, Any], kind: str):
+async def test_v1_constraints_are_compiled_in_the_child_first(
+    checker: GrammarChecker, wanted: dict[str, Any], kind: str
+):
     checker._accepted.clear()
     assert (await _generate(checker, wanted)).num_calls == 1
     assert [constraint.kind for constraint in checker._accepted] == [kind]
@@ -297,7 +299,7 @@ async def test_what_v1_holds_completions_to_compiles_first(checker: GrammarCheck
     ],
     ids=lambda wanted: str(wanted)[:30],
 )
-async def test_v1_refuses_what_does_not_compile_in_time(tokenizer_info: str, wanted: dict[str, Any]):
+async def test_v1_refuses_slow_grammars(tokenizer_info: str, wanted: dict[str, Any]):
     strict_checker = GrammarChecker(tokenizer_info, limit_s=1.0)
     try:
         with pytest.raises(ValueError, match="the structured output is refused"):

@@ -151,7 +151,7 @@ def test_a_reply_opened_with_thinking_is_opened_so_at_every_step(prompts: dict[s
     ],
     ids=["upper case", "last only", "reversed"],
 )
-def test_a_template_that_cannot_carry_an_episode_is_refused(template: str):
+def test_unusable_chat_template_is_refused(template: str):
     with pytest.raises(TemplateError, match="unchanged and in order"):
         prompt_with(template)
 

@@ -60,7 +60,7 @@ def test_a_schema_is_rewritten_without_what_the_grammar_passes_over(schema: Any,
         ({"items": 3}, "not a JSON schema"),
     ],
 )
-def test_what_cannot_be_held_is_refused_by_name(schema: Any, word: str):
+def test_unsupported_keyword_is_refused_by_name(schema: Any, word: str):
     with pytest.raises(SchemaRefused) as refusal:
         strict(schema)
     assert word in str(refusal.value)
@@ -120,12 +120,12 @@ def _nested(levels: int) -> Any:
     ],
     ids=["values", "comparisons", "places"],
 )
-def test_work_that_a_short_schema_asks_for_many_times_is_refused(schema: Any):
+def test_expensive_short_schema_is_refused(schema: Any):
     with pytest.raises(SchemaRefused, match="too l"):
         strict(schema)
 
 
-def test_a_place_is_checked_once_however_it_is_spelled(monkeypatch: pytest.MonkeyPatch):
+def test_each_reference_target_is_checked_once(monkeypatch: pytest.MonkeyPatch):
     checked: list[Any] = []
     monkeypatch.setattr("service.engine.strict_schema.Schema", checked.append)
     spelled = ["#/$defs/big", "#/%24defs/big", "#/$defs/%62ig", "#/$defs/b%69g", "#/%24defs/bi%67"]

@@ -144,13 +144,13 @@ async def test_a_hung_engine_is_killed_and_loaded_again(tmp_path: Path, loader: 
         assert (await api.act(step=0))["step"] == 0
 
 
-async def test_an_engine_that_hangs_while_nobody_asks_is_found(tmp_path: Path, loader: Loader):
+async def test_idle_hang_is_detected(tmp_path: Path, loader: Loader):
     async with served(tmp_path, loader, engine_canary_s=0.1) as (api, _):
         loader.engine.hang()
         await reloaded(api, loader, 2)
 
 
-async def test_any_output_is_a_sign_of_life(tmp_path: Path, tokenizer: Tokenizer):
+async def test_any_output_resets_the_watchdog(tmp_path: Path, tokenizer: Tokenizer):
     """The queue of this engine is so long that no probe is answered, but the engine makes progress."""
 
     class Crowded(HeldEngine):
@@ -214,7 +214,7 @@ async def test_a_first_load_that_fails_is_final(tmp_path: Path, loader: Loader):
         assert loader.num_loads == 1
 
 
-async def test_pauses_double(tmp_path: Path, loader: Loader, monkeypatch: pytest.MonkeyPatch):
+async def test_reload_delay_doubles(tmp_path: Path, loader: Loader, monkeypatch: pytest.MonkeyPatch):
     pauses: list[float] = []
     sleep = asyncio.sleep
 
@@ -234,7 +234,7 @@ async def test_pauses_double(tmp_path: Path, loader: Loader, monkeypatch: pytest
     assert pauses == [100.0, 200.0, 300.0]
 
 
-async def test_an_engine_that_was_handed_in_has_no_successor(tmp_path: Path, tokenizer: Tokenizer):
+async def test_injected_engine_is_not_reloaded(tmp_path: Path, tokenizer: Tokenizer):
     gave_up = asyncio.Event()
     engine = ScriptedEngine(tokenizer)
     async with serve(tmp_path, engine, on_fatal=gave_up.set, engine_backoff_s=0.0, engine_max_failures=3) as api:
@@ -243,7 +243,7 @@ async def test_an_engine_that_was_handed_in_has_no_successor(tmp_path: Path, tok
         assert await ready(api) == "engine_unavailable"
 
 
-async def test_a_dead_engine_is_let_go(tmp_path: Path, loader: Loader):
+async def test_dead_engine_is_garbage_collected(tmp_path: Path, loader: Loader):
     async with served(tmp_path, loader, on_ready=gc.collect) as (api, _):
         await api.open()
         await api.act()
@@ -254,7 +254,7 @@ async def test_a_dead_engine_is_let_go(tmp_path: Path, loader: Loader):
         assert dead() is None
 
 
-async def test_what_is_not_done_when_the_time_is_up_is_refused_and_not_committed(tmp_path: Path, tokenizer: Tokenizer):
+async def test_drain_timeout_aborts_uncommitted_acts(tmp_path: Path, tokenizer: Tokenizer):
     engine = HeldEngine(tokenizer)
     async with serve(tmp_path, engine) as api:
         await api.open()

@@ -59,9 +59,7 @@ async def test_json_lines_carry_the_request_and_episode_ids(log: Any, tmp_path: 
     assert [event["append_only"] for event in events if event["event"] == "ready"] == [True]
 
 
-async def test_an_act_that_is_served_or_one_too_many_is_told_at_debug_level_only(
-    log: Any, tmp_path: Path, tokenizer: HFTokenizer
-):
+async def test_served_and_overloaded_acts_are_logged_at_debug_level(log: Any, tmp_path: Path, tokenizer: HFTokenizer):
     lines = log("json", "info")
     engine = HeldEngine(tokenizer)
     async with serve(tmp_path, engine, max_running_acts=1, max_queued_acts=0) as api:
@@ -81,7 +79,7 @@ HOSTILE = 'x\n2026-01-01 [critical] the engine died\r\n{"event": "forged", "leve
 
 
 @pytest.mark.parametrize("log_format", FORMATS)
-async def test_a_caller_writes_no_line_of_its_own(log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format):
+async def test_callers_cannot_forge_log_lines(log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format):
     lines = log(log_format, "debug")
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
         await api.client.get("/" + "".join(f"%{byte:02x}" for byte in HOSTILE.encode()))
@@ -119,7 +117,7 @@ async def test_an_unexpected_failure_is_told_with_its_trace_and_request(
 
 
 @pytest.mark.parametrize("log_format", FORMATS)
-def test_a_librarys_record_looks_like_ours(log: Any, log_format: Format):
+def test_library_records_have_the_service_format(log: Any, log_format: Format):
     lines = log(log_format)
     logging.getLogger("some.library").warning("%s happened", "something", extra={"count": 3, "color_message": "x"})
     logging.getLogger("httpx").info("noise")
@@ -132,7 +130,7 @@ def test_a_librarys_record_looks_like_ours(log: Any, log_format: Format):
 
 
 @pytest.mark.parametrize("log_format", FORMATS)
-async def test_a_message_within_a_request_is_not_told(
+async def test_exception_messages_within_a_request_are_not_logged(
     log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format
 ):
     class QuotingEngine(ScriptedEngine):
@@ -153,7 +151,7 @@ async def test_a_message_within_a_request_is_not_told(
 
 @pytest.mark.parametrize("level", ["debug", "info"])
 @pytest.mark.parametrize("log_format", FORMATS)
-async def test_no_line_holds_what_was_observed_or_done(
+async def test_logs_contain_no_observations_or_actions(
     log: Any, tmp_path: Path, tokenizer: HFTokenizer, log_format: Format, level: str
 ):
     lines = log(log_format, level)
@@ -169,7 +167,7 @@ async def test_no_line_holds_what_was_observed_or_done(
 
 
 @pytest.mark.parametrize("log_format", FORMATS)
-def test_outside_of_a_request_a_failure_is_told_whole_and_on_lines_of_its_own(log: Any, log_format: Format):
+def test_failures_outside_a_request_are_logged_with_full_traceback(log: Any, log_format: Format):
     lines = log(log_format)
     structlog.contextvars.clear_contextvars()
     try:

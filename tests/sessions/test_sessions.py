@@ -76,7 +76,7 @@ async def test_an_evicted_episode_goes_on_with_the_same_tokens(
             assert (await api.trajectory(name, format="tokens"))["segments"] == segments
 
 
-async def test_a_key_of_an_evicted_episode_still_tells_a_retry(tmp_path: Path, tokenizer: HFTokenizer):
+async def test_idempotency_key_works_after_eviction(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer), max_live_episodes=1) as api:
         await api.open("a")
         first = await api.post_act("a", headers={"Idempotency-Key": "k"})
@@ -184,7 +184,7 @@ class SlowStore(MemoryStore):
         await super().commit(commit)
 
 
-async def test_a_commit_that_began_is_not_given_up(tokenizer: HFTokenizer):
+async def test_started_commit_completes(tokenizer: HFTokenizer):
     """Neither a caller that leaves nor a timeout aborts an act whose commit has begun."""
     store = SlowStore()
     sessions = Sessions(store, max_cached_episodes=8)
@@ -230,7 +230,7 @@ class FlakyStore(MemoryStore):
 
 
 @pytest.mark.parametrize("fault", ["before", "after_and_read"])
-async def test_an_unknown_outcome_of_a_commit_is_settled_by_the_retry(tokenizer: HFTokenizer, fault: str):
+async def test_unknown_commit_result_is_resolved_by_the_retry(tokenizer: HFTokenizer, fault: str):
     store = FlakyStore()
     sessions = Sessions(store, max_cached_episodes=8)
     sessions.serve(ScriptedEngine(tokenizer))
@@ -244,7 +244,7 @@ async def test_an_unknown_outcome_of_a_commit_is_settled_by_the_retry(tokenizer:
     assert (await sessions.act("e", call("two", step=2)))["step"] == 2
 
 
-async def test_a_commit_whose_answer_was_lost_is_found_by_reading_the_step_again(tokenizer: HFTokenizer):
+async def test_unknown_commit_result_is_resolved_by_rereading(tokenizer: HFTokenizer):
     store = FlakyStore()
     sessions = Sessions(store, max_cached_episodes=8)
     sessions.serve(ScriptedEngine(tokenizer))
@@ -256,7 +256,7 @@ async def test_a_commit_whose_answer_was_lost_is_found_by_reading_the_step_again
     assert [row.message.observation for row in await store.steps("e")] == ["zero", "one"]
 
 
-async def test_the_loser_of_a_race_answers_with_the_winners_step(tokenizer: HFTokenizer):
+async def test_lost_race_returns_the_committed_step(tokenizer: HFTokenizer):
     store = MemoryStore()
     replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
     engines = [HeldEngine(tokenizer) for _ in replicas]
@@ -273,7 +273,7 @@ async def test_the_loser_of_a_race_answers_with_the_winners_step(tokenizer: HFTo
     assert len(await store.steps("e")) == 1
 
 
-async def test_a_streamed_act_that_loses_its_race_is_not_written_anew(tokenizer: HFTokenizer):
+async def test_streamed_act_that_loses_a_race_returns_409(tokenizer: HFTokenizer):
     """The caller has already received text. The text of a second attempt must not follow it."""
     store = MemoryStore()
     replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
@@ -318,7 +318,7 @@ async def test_a_key_never_takes_over_the_answer_of_another_key(tokenizer: HFTok
     ]
 
 
-async def test_concurrent_touches_share_one_read(tokenizer: HFTokenizer):
+async def test_concurrent_loads_share_one_read(tokenizer: HFTokenizer):
     class CountingStore(MemoryStore):
         num_reads = 0
 

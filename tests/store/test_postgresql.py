@@ -83,7 +83,7 @@ async def test_a_server_that_was_restarted_while_nobody_looked_is_no_error(store
     assert len(await store.steps("e")) == 1
 
 
-async def test_a_crash_amid_commits_loses_none_that_was_acknowledged(store: SQLStore, own_server: Postgres):
+async def test_crash_during_commits_keeps_acknowledged_commits(store: SQLStore, own_server: Postgres):
     names = [f"e{number}" for number in range(6)]
     for name in names:
         await store.create(record(name))
@@ -93,7 +93,7 @@ async def test_a_crash_amid_commits_loses_none_that_was_acknowledged(store: SQLS
     assert [[row.index for row in await store.steps(name)] for name in names] == [list(range(60))] * 6
 
 
-async def test_connections_cut_amid_commits_lose_none_that_was_acknowledged(store: SQLStore, own_server: Postgres):
+async def test_broken_connections_keep_acknowledged_commits(store: SQLStore, own_server: Postgres):
     names = [f"e{number}" for number in range(6)]
     for name in names:
         await store.create(record(name))
@@ -120,7 +120,7 @@ async def test_a_connection_cut_amid_a_transaction_leaves_nothing_of_it(store: S
     await store.commit(commit(0))
 
 
-async def test_a_server_that_answers_nothing_is_unavailable_and_heals(store: SQLStore, own_server: Postgres):
+async def test_unresponsive_server_causes_503_and_recovers(store: SQLStore, own_server: Postgres):
     await store.create(record())
     own_server.pause()
     try:
@@ -200,7 +200,7 @@ async def test_replicas_that_open_the_same_episodes_do_not_wait_in_a_circle(own_
     await two.close()
 
 
-async def test_replicas_that_act_in_the_same_episodes_do_not_wait_in_a_circle(own_server: Postgres):
+async def test_concurrent_acts_do_not_deadlock(own_server: Postgres):
     url = own_server.new()
     first = SQLStore(url)
     await first.open()
@@ -215,13 +215,13 @@ async def test_replicas_that_act_in_the_same_episodes_do_not_wait_in_a_circle(ow
     await two.close()
 
 
-async def test_a_statement_ends_with_its_callers_patience(store: SQLStore):
+async def test_statement_timeout(store: SQLStore):
     with pytest.raises(StoreUnavailable):
         await store._connections.read(lambda connection: connection.execute(text("SELECT pg_sleep(60)")))
     assert await store.num_active() == 0
 
 
-async def test_a_cut_off_replicas_locks_go(store: SQLStore, own_server: Postgres):
+async def test_locks_of_a_disconnected_replica_are_released(store: SQLStore, own_server: Postgres):
     await store.create(record())
     lost = SQLStore(own_server.url(database(store)), patience=Patience(transaction_s=0.2))
     with contextlib.suppress(SQLAlchemyError):  # its commit fails, because the server has ended the transaction
@@ -239,9 +239,7 @@ async def test_a_cut_off_replicas_locks_go(store: SQLStore, own_server: Postgres
         ("database", "nowhere", "does not exist"),
     ],
 )
-async def test_a_server_that_does_not_let_us_in_is_refused_at_once(
-    own_server: Postgres, part: str, value: str, word: str
-):
+async def test_refused_login_fails_immediately(own_server: Postgres, part: str, value: str, word: str):
     url = make_url(own_server.url()).set(**{part: value})  # pyright: ignore
     store = SQLStore(url.render_as_string(hide_password=False), patience=Patience(start_s=3600))
     with pytest.raises(StoreRefused, match=word) as refusal:
@@ -251,7 +249,7 @@ async def test_a_server_that_does_not_let_us_in_is_refused_at_once(
     await store.close()
 
 
-async def test_a_server_that_does_not_come_is_refused_in_the_end(own_server: Postgres):
+async def test_unreachable_server_fails_after_the_timeout(own_server: Postgres):
     url = make_url(own_server.url()).set(port=1)
     store = SQLStore(url.render_as_string(hide_password=False), patience=IMPATIENT)
     with pytest.raises(StoreRefused, match=r"127\.0\.0\.1:1 cannot be reached") as refusal:

@@ -97,7 +97,7 @@ async def test_a_store_of_before_tenants_is_the_default_tenants(url: str):
     await store.close()
 
 
-async def test_a_migration_that_is_broken_off_leaves_the_store_as_it_was(url: str):
+async def test_failed_migration_changes_nothing(url: str):
     await in_database(url, older("0001", "no JSON"))
     with pytest.raises(StoreRefused):
         await SQLStore(url).open()
@@ -117,14 +117,14 @@ async def test_replicas_that_start_together_migrate_once(url: str):
         await replica.close()
 
 
-async def test_a_newer_versions_store_is_refused(store: SQLStore, url: str):
+async def test_store_of_a_newer_version_is_refused(store: SQLStore, url: str):
     await in_database(url, lambda connection: connection.execute(text("UPDATE alembic_version SET version_num='9999'")))
     with pytest.raises(StoreRefused, match=r"newer version of Episodic \(schema 9999.*install that version"):
         await SQLStore(url).open()
 
 
 @pytest.mark.parametrize("revision", ["0001", "0002"])
-async def test_an_older_schema_is_gone_back_to_and_left_again_with_nothing_lost(url: str, revision: str):
+async def test_downgrade_and_upgrade_lose_nothing(url: str, revision: str):
     async with SQLStore(url) as store:
         await store.create(record())
         await store.commit(commit(0))
@@ -143,7 +143,7 @@ async def test_an_older_schema_is_gone_back_to_and_left_again_with_nothing_lost(
         ("0007", "this version knows 0001, 0002, 0003, 0004"),
     ],
 )
-async def test_a_schema_that_would_lose_something_is_not_gone_back_to(url: str, revision: str, message: str):
+async def test_lossy_downgrade_is_refused(url: str, revision: str, message: str):
     async with SQLStore(url) as store:
         await store.create(record())
         await store.commit(commit(0))
@@ -169,7 +169,7 @@ async def test_another_programs_tables_are_left_alone(url: str):
     assert await in_database(url, lambda connection: connection.execute(text("SELECT title FROM episodes")).all()) == []
 
 
-async def test_a_lineage_may_be_deep(store: SQLStore, url: str):
+async def test_many_generations_of_forks(store: SQLStore, url: str):
     """More ancestors than the 1,000 levels that SQLite allows in an expression."""
     depth = 1_100
     await store.create(replace(record("leaf"), state=replace(record().state, step=depth)))
@@ -186,7 +186,7 @@ async def test_a_lineage_may_be_deep(store: SQLStore, url: str):
     assert await store.delete("leaf")
 
 
-async def test_what_was_committed_is_there_after_opening_anew(url: str):
+async def test_commits_persist_after_reopening(url: str):
     store = SQLStore(url)
     await store.open()
     await store.create(record())
@@ -407,7 +407,7 @@ async def test_a_row_that_another_program_wrote_is_no_act(store: SQLStore, url: 
     assert [type(result) for result in results] == [StepTaken, type(None)]
 
 
-async def test_a_value_that_cannot_be_written_spoils_no_other(store: SQLStore):
+async def test_refused_change_does_not_affect_others(store: SQLStore):
     names = [f"e{number}" for number in range(8)]
     await asyncio.gather(*(store.create(record(name)) for name in names))
     commits = [commit(0, name) for name in names]

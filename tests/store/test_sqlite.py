@@ -76,7 +76,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-async def test_a_damaged_file_is_refused_with_the_way_out(tmp_path: Path, damage: str):
+async def test_damaged_file_is_refused_with_recovery_command(tmp_path: Path, damage: str):
     data = await filled(tmp_path)
     file(tmp_path).write_bytes(DAMAGES[damage](data))
     damaged = file(tmp_path).read_bytes()
@@ -130,7 +130,7 @@ async def test_a_file_that_another_process_holds_is_refused_at_the_start(tmp_pat
     holder.execute("ROLLBACK")
 
 
-async def test_a_lock_of_another_process_is_unavailable_until_it_is_gone(store: SQLStore, holder: sqlite3.Connection):
+async def test_locked_file_causes_503_until_unlocked(store: SQLStore, holder: sqlite3.Connection):
     await store.create(record())
     holder.execute("BEGIN EXCLUSIVE")
     changes = [store.commit(commit(0)), store.create(record("f")), store.delete("e")]
@@ -179,7 +179,7 @@ async def commit_until_full(store: SQLStore) -> int:
     raise AssertionError("the disk does not fill up")
 
 
-async def test_a_full_disk_is_unavailable_until_there_is_room(small_disk: Path):
+async def test_full_disk_causes_503_until_space_is_free(small_disk: Path):
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"0" * 400_000)
     store = stored(small_disk)
@@ -200,13 +200,13 @@ async def test_a_full_disk_is_unavailable_until_there_is_room(small_disk: Path):
     await again.close()
 
 
-async def test_a_disk_that_is_full_at_the_start_is_said_so(small_disk: Path):
+async def test_full_disk_at_startup_is_reported(small_disk: Path):
     (small_disk / "ballast").write_bytes(b"0" * (1 << 20))
     with pytest.raises(StoreRefused, match=r"episodic\.db.*The disk is full"):
         await stored(small_disk).open()
 
 
-async def test_a_backup_made_while_it_is_written_to_is_whole(store: SQLStore, tmp_path: Path):
+async def test_online_backup_is_consistent(store: SQLStore, tmp_path: Path):
     """Runs the command that docs/deployment.md gives for backups."""
     (line,) = re.findall(
         r"^\.venv/bin/python -c .*backup.*$", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE

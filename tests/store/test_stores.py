@@ -129,7 +129,7 @@ async def test_a_commit_needs_exactly_the_steps_before_it(store: Store, index: i
     assert found.state == commit(1).state
 
 
-async def test_nothing_is_committed_behind_the_end(store: Store):
+async def test_ended_episode_accepts_no_commit(store: Store):
     await store.create(record())
     await store.commit(commit(0, ends=StopReason.ABORTED))
     for index in (0, 1):
@@ -239,7 +239,7 @@ async def test_policies_are_kept_by_name(store: Store):
     assert [policy.name for policy in await store.policies()] == ["b"]
 
 
-async def test_pages_are_newest_first_and_meet_without_gap_or_double(store: Store):
+async def test_pages_are_newest_first_and_complete(store: Store):
     for number in range(25):
         await store.create(record(f"e{number:02}", created_at=float(number // 3)))  # three have the same time
     await store.commit(commit(0, "e07", ends=StopReason.TRUNCATED))
@@ -306,7 +306,7 @@ STEPS = st.builds(
 
 
 @given(STEPS)
-def test_a_step_survives_being_a_row(value: Step):
+def test_step_row_round_trip(value: Step):
     assert step_value(step_row(value)) == value  # pyright: ignore[reportArgumentType]
 
 

@@ -25,7 +25,7 @@ def test_the_text_is_the_schema_as_compact_json():
         ({"uniqueItems": True}, [1, 2], [1, 1]),
     ],
 )
-def test_values_are_held_to_the_schema(schema: dict[str, Any], valid: Any, invalid: Any):
+def test_values_are_validated(schema: dict[str, Any], valid: Any, invalid: Any):
     Schema(schema).validate(valid)
     with pytest.raises(SchemaMismatch):
         Schema(schema).validate(invalid)
@@ -40,7 +40,7 @@ def alternatives(depth: int) -> dict[str, Any]:
     return schema
 
 
-def test_a_schema_that_asks_exponentially_much_is_given_up():
+def test_exponential_schema_is_stopped():
     Schema(alternatives(3)).validate(None)
     with pytest.raises(SchemaMismatch, match="too long"):
         Schema(alternatives(28)).validate(None)
@@ -102,7 +102,7 @@ def test_unique_items_are_told_apart_as_json_does(value: list[Any], unique: bool
         Schema({"uniqueItems": True}).validate(value)
 
 
-def test_a_large_value_under_many_alternatives_is_given_up():
+def test_large_value_with_many_alternatives_is_stopped():
     """The error message of each failed alternative would contain the whole value."""
     with pytest.raises(SchemaMismatch, match="too long"):
         Schema({"anyOf": [{"type": "string"}] * 300}).validate([[number] * 500 for number in range(400)])
@@ -118,7 +118,7 @@ def test_a_large_value_under_many_alternatives_is_given_up():
         {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}},
     ],
 )
-def test_a_schema_without_end_is_a_mismatch_however_deep_the_stack_is(schema: dict[str, Any]):
+def test_endless_schema_is_a_mismatch_at_any_stack_depth(schema: dict[str, Any]):
     def validate(num_frames: int) -> None:
         if num_frames:
             return validate(num_frames - 1)

@@ -109,13 +109,13 @@ def _chunked(body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /healthz HTTP/1.1\r\nA: b\r\n", b"POST /a"])
-async def test_a_head_that_does_not_come_is_given_up(api: Served, caller: Caller, sent: bytes):
+async def test_missing_head_times_out(api: Served, caller: Caller, sent: bytes):
     await caller.send(sent)
     assert await caller.rest() == b""
     await _is_served(api)
 
 
-async def test_a_head_that_trickles_is_given_up(api: Served, caller: Caller):
+async def test_slow_head_times_out(api: Served, caller: Caller):
     await caller.send(b"GET /healthz HTTP/1.1\r\nA: ")
     await caller.trickle(b"a")
     assert await caller.rest() == b""
@@ -138,9 +138,7 @@ async def test_an_idle_connection_is_kept_for_longer_than_a_head_may_take(api: S
 
 @pytest.mark.parametrize(("path", "place"), [(b"/act", ("code",)), (b"/v1/completions", ("error", "code"))])
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000", b"Transfer-Encoding: chunked"])
-async def test_a_body_that_trickles_is_malformed(
-    api: Served, caller: Caller, path: bytes, place: tuple[str, ...], framing: bytes
-):
+async def test_slow_body_returns_400(api: Served, caller: Caller, path: bytes, place: tuple[str, ...], framing: bytes):
     await caller.send(b"POST %b HTTP/1.1\r\nHost: localhost\r\n%b%b\r\n\r\n" % (path, JSON, framing))
     trickling = asyncio.create_task(caller.trickle(b"1\r\n \r\n" if b"chunked" in framing else b" "))
     status, document = await caller.answer()
@@ -206,7 +204,7 @@ def _route(path: str, app: Any) -> Any:
 # ---- large
 
 
-async def test_a_head_without_end_is_refused(patient: Served):
+async def test_endless_head_is_refused(patient: Served):
     caller = await Caller.to(patient)
     await caller.send(b"GET / HTTP/1.1\r\nA: " + b"a" * server.MAX_HEAD_BYTES)
     assert b"HTTP/1.1 431 " in await caller.rest()
@@ -239,7 +237,7 @@ async def test_a_body_may_be_larger_than_a_head(patient: Served):
     assert (await patient.client.post("/episode", content=body)).status_code == 201
 
 
-async def test_requests_sent_ahead_are_few(patient: Served):
+async def test_pipelined_requests_are_limited(patient: Served):
     one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     caller = await Caller.to(patient)
     await caller.send(one * server.MAX_PIPELINED)
@@ -271,7 +269,7 @@ async def test_requests_sent_ahead_are_few(patient: Served):
     ],
 )
 @pytest.mark.parametrize("path", [b"/act", b"/v1/completions"])
-async def test_a_message_whose_end_is_unclear_is_refused(patient: Served, framing: bytes, path: bytes):
+async def test_ambiguous_message_length_is_refused(patient: Served, framing: bytes, path: bytes):
     caller = await Caller.to(patient)
     smuggled = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
     await caller.send(b"POST %b HTTP/1.1\r\nHost: localhost\r\n%b\r\n\r\n{}%b" % (path, framing, smuggled))
@@ -344,7 +342,7 @@ async def test_strange_paths_are_not_found(patient: Served, target: str, status:
 
 
 @pytest.mark.parametrize("name", ["tag", "group", "policy", "profile", "cursor"])
-async def test_a_nul_in_a_query_is_no_failure(patient: Served, name: str):
+async def test_nul_in_query_returns_no_500(patient: Served, name: str):
     answer = await patient.client.get(f"/episode?{name}=%00%ff")
     assert answer.status_code == (422 if name == "cursor" else 200), answer.text
 
@@ -379,7 +377,7 @@ LONG = b'{"model":"m","n":' + b"9" * 10_000 + b"}"
 @pytest.mark.parametrize(
     "content", [b"[" * 30_000, LONG, b'{"a":1e999}', b'{"a":NaN}', b'{"a":1,"a":2}', b'{"a":"\\ud800"}', b"\xff\xfe"]
 )
-async def test_json_that_cannot_be_read_or_kept_is_malformed(patient: Served, path: str, content: bytes):
+async def test_unsupported_json_returns_400(patient: Served, path: str, content: bytes):
     answer = await patient.client.post(path, content=content, headers={"Content-Type": "application/json"})
     document = answer.json()
     assert (answer.status_code, document.get("code") or document["error"]["code"]) == (400, "malformed_json")
@@ -440,7 +438,7 @@ def label_values() -> set[tuple[str, str]]:
     return {label for family in families for sample in family.samples for label in sample.labels.items()}
 
 
-async def test_no_caller_makes_a_series_of_its_own(patient: Served):
+async def test_callers_cannot_create_metric_series(patient: Served):
     """Label values are from fixed sets, whatever a caller sends."""
     before = label_values()
     await patient.open(action_space={"type": "json", "schema": {"type": "object"}})

@@ -32,7 +32,7 @@ async def fill(api: Served, headers: Any = None) -> "list[asyncio.Task[Any]]":
     return acting
 
 
-async def test_an_act_beyond_the_queue_is_refused_and_nothing_of_it_is_kept(api: Served):
+async def test_full_queue_returns_429_and_stores_nothing(api: Served):
     acting = await fill(api)
     assert api.engine.num_held == RUNNING
     await api.open("late")
@@ -51,7 +51,7 @@ async def test_an_act_beyond_the_queue_is_refused_and_nothing_of_it_is_kept(api:
     assert (await api.act("late"))["step"] == 0
 
 
-async def test_what_needs_no_engine_is_served_amid_the_flood(api: Served):
+async def test_calls_without_engine_are_served_during_overload(api: Served):
     acting = await fill(api)
     assert (await api.get("e0"))["step"] == 0
     assert (await api.client.get("/readyz")).status_code == 200
@@ -90,7 +90,7 @@ async def test_a_deadline_in_the_engine_is_504_and_aborts_the_request(api: Serve
     assert (await api.get("late"))["step"] == 0
 
 
-async def test_a_batch_is_more_than_the_queue_and_all_of_it_is_answered(api: Served):
+async def test_batch_larger_than_the_queue_is_answered_completely(api: Served):
     names = [f"b{number}" for number in range(4 * (RUNNING + QUEUED))]
     for name in names:
         await api.open(name)
@@ -102,7 +102,7 @@ async def test_a_batch_is_more_than_the_queue_and_all_of_it_is_answered(api: Ser
     assert [result["step"] for result in results] == [0] * len(names)
 
 
-async def test_a_flood_of_one_tenants_leaves_another_its_turn(api: Served, monkeypatch: pytest.MonkeyPatch):
+async def test_overload_by_one_tenant_does_not_block_another(api: Served, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("service.access.keys._FRESH_S", 0.0)
     store = api.app.state.services.sessions.store
     headers = []

@@ -70,7 +70,7 @@ async def test_a_request_id_is_echoed_or_made(api: Served):
 
 
 @pytest.mark.parametrize("request_id", ["has space", "x" * 129, "tab\there"])
-async def test_a_request_id_that_could_garble_a_log_is_replaced(api: Served, request_id: str):
+async def test_unprintable_request_id_is_replaced(api: Served, request_id: str):
     answer = await api.client.get("/healthz", headers={"X-Request-ID": request_id})
     assert answer.headers["x-request-id"] != request_id
 
@@ -302,7 +302,7 @@ BAD_EPISODES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("body", BAD_EPISODES.values(), ids=BAD_EPISODES.keys())
-async def test_an_episode_that_cannot_be(api: Served, body: Any):
+async def test_invalid_episode_options(api: Served, body: Any):
     before = await api.client.get("/episode")
     problem = assert_problem(await api.client.post("/episode", json=body), 422, "invalid_request")
     assert all(set(error) == {"loc", "msg"} for error in problem["errors"])
@@ -310,7 +310,7 @@ async def test_an_episode_that_cannot_be(api: Served, body: Any):
     assert (await api.client.get("/episode")).content == before.content
 
 
-async def test_actions_that_the_tokenizer_cannot_tell_apart(tmp_path: Path, tokenizer: HFTokenizer):
+async def test_actions_with_equal_tokens(tmp_path: Path, tokenizer: HFTokenizer):
     class Uncased(HFTokenizer):
         """Encodes upper and lower case alike, as uncased vocabularies do."""
 
@@ -355,7 +355,7 @@ BAD_ACTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("fields", BAD_ACTS.values(), ids=BAD_ACTS.keys())
-async def test_an_act_that_cannot_be(api: Served, fields: dict[str, Any]):
+async def test_invalid_act(api: Served, fields: dict[str, Any]):
     await api.open(action_space=DISCRETE)
     problem = assert_problem(
         await api.client.post("/act", json={"episode_id": api.name, **fields}), 422, "invalid_request"
@@ -365,7 +365,7 @@ async def test_an_act_that_cannot_be(api: Served, fields: dict[str, Any]):
     assert (await api.act(step=0))["action"] in DISCRETE["actions"]
 
 
-async def test_a_reward_that_is_no_number_of_this_world(api: Served):
+async def test_nonfinite_reward(api: Served):
     await api.open()
     body = b'{"episode_id":"%s","observation":"x","reward":-1e999}' % api.name.encode()
     assert_problem(await api.client.post("/act", content=body), 400, "malformed_json")
@@ -399,12 +399,12 @@ async def test_an_idempotency_key_of_the_wrong_length(api: Served, key: str):
         ("/episode/" + "x" * 129, 422, "invalid_request"),
     ],
 )
-async def test_a_path_or_query_that_cannot_be(api: Served, path: str, status: int, code: str):
+async def test_invalid_path_or_query(api: Served, path: str, status: int, code: str):
     await api.open()
     assert_problem(await api.client.get(path), status, code)
 
 
-async def test_errors_name_the_place(api: Served):
+async def test_errors_have_a_location(api: Served):
     problem = (await api.client.post("/episode", json={"sampling": {"top_p": 7}, "max_steps": -1})).json()
     assert [error["loc"] for error in problem["errors"]] == [["sampling", "top_p"], ["max_steps"]]
 
@@ -419,7 +419,7 @@ class BrokenEngine(ScriptedEngine):
         raise ZeroDivisionError("/secret/path.py is broken")
 
 
-async def test_an_unexpected_failure_shows_nothing_and_commits_nothing(tmp_path: Path, tokenizer: HFTokenizer):
+async def test_internal_error_leaks_and_commits_nothing(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, BrokenEngine(tokenizer)) as api:
         await api.open(action_space=DISCRETE)
         answer = await api.post_act(headers={"X-Request-ID": "find-me"})

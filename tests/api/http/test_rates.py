@@ -34,9 +34,7 @@ async def batch(api: Served, *names: str) -> httpx.Response:
     return await api.client.post("/act/batch", json={"acts": acts})
 
 
-async def test_a_call_beyond_the_rate_is_told_when_to_come_again(
-    tmp_path: Path, tokenizer: HFTokenizer, now: list[float]
-):
+async def test_rate_limited_call_gets_retry_after(tmp_path: Path, tokenizer: HFTokenizer, now: list[float]):
     async with serve(tmp_path, ScriptedEngine(tokenizer), quota={"calls_per_s": 0.1}) as api:
         await opened(api, "a", now=now)
         assert (await api.post_act("a")).status_code == 200
@@ -46,9 +44,7 @@ async def test_a_call_beyond_the_rate_is_told_when_to_come_again(
         assert (await api.post_act("a")).status_code == 200
 
 
-async def test_a_batch_larger_than_a_second_of_calls_is_paid_off_before_the_next(
-    tmp_path: Path, tokenizer: HFTokenizer, now: list[float]
-):
+async def test_large_batch_delays_the_next_call(tmp_path: Path, tokenizer: HFTokenizer, now: list[float]):
     async with serve(tmp_path, ScriptedEngine(tokenizer), quota={"calls_per_s": 4}) as api:
         names = [f"e{number}" for number in range(8)]
         await opened(api, *names, now=now)

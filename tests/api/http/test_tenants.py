@@ -67,7 +67,7 @@ def call(api: Served, method: str, path: str, headers: dict[str, str]) -> Any:
     return api.client.request(method, target, json=body, headers=headers)
 
 
-async def test_every_call_asks_for_a_key_once_there_is_one(api: Keyed):
+async def test_every_call_needs_a_key_once_a_key_exists(api: Keyed):
     await api.headers("acme")
     for wrong in ({}, {"Authorization": "Bearer ek_0000000000000000_00"}, {"Authorization": "Basic YTpi"}):
         for method, path in OPERATIONS:
@@ -82,7 +82,7 @@ async def test_every_call_asks_for_a_key_once_there_is_one(api: Keyed):
         assert (await api.client.post(path, json={})).status_code == 401, path
 
 
-async def test_a_scope_lets_do_what_it_names_and_no_more(api: Keyed):
+async def test_a_scope_allows_only_its_own_calls(api: Keyed):
     for scope in SCOPES:
         headers = await api.headers("acme", scope)
         for method, path in OPERATIONS:
@@ -92,7 +92,7 @@ async def test_a_scope_lets_do_what_it_names_and_no_more(api: Keyed):
             assert is_forbidden == (needed not in (None, scope)), (scope, method, path, answer.text)
 
 
-def test_what_changes_policies_and_tells_of_all_tenants_is_the_admins():
+def test_policy_changes_and_metrics_need_scope_admin():
     asked = {operation: scope_of(operation[0].upper(), operation[1]) for operation in OPERATIONS}
     admins = {("put", "/policy/{name}"), ("delete", "/policy/{name}"), ("get", "/metrics")}
     assert {operation for operation, scope in asked.items() if scope == "admin"} == admins
@@ -103,7 +103,7 @@ def test_what_changes_policies_and_tells_of_all_tenants_is_the_admins():
 
 
 @pytest.mark.parametrize("method_and_path", OF_AN_EPISODE, ids=" ".join)
-async def test_another_tenants_episode_is_not_there(api: Keyed, method_and_path: tuple[str, str]):
+async def test_episode_of_another_tenant_returns_404(api: Keyed, method_and_path: tuple[str, str]):
     """Every call that names an episode answers as if the other tenant's episode did not exist."""
     api.client.headers.update(await api.headers("acme"))
     await api.open("e", action_space=DISCRETE, tags=["secret"])
@@ -116,7 +116,7 @@ async def test_another_tenants_episode_is_not_there(api: Keyed, method_and_path:
     assert await api.trajectory("e") == before
 
 
-async def test_lists_exports_and_batches_hold_a_tenants_own_episodes_alone(api: Keyed):
+async def test_lists_exports_and_batches_contain_only_the_tenants_episodes(api: Keyed):
     mine, theirs = await api.headers("acme"), await api.headers("other")
     api.client.headers.update(mine)
     for name in ("e", "f"):
@@ -164,7 +164,7 @@ async def test_each_tenants_prefix_cache_has_a_salt_of_its_own(api: Keyed):
     assert salts[2] == {None}  # the default tenant has no salt, as without keys
 
 
-async def test_a_revoked_key_is_refused_and_the_door_stays_shut(api: Keyed):
+async def test_revoking_the_last_key_does_not_open_the_service(api: Keyed):
     headers = await api.headers("acme")
     store = api.app.state.services.sessions.store
     assert (await api.client.get("/episode", headers=headers)).status_code == 200
@@ -175,7 +175,7 @@ async def test_a_revoked_key_is_refused_and_the_door_stays_shut(api: Keyed):
     assert (await api.client.get("/episode")).status_code == 401
 
 
-async def test_without_keys_a_page_in_the_browser_gets_nothing(tmp_path: Path, tokenizer: HFTokenizer):
+async def test_foreign_web_pages_are_refused_without_keys(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
         for headers in (
             {"Host": "rebound.example:8000"},
@@ -198,7 +198,7 @@ async def test_an_address_that_others_reach_needs_a_key_whatever_the_caller_says
         assert (await api.client.get("/episode", headers={"Host": "localhost"})).status_code == 401
 
 
-def test_the_command_line_refuses_to_serve_others_without_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_serve_without_keys_refuses_a_public_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
     command = [sys.executable, "-m", "service", "serve", "--host", "0.0.0.0"]  # noqa: S104
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -228,7 +228,7 @@ def test_keys_are_made_listed_and_revoked_by_the_command_line(tmp_path: Path, mo
         assert run("create", *wrong).exit_code == 2, wrong
 
 
-async def test_quotas_refuse_with_retry_after_and_name_what_is_full(tmp_path: Path, tokenizer: HFTokenizer):
+async def test_exceeded_quota_returns_429_with_retry_after(tmp_path: Path, tokenizer: HFTokenizer):
     quotas = {"acme": {"active_episodes": 2, "concurrent_acts": 1}, "slow": {"calls_per_s": 0.5}}
     engine = HeldEngine(tokenizer)
     async with serve(tmp_path, engine, tenants=quotas) as served:

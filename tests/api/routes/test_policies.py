@@ -101,7 +101,7 @@ async def test_adapters_are_there_after_a_restart(api: Served, tmp_path: Path, t
         ("scripted", "one", "base model"),
     ],
 )
-async def test_a_bad_adapter_is_a_problem_and_changes_nothing(
+async def test_invalid_adapter_is_refused_and_changes_nothing(
     api: Served, tmp_path: Path, name: str, path: str, word: str
 ):
     make_adapter(tmp_path / "adapters-in" / "high", 1, rank=16)

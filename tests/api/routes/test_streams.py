@@ -52,7 +52,7 @@ async def test_text_comes_in_deltas_and_the_act_last(api: Served):
     assert {**act, "replayed": True, "timing": None} == {**await api.act(step=0), "timing": None}
 
 
-async def test_reasoning_and_text_come_apart(api: Served):
+async def test_reasoning_and_text_have_separate_deltas(api: Served):
     await api.open(reasoning={"max_tokens": 32})
     events = await stream(api)
     thought = "".join(data["delta"] for name, data in events if name == "reasoning")
@@ -158,7 +158,7 @@ async def test_a_client_that_leaves_between_deltas_aborts(api: Served, monkeypat
     assert (await api.get())["step"] == 0
 
 
-async def test_a_caller_that_leaves_as_its_answer_comes_cancels_nothing_else():
+async def test_late_disconnect_cancels_nothing_else():
     left = asyncio.Event()
     request: Any = SimpleNamespace(receive=left.wait)
     async with while_connected(request):
