@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from loose_ends import Object, in_compose, in_kubernetes, name_of
 from one_off import job
+from references import Object, in_compose, in_kubernetes, name_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.prefix) / "bin"

@@ -45,4 +45,6 @@ def _run(*command: str, folder: Path) -> None:
         raise Missing(f"Prometheus is not on PATH. To download it, install {command[0]}") from error
     if ran.returncode != 0:
         last = ran.stderr.strip().splitlines()[-1:]
-        raise Missing(f"Prometheus is not on PATH, and {command[0]} failed on Debian's package: {''.join(last)}")
+        raise Missing(
+            f"Prometheus is not on PATH, and downloading Debian's package with {command[0]} failed: {''.join(last)}"
+        )

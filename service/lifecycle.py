@@ -3,7 +3,7 @@
 An engine is loaded, serves, and may die and be loaded again. Independently of this, a signal starts the shutdown:
 
     serving -> leaving    drain delay: not ready for load balancers, but calls are still accepted
-            -> draining   new calls are refused, in-flight acts continue
+            -> draining   new acts, episodes and forks are refused, in-flight acts continue
             -> aborting   drain timeout reached: in-flight acts are aborted
 """
 
@@ -42,7 +42,7 @@ class Lifecycle:
 
     @property
     def is_draining(self) -> bool:
-        """Whether new calls are refused."""
+        """Whether new acts, episodes and forks are refused."""
         return self.phase >= Phase.DRAINING
 
     @property

@@ -163,7 +163,7 @@ class Settings(BaseSettings):
         30.0,
         ge=0,
         description="Drain timeout in seconds, which starts after EPISODIC_DRAIN_DELAY_S. During this time "
-        "in-flight acts may finish, and new acts are refused.",
+        "in-flight acts may finish; new acts, episodes and forks are refused.",
     )
     log_format: Literal["console", "json"] = Field("console", description="Format of log lines: console or json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

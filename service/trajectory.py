@@ -71,13 +71,14 @@ class ParseFailure:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The tokens that one step added: exactly those that the engine received and drew.
+    """The tokens that one step added: exactly those that the model received and sampled.
 
     token_ids: int32 ids. For a decoder-only model: the new turn and then the completion, so that the concatenated spans
     of a window are the context. For an encoder-decoder model: the ids of the decoder, beginning with the start token.
-    loss_mask: one byte for each token: 1 if the policy drew the token and had a choice, else 0.
-    logprobs: float32 for each token: log-probability of a drawn token under the distribution that it was drawn from,
-    else 0.
+    loss_mask: one byte for each token: 1 if the policy sampled the token, else 0. In a discrete space, only
+    tokens at which the legal actions differ are sampled.
+    logprobs: float32 for each token: log-probability of a sampled token under the distribution that it was sampled
+    from, else 0.
     encoder_token_ids: int32 ids that the encoder received; None for a decoder-only model.
     """
 

@@ -171,7 +171,7 @@ class Admission:
         self._num_running -= 1
 
     def _wait_s(self) -> float:
-        """Estimates the seconds until the queue is empty, from the rate at which slots were released lately."""
+        """Estimates the seconds until the queue is empty, from the rate at which slots were recently released."""
         if len(self._ends) < 2:
             return 1
         rate = (len(self._ends) - 1) / max(time.monotonic() - self._ends[0], 1e-3)

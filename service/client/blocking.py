@@ -95,9 +95,9 @@ class Episode(EpisodeState["Client"]):
 class Client:
     """A client of the Episodic service at `base_url`.
 
-    `timeout_s` is the timeout of an attempt in seconds without any data received or sent; an act that takes longer is
-    aborted. `retry` decides when a call is sent again. `transport` replaces the network, as in httpx. Threads can share
-    a client, but not an episode.
+    `timeout_s` is the inactivity timeout of an attempt in seconds. If no data arrives for this time, the client
+    disconnects and the act is aborted. `retry` decides when a call is sent again. `transport` replaces the network, as
+    in httpx. Threads can share a client, but not an episode.
     """
 
     def __init__(

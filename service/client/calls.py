@@ -28,7 +28,7 @@ from service.filters import EpisodeFilter
 T = TypeVar("T")
 JsonObject = Mapping[str, Any]
 Observation = str | JsonObject | Sequence[JsonObject]
-"""A text, a JSON object, or a list of parts {"type": "text" | "image", ...}."""
+"""A text, a JSON object, or a list of parts {"type": "text", "text": ...}."""
 
 _EPISODE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _ACT_MARGIN_S = 5.0

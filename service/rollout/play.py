@@ -118,7 +118,7 @@ class _Games:
         if act.done:
             return Outcome(seed, episode_return, length, False, "the service ended the episode")
         await episode.end(truncated=True, success=False)
-        return Outcome(seed, episode_return, length, False, "the completion was no action")
+        return Outcome(seed, episode_return, length, False, "the completion was not a valid action")
 
     async def _begin(self, worker: TextEnvironment, seed: int) -> AsyncEpisode:
         return await self.client.episode(

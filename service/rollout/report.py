@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from service.rollout.intervals import Interval, mean_interval, wilson
 
-Cut = Literal["the completion was no action", "the service ended the episode"]
+Cut = Literal["the completion was not a valid action", "the service ended the episode"]
 
 
 @dataclass(frozen=True, slots=True)

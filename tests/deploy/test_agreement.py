@@ -14,7 +14,7 @@ import yaml
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
-from deploy import loose_ends, one_off, prometheus_rule
+from deploy import one_off, prometheus_rule, references
 from service.access.keys import new_key
 from service.api.http.shutdown import LAST_ANSWERS_S
 from service.app import create_app
@@ -67,7 +67,7 @@ GPU = one("Deployment", KUBERNETES / "components" / "gpu")
 
 
 def compose_service() -> dict[str, Any]:
-    return loose_ends.read_compose(COMPOSE.read_text())["services"]["service"]
+    return references.read_compose(COMPOSE.read_text())["services"]["service"]
 
 
 def texts() -> list[Path]:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from deploy.loose_ends import read_compose
 from deploy.make_secrets import main as make_secrets
+from deploy.references import read_compose
 from tests.lab.engine import ROOT, Docker, DockerFailed
 
 TAG = "lab"

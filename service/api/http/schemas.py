@@ -93,7 +93,7 @@ class ContextRequest(_Request):
     """The size of the context, and what happens when an episode outgrows it."""
 
     overflow: Literal["slide", "error", "end"] = "slide"
-    """`slide`: drop the oldest steps but step 0. `error`: 409 `context_overflow`. `end`: end the episode."""
+    """`slide`: drop the oldest steps, except step 0. `error`: 409 `context_overflow`. `end`: end the episode."""
     max_tokens: int | None = Field(None, ge=16)
     """Size of the context in tokens: prompt and completion. At most, and by default, that of the model."""
 

@@ -31,7 +31,7 @@ _HEADERS = [
 
 
 def config(app: FastAPI, **options: Any) -> uvicorn.Config:
-    """Returns the uvicorn configuration, for production and for tests. `options` are uvicorn's and win over ours."""
+    """Returns the uvicorn configuration, for production and for tests. `options` override the defaults."""
     defaults: dict[str, Any] = {
         "http": BoundedHttp,
         "ws": "none",
@@ -125,7 +125,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._set_read_timer(_LINGER_S)
 
     def send_400_response(self, msg: str) -> None:
-        """Sends the reason as plain text, unless it would end up within another response. Closes the connection."""
+        """Sends the reason as plain text, unless another response is being sent. Closes the connection."""
         if not self._is_busy and not self.transport.is_closing():
             status, reason = self._refusal
             headers = [*self.server_state.default_headers, (b"content-type", b"text/plain; charset=utf-8")]

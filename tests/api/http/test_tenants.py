@@ -112,7 +112,7 @@ async def test_episode_of_another_tenant_returns_404(api: Keyed, method_and_path
     stranger = await api.headers("other")
     answer = await call(api, *method_and_path, stranger)
     assert (answer.status_code, answer.json()["code"]) == (404, "episode_not_found")
-    assert answer.json()["detail"] == "There is no episode 'e'."
+    assert answer.json()["detail"] == "There is no episode 'e'. Check the id and the API key's tenant."
     assert await api.trajectory("e") == before
 
 

@@ -1,4 +1,4 @@
-"""deploy/loose_ends.py finds each kind of mistake, and reports none for correct files."""
+"""deploy/references.py finds each kind of mistake, and reports none for correct files."""
 
 import copy
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy import loose_ends
+from deploy import references
 
 LABELS = {f"app.kubernetes.io/{name}": "episodic" for name in ("name", "component", "part-of")}
 SELECTOR = {"app.kubernetes.io/name": "episodic"}
@@ -43,7 +43,7 @@ THINGS = {
 
 
 def test_a_whole_installation_has_none() -> None:
-    assert list(loose_ends.in_kubernetes(list(THINGS.values()))) == []
+    assert list(references.in_kubernetes(list(THINGS.values()))) == []
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_a_mistake_is_found(which: str, path: str, value: Any, words: str) -> No
     for step in steps:
         place = place[int(step) if step.isdigit() else step]
     place[last] = value
-    (found,) = loose_ends.in_kubernetes(list(things.values()))
+    (found,) = references.in_kubernetes(list(things.values()))
     assert words in found
 
 
 def test_a_claim_that_no_pod_uses_is_found() -> None:
-    (found,) = loose_ends.in_kubernetes([*THINGS.values(), thing("PersistentVolumeClaim")])
+    (found,) = references.in_kubernetes([*THINGS.values(), thing("PersistentVolumeClaim")])
     assert found == "no pod uses the claim episodic"
 
 
@@ -111,10 +111,10 @@ def test_what_a_compose_file_names_is_there(tmp_path: Path, before: str, after: 
     (tmp_path / "file").touch()
     (tmp_path / "Dockerfile").write_text("FROM scratch AS cpu\n")
     (tmp_path / "compose.yml").write_text(text.replace(before, after) if before else text)
-    found = list(loose_ends.in_compose(tmp_path, ["compose.yml"]))
+    found = list(references.in_compose(tmp_path, ["compose.yml"]))
     assert [words in problem for problem in found] == [True] if words else found == []
 
 
 def test_compose_variables_have_their_defaults_and_tags_of_merging_are_read_over() -> None:
-    read = loose_ends.read_compose("a: ${SOME:-./there}/file\nb: !override [x]\nc: !reset null\nd: !override {e: 1}\n")
+    read = references.read_compose("a: ${SOME:-./there}/file\nb: !override [x]\nc: !reset null\nd: !override {e: 1}\n")
     assert read == {"a": "./there/file", "b": ["x"], "c": "null", "d": {"e": 1}}
