@@ -12,13 +12,14 @@ from service.api.http.acting import acting
 from service.api.http.answers import json_answer
 from service.api.http.caller import caller, own
 from service.api.http.openapi import IDEMPOTENCY_KEY, request_body
+from service.api.http.routing import StrictRoute
 from service.api.http.services import services
 from service.api.routes.act_streams import EVENTS, stream
 from service.errors import Unprocessable
 from service.sessions.acts import ActRequest
 from service.sessions.sessions import Answer
 
-router = APIRouter(tags=["acts"])
+router = APIRouter(tags=["acts"], route_class=StrictRoute)
 
 
 @router.post(

@@ -15,13 +15,14 @@ from service.api.http.answers import json_answer
 from service.api.http.caller import caller, own
 from service.api.http.openapi import IDEMPOTENCY_KEY, request_body
 from service.api.http.query import FilterQuery, FormatQuery, cursor_of, read_cursor
+from service.api.http.routing import StrictRoute
 from service.api.http.serialization import resource
 from service.api.http.services import services
 from service.errors import Unprocessable
 from service.sessions.acts import ActRequest, RecordedAction
 from service.trajectory import StopReason, public_id
 
-router = APIRouter(prefix="/episode", tags=["episodes"])
+router = APIRouter(prefix="/episode", tags=["episodes"], route_class=StrictRoute)
 
 EpisodeIdPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$", description="The id of the episode.")]
 

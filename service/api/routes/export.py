@@ -10,6 +10,7 @@ from starlette.responses import StreamingResponse
 from service.api.http import problems
 from service.api.http.caller import caller
 from service.api.http.query import FilterQuery, FormatQuery
+from service.api.http.routing import StrictRoute
 from service.api.http.serialization import Format, document
 from service.api.http.services import services
 from service.errors import Gone
@@ -17,7 +18,7 @@ from service.filters import EpisodeFilter
 from service.sessions.sessions import Sessions
 from service.trajectory import StoredEpisode
 
-router = APIRouter(tags=["episodes"])
+router = APIRouter(tags=["episodes"], route_class=StrictRoute)
 
 _PAGE = 100
 

@@ -12,13 +12,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from service.api.http.answers import json_answer
+from service.api.http.routing import StrictRoute
 from service.api.http.schemas import Ready, Version
 from service.api.http.services import Services, services
 from service.engine.base import Engine, EngineUnavailable
 from service.observability.metrics import ACTIVE_EPISODES, TASKS, set_state
 from service.store.base import StoreUnavailable
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], route_class=StrictRoute)
 
 _VERSION = importlib.metadata.version("episodic")
 _STORE_LIMIT_S = 2.0

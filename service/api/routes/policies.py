@@ -11,10 +11,11 @@ from service.agent.policies import Policy as Served
 from service.api.http import body, problems
 from service.api.http.answers import json_answer
 from service.api.http.openapi import request_body
+from service.api.http.routing import StrictRoute
 from service.api.http.schemas import AdapterRequest, Policy, PolicyList
 from service.api.http.services import services
 
-router = APIRouter(prefix="/policy", tags=["policies"])
+router = APIRouter(prefix="/policy", tags=["policies"], route_class=StrictRoute)
 
 NamePath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="The name of the policy.")]
 

@@ -5,10 +5,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.http.answers import json_answer
+from service.api.http.routing import StrictRoute
 from service.api.http.schemas import ProfileList
 from service.api.http.services import services
 
-router = APIRouter(tags=["profiles"])
+router = APIRouter(tags=["profiles"], route_class=StrictRoute)
 
 
 @router.get("/profile", summary="List profiles", response_model=ProfileList)

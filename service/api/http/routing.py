@@ -1,0 +1,62 @@
+"""The class of the service's routes: it refuses query parameters that the route does not declare."""
+
+from collections.abc import Callable, Coroutine, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from fastapi.dependencies.utils import get_flat_dependant
+from fastapi.routing import APIRoute
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.errors import Unprocessable
+
+_ANY_KEY = ".KEY"
+"""A declared parameter with this ending stands for all names with the part before it and any key."""
+
+
+class StrictRoute(APIRoute):
+    """A route that answers 422 if the query has an unknown parameter, or the same parameter twice.
+
+    A parameter declared as `metadata.KEY` allows `metadata.` with any key.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        names = [field.alias for field in get_flat_dependant(self.dependant).query_params]
+
+        async def strict(request: Request) -> Response:
+            if request.scope["query_string"]:
+                check_query(request.query_params, names)
+            return await handle(request)
+
+        return strict
+
+
+def check_query(query: QueryParams, names: Sequence[str]) -> None:
+    """Raises Unprocessable if a parameter is none of these names, or if it is given more than once."""
+    given = [name for name, _ in query.multi_items()]
+    for name in given:
+        if not _is_declared(name, names):
+            raise _refusal(name, f"unknown parameter. {_hint(name, names)}")
+        if given.count(name) > 1:
+            raise _refusal(name, "given more than once. Send it once.")
+
+
+def _is_declared(name: str, names: Sequence[str]) -> bool:
+    prefixes = tuple(declared.removesuffix("KEY") for declared in names if declared.endswith(_ANY_KEY))
+    return name in names or (bool(prefixes) and name.startswith(prefixes) and name not in prefixes)
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
+    if not names:
+        return "This call has no query parameters."
+    near = get_close_matches(name, names, n=1)
+    meant = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{meant}The parameters of this call are {', '.join(names)}."
+
+
+def _refusal(name: str, message: str) -> Unprocessable:
+    detail = f"query parameter {name[:100]!r}: {message}"
+    return Unprocessable(detail, errors=[{"loc": ["query", name[:100]], "msg": message}])
