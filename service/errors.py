@@ -109,9 +109,7 @@ class DeadlineExceeded(EpisodicError):
 
 
 def episode_not_found(episode_id: str) -> NotFound:
-    return NotFound(
-        "episode_not_found", f"There is no episode {episode_id!r}. Check the id and the API key's tenant."
-    )
+    return NotFound("episode_not_found", f"There is no episode {episode_id!r}. Check the id and the API key's tenant.")
 
 
 def episode_deleted(episode_id: str) -> Gone:

@@ -16,7 +16,7 @@ DEFAULT_TENANT = "default"
 def qualified(tenant: str, episode_id: str) -> str:
     """Returns the id of an episode that is unique among all tenants: `tenant:id`.
 
-    So several tenants can use the same id. Neither part contains a colon. Ids of the default tenant have no prefix.
+    Several tenants can therefore use the same id. Neither part contains a colon. Ids of the default tenant have no prefix.
     """
     return episode_id if tenant == DEFAULT_TENANT else f"{tenant}:{episode_id}"
 
@@ -43,7 +43,7 @@ class Sampling:
 
     temperature: 0 takes the most likely action or token.
     top_p, top_k, min_p: in a discrete action space, they filter the distribution over actions, not over tokens.
-    seed: makes steps reproducible: each step draws from a generator that is seeded with (seed, step).
+    seed: makes steps reproducible: each random choice of a step has a generator that is seeded with seed, step and purpose.
     """
 
     temperature: float = 1.0
@@ -126,7 +126,8 @@ class Decision:
 
     span: the tokens that the step adds to the episode.
     window_start: index of the oldest step in the context, apart from step 0.
-    logprob: log-probability of the action under the distribution that it was drawn from; None if the caller chose it.
+    logprob: log-probability of the action under the distribution that it was sampled from (at temperature 0: under that
+    of temperature 1); None if the caller chose it.
     action_probs: probability of each legal action; None if the action space is not discrete.
     dropped: range of the span that later windows leave out: a thought, if the episode does not keep thoughts.
     """
@@ -200,7 +201,7 @@ class EpisodeState:
     """The part of an episode that changes with each committed step.
 
     step: index of the next step.
-    num_tokens: number of tokens in the spans of all steps.
+    num_tokens: number of tokens in the spans of all steps; the ids that an encoder received are not counted.
     updated_at, ended_at, expires_at: Unix seconds.
     """
 

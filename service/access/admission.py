@@ -1,6 +1,6 @@
 """Admission control: enforces the quotas of tenants, bounds the act queue, and shares the engine's slots fairly.
 
-Admitted acts wait for a slot here and not in the engine. So many acts of one tenant do not delay the acts of another.
+Admitted acts wait for a slot here and not in the engine. A tenant with many acts therefore does not delay the others.
 """
 
 import asyncio

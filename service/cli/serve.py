@@ -11,7 +11,7 @@ import typer
 from service.access.keys import SCOPES, KeyRefused, Keyring, make_known, new_key, record_of
 from service.api.http import server
 from service.api.http.security import is_loopback
-from service.api.http.shutdown import LAST_ANSWERS_S, DrainingServer, end
+from service.api.http.shutdown import FINAL_RESPONSES_S, DrainingServer, end
 from service.app import create_app
 from service.cli.options import Store, read_settings
 from service.observability import logs
@@ -110,7 +110,7 @@ def _serve(settings: Settings) -> int:
         host=settings.host,
         port=settings.port,
         lifespan="off",  # DrainingServer runs the lifespan itself
-        timeout_graceful_shutdown=LAST_ANSWERS_S,
+        timeout_graceful_shutdown=FINAL_RESPONSES_S,
     )
     running = DrainingServer(config, drain_delay_s=settings.drain_delay_s, drain_s=settings.drain_s)
     try:

@@ -275,8 +275,10 @@ class Engine(Protocol):
         ...
 
     async def check(self, space: ActionSpace) -> None:
-        """Checks that `decide` can serve the space: builds or compiles it, off the event loop and within limits of time
-        and memory. Raises ActionSpaceRefused, EngineUnavailable."""
+        """Checks that `decide` can serve the space: builds or compiles it, within limits of time and memory.
+
+        Raises ActionSpaceRefused, EngineUnavailable.
+        """
         ...
 
     async def matches(self, constraint: Constraint, text: str) -> bool:

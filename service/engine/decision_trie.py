@@ -33,7 +33,8 @@ class Chosen:
 
     token_ids: the action's tokens and the terminator.
     drawn: one byte for each token, 1 if the model decided, 0 if the token was forced.
-    logprobs: one for each token under the distribution that it was drawn from; 0 if it was forced.
+    logprobs: one for each token under the distribution that it was drawn from (at temperature 0: under that of
+    temperature 1); 0 if it was forced.
     logprob: of the whole action.
     probs: the probability of every action.
     """

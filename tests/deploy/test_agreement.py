@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from deploy import one_off, prometheus_rule, references
 from service.access.keys import new_key
-from service.api.http.shutdown import LAST_ANSWERS_S
+from service.api.http.shutdown import FINAL_RESPONSES_S
 from service.app import create_app
 from service.client import calls
 from service.engine.vllm.loading import CPU_OPTIONS
@@ -35,7 +35,7 @@ NOT_SETTINGS = {
     *("EPISODIC_TAG", "EPISODIC_MEMORY"),  # read by the compose files only
 }
 NESTED = {"engine", "openai", "quota", "tenants"}
-LAST_S = 2 * LAST_ANSWERS_S  # first the server waits for the last answers, then uvicorn does
+LAST_S = 2 * FINAL_RESPONSES_S  # first the server waits for the last answers, then uvicorn does
 CLOSE_S = 10  # vLLM waits 5 s for its process to end, and then kills it
 
 

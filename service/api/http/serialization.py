@@ -77,9 +77,10 @@ def as_messages(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
 def as_tokens(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
     """Returns the trajectory as segments: runs of steps that share a window. Each list has one entry for each token.
 
-    token_ids: all tokens that the policy saw or drew in the segment.
-    loss_mask: 1 for tokens that the policy drew in this segment's steps, else 0.
-    logprobs: log-probability of drawn tokens under the distribution that they were drawn from, else 0.
+    token_ids: all tokens that the policy received or sampled in the segment.
+    loss_mask: 1 for tokens that the policy sampled in this segment's steps, else 0.
+    logprobs: log-probability of sampled tokens under the distribution that they were sampled from (at temperature 0:
+    under that of temperature 1), else 0.
 
     A step whose thought is dropped from later windows ends its segment. An encoder-decoder model has one segment for
     each step, with the encoder's input in `encoder_token_ids` and the decoder's tokens in `token_ids`.

@@ -18,7 +18,7 @@ from service.observability import logs
 
 _log = logs.get(__name__)
 
-LAST_ANSWERS_S = 5
+FINAL_RESPONSES_S = 5
 """Seconds after the drain timeout in which running commits may finish and responses may be sent."""
 
 
@@ -26,7 +26,7 @@ class DrainingServer(uvicorn.Server):
     """A uvicorn server that shuts down gracefully at the first signal:
 
     1. /readyz answers 503. For `drain_delay_s` seconds calls are still served, so that load balancers notice.
-    2. New acts are refused with 503 `draining`. In-flight requests get `drain_s` seconds, the drain timeout.
+    2. New acts, episodes and forks are refused with 503 `draining`. In-flight requests get `drain_s` seconds, the drain timeout.
     3. In-flight acts whose commit has not begun are aborted: their callers receive 503 `draining`.
 
     The second signal ends the process at once. The server itself runs the app's lifespan (configure `lifespan="off"`),
@@ -75,7 +75,7 @@ class DrainingServer(uvicorn.Server):
         if num_aborted:
             _log.warning("drain_timeout_reached", num_acts=num_aborted)
         if in_flight:
-            await asyncio.wait(in_flight, timeout=LAST_ANSWERS_S)
+            await asyncio.wait(in_flight, timeout=FINAL_RESPONSES_S)
         self.should_exit = True
 
 
