@@ -16,7 +16,8 @@ DEFAULT_TENANT = "default"
 def qualified(tenant: str, episode_id: str) -> str:
     """Returns the id of an episode that is unique among all tenants: `tenant:id`.
 
-    Several tenants can therefore use the same id. Neither part contains a colon. Ids of the default tenant have no prefix.
+    Several tenants can therefore use the same id. Neither part contains a colon. Ids of the default tenant have no
+    prefix.
     """
     return episode_id if tenant == DEFAULT_TENANT else f"{tenant}:{episode_id}"
 
@@ -43,7 +44,8 @@ class Sampling:
 
     temperature: 0 takes the most likely action or token.
     top_p, top_k, min_p: in a discrete action space, they filter the distribution over actions, not over tokens.
-    seed: makes steps reproducible: each random choice of a step has a generator that is seeded with seed, step and purpose.
+    seed: makes steps reproducible: each random choice of a step has a generator that is seeded with seed, step and
+    purpose.
     """
 
     temperature: float = 1.0

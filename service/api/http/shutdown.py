@@ -26,7 +26,8 @@ class DrainingServer(uvicorn.Server):
     """A uvicorn server that shuts down gracefully at the first signal:
 
     1. /readyz answers 503. For `drain_delay_s` seconds calls are still served, so that load balancers notice.
-    2. New acts, episodes and forks are refused with 503 `draining`. In-flight requests get `drain_s` seconds, the drain timeout.
+    2. New acts, episodes and forks are refused with 503 `draining`. In-flight requests get `drain_s` seconds, the
+       drain timeout.
     3. In-flight acts whose commit has not begun are aborted: their callers receive 503 `draining`.
 
     The second signal ends the process at once. The server itself runs the app's lifespan (configure `lifespan="off"`),
