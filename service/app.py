@@ -18,7 +18,7 @@ from service.api.http.schemas import EpisodeFields
 from service.api.http.security import Security, is_loopback
 from service.api.http.services import Services
 from service.api.routes import acts, episodes, export, openai, operations, policies, profiles
-from service.engine.base import Engine, EngineRefused, TemplateReport
+from service.engine.base import Engine, EngineInfo, EngineRefused, TemplateReport
 from service.engine.load import load_engine
 from service.engine.supervisor import Callback, Load, Supervisor, stop
 from service.lifecycle import Lifecycle
@@ -102,7 +102,7 @@ async def _serving(services: Services, on_ready: Callback, engine: Engine) -> As
     await adapters.restore()
     sessions.serve(engine, adapters)
     on_ready()
-    _log_ready(engine, engine.template)
+    _log_ready(engine.info, engine.template)
     expiring = asyncio.create_task(sessions.expiry.run(), name="expiry")
     try:
         yield
@@ -110,8 +110,12 @@ async def _serving(services: Services, on_ready: Callback, engine: Engine) -> As
         await stop(expiring)
 
 
-def _log_ready(engine: Engine, template: TemplateReport) -> None:
-    _log.info("ready", policy=engine.info.model, policy_version=engine.info.version, **dataclasses.asdict(template))
+def _log_ready(info: EngineInfo, template: TemplateReport | None) -> None:
+    report = dataclasses.asdict(template) if template else {}
+    _log.info("ready", policy=info.model, policy_version=info.version, **report)
+    if template is None:
+        _log.warning("episodes_not_served", reason=info.no_episodes)
+        return
     if not template.append_only:
         _log.warning("chat_template_rewrites_turns")
     if not template.canonical:

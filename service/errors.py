@@ -10,6 +10,7 @@ EpisodicError
 ├── TooLarge             413 payload_too_large
 ├── Unprocessable        422 invalid_request
 ├── TooManyRequests      429 rate_limited, quota_exceeded, overloaded (with Retry-After)
+├── PolicyFailed         500 policy_failed
 ├── Unavailable          503 engine_unavailable, store_unavailable, draining (with Retry-After)
 └── DeadlineExceeded     504 deadline_exceeded
 """
@@ -83,6 +84,21 @@ class Unprocessable(EpisodicError):
 
     def __init__(self, detail: str, *loc: str | int, errors: list[dict[str, Any]] | None = None) -> None:
         super().__init__("invalid_request", detail, errors=errors or [{"loc": list(loc), "msg": detail}])
+
+
+class PolicyFailed(EpisodicError):
+    """The model computed probabilities that are not numbers. A retry would fail, too."""
+
+    status = 500
+    title = "Policy failed"
+
+    def __init__(self) -> None:
+        detail = (
+            "The policy computed a probability that is not a number (NaN). Nothing was stored. "
+            "Its weights are damaged, or its numbers exceed the range of the engine option dtype. "
+            "Use another policy or dtype."
+        )
+        super().__init__("policy_failed", detail)
 
 
 class _RetryLater(EpisodicError):

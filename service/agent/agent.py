@@ -8,6 +8,7 @@ from service.agent.options import Options
 from service.agent.policies import Policies
 from service.engine.base import (
     Engine,
+    EngineUnavailable,
     History,
     Overflow,
     Recorded,
@@ -50,6 +51,8 @@ class Agent:
 
         Does not change the episode. Raises ActionSpaceRefused, EngineUnavailable.
         """
+        if reason := self.engine.info.no_episodes:
+            raise EngineUnavailable(f"the model serves no episodes: {reason}")
         options = view.options
         space = options.action_space.narrowed(message.legal_actions)
         transcript = Transcript(

@@ -49,7 +49,7 @@ class Options:
         if thought and limit - thought["max_tokens"] <= max(max_tokens, 1):
             detail = f"max_tokens of thought and action together must be less than the context, {limit} tokens"
             raise Unprocessable(detail, "reasoning", "max_tokens")
-        if sampling.get("stop") and space.constraint is not None:
+        if sampling.get("stop") and not _is_free_text(space):
             detail = f"stop is not supported for {space.type!r}: a stop string could cut an action short"
             raise Unprocessable(detail, "sampling", "stop")
         return cls._build(request, info, space)
@@ -70,7 +70,7 @@ class Options:
     def _build(cls, request: Request, info: EngineInfo, space: Space) -> "Options":
         given: Request = request.get("sampling") or {}
         asked: Request = {name: value for name, value in given.items() if value is not None}
-        asked["stop"] = tuple(asked.get("stop", ())) if space.constraint is None else ()
+        asked["stop"] = tuple(asked.get("stop", ())) if _is_free_text(space) else ()
         sampling = replace(info.default_sampling, **asked)
         thought: Request | None = request.get("reasoning")
         context: Request = request.get("context") or {}
@@ -128,6 +128,10 @@ def _space_instructions(request: Request) -> str:
     except ActionSpaceRefused:
         return ""
     return space.instructions(asked)
+
+
+def _is_free_text(space: Space) -> bool:
+    return space.choices is None and space.constraint is None
 
 
 def _limit(request: Request, info: EngineInfo) -> int:

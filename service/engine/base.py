@@ -219,8 +219,12 @@ class EngineInfo:
     """The largest rank of an adapter; 0 if the engine does not support adapters."""
     num_slots: int = 256
     """Maximum number of requests that the engine processes at the same time."""
+    vocab_size: int | None = None
+    """Number of tokens that the model has embeddings for; None if unknown."""
     generates: bool = True
-    """False for embedding and classification models: they serve /v1, but no episodes."""
+    """False for embedding and classification models."""
+    no_episodes: str | None = None
+    """Why the model serves /v1, but no episodes; None if it serves them."""
     think_tags: tuple[str, str] | None = None
     """The tags around a thought, if the model defines them."""
 
@@ -250,7 +254,9 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
 
     @property
-    def template(self) -> TemplateReport: ...
+    def template(self) -> TemplateReport | None:
+        """None if the model serves no episodes."""
+        ...
 
     @property
     def healthy(self) -> bool:

@@ -1,6 +1,10 @@
 """The results of requests to a decoder-only model: completions, and scores of candidate tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from service.engine.base import OnText
+from service.engine.token_text import TextDecoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +33,58 @@ class Scores:
 
     logprobs: tuple[float, ...]
     cached_tokens: int
+
+
+class CompletionText:
+    """The text of a completion while it is generated. It is emitted piece by piece.
+
+    Text that could be the start of a stop string is held back until that is ruled out.
+    """
+
+    def __init__(self, decoder: TextDecoder, stop: Sequence[str] = (), emit: OnText | None = None) -> None:
+        self._decoder = decoder
+        self._emit = emit
+        self._num_held_back = max((len(text) for text in stop), default=1) - 1
+        self._text = ""
+        self._num_tokens = self._num_emitted = 0
+
+    def update(self, token_ids: Sequence[int]) -> None:
+        """Receives all tokens so far."""
+        self._text += self._decoder.add(token_ids[self._num_tokens :])
+        self._num_tokens = len(token_ids)
+        self._emit_up_to(len(self._text) - self._num_held_back)
+
+    def finish(self, token_ids: Sequence[int], stop: str | None = None) -> str:
+        """Receives all tokens of the text, and the stop string that ended it. Returns the text before that string. All
+        emitted pieces together equal the returned text."""
+        self._text += self._decoder.add(token_ids[self._num_tokens :])
+        if stop:
+            self._text = self._text.partition(stop)[0]
+        self._emit_up_to(len(self._text))
+        return self._text
+
+    def _emit_up_to(self, end: int) -> None:
+        if self._emit and end > self._num_emitted:
+            self._emit(self._text[self._num_emitted : end])
+            self._num_emitted = end
+
+
+def without_prefix(emit: OnText, prefix: str) -> OnText:
+    """Returns a callback that leaves out the prefix, if the text starts with it, and passes the rest on."""
+    if not prefix:
+        return emit
+    start: str | None = ""
+
+    def receive(delta: str) -> None:
+        nonlocal start
+        if start is None:
+            emit(delta)
+            return
+        start += delta
+        if len(start) < len(prefix) and prefix.startswith(start):
+            return
+        rest, start = start.removeprefix(prefix), None
+        if rest:
+            emit(rest)
+
+    return receive

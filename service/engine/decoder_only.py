@@ -5,6 +5,7 @@ any other action is generated text. The span of a step is its turn, what the pol
 """
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Coroutine, Iterable, Sequence
@@ -23,12 +24,14 @@ from service.engine.base import (
     Transcript,
     Wanted,
 )
-from service.engine.completion import Completion, Scores
+from service.engine.completion import Completion, Scores, without_prefix
 from service.engine.decision_trie import DecisionTrie
 from service.engine.prompt import Prompt
 from service.engine.reasoning import Thought, closed_thought
+from service.engine.template import TemplateError
 from service.engine.token_log import TokenLog, closed_span, joined
 from service.engine.tokenizer import Tokenizer
+from service.errors import PolicyFailed
 from service.trajectory import Decision, JsonValue, ParseFailure, Sampling, Span, Usage
 
 
@@ -50,10 +53,14 @@ class DecoderOnlyEngine(ABC):
     """Base class of engines whose model is decoder-only. A subclass implements the requests to the model."""
 
     def __init__(self, info: EngineInfo, tokenizer: Tokenizer) -> None:
-        """Raises EngineRefused if the chat template is not usable for episodes."""
+        """If the chat template is not usable for episodes, `info.no_episodes` says why."""
         self.info = info
         self.tokenizer = tokenizer
-        self.prompt = Prompt(tokenizer, info.think_tags)
+        try:
+            self.prompt = Prompt(tokenizer, info.think_tags)
+            self._check_vocabulary()
+        except TemplateError as error:
+            self.info = replace(info, no_episodes=str(error))
         self.trie = lru_cache(maxsize=128)(self._build_trie)
 
     @abstractmethod
@@ -91,8 +98,8 @@ class DecoderOnlyEngine(ABC):
         EngineUnavailable."""
 
     @property
-    def template(self) -> TemplateReport:
-        return self.prompt.report
+    def template(self) -> TemplateReport | None:
+        return None if self.info.no_episodes else self.prompt.report
 
     def history(self) -> TokenLog:
         return TokenLog()
@@ -127,7 +134,7 @@ class DecoderOnlyEngine(ABC):
     def _reserve(self, space: ActionSpace, wanted: Wanted) -> int:
         """Returns the maximum length of the reply in tokens, including its thought and its terminator."""
         if wanted.recorded:
-            return len(self.tokenizer.encode(wanted.recorded.text)) + 1
+            return len(self.prompt.encode_reply(wanted.recorded.text)) + 1
         tags = self.prompt.think_tags
         thought = wanted.reasoning.max_tokens + len(tags.end) + len(tags.separator) if wanted.reasoning else 0
         reply = wanted.sampling.max_tokens + 1 if space.choices is None else self.trie(space.choices).max_len
@@ -141,13 +148,14 @@ class DecoderOnlyEngine(ABC):
             _seeded(wanted, "thought"),
             max_tokens=wanted.reasoning.max_tokens,
             stop=tags.stop,
-            stop_token_ids=tags.stop_token_ids,
+            stop_token_ids=(*tags.stop_token_ids, *self.prompt.stop_token_ids),
         )
         on_text = wanted.sink and wanted.sink.of("reasoning")
         async with wanted.slot():
             drawn = await self.generate(
                 prompt, sampling, None, adapter=wanted.adapter, cache_salt=wanted.cache_salt, on_text=on_text
             )
+        _check_finite(drawn)
         return closed_thought(self.prompt, len(prompt), drawn)
 
     async def _draw(self, prompt: list[int], space: ActionSpace, wanted: Wanted) -> _Reply:
@@ -159,7 +167,7 @@ class DecoderOnlyEngine(ABC):
 
     def _recorded(self, recorded: Recorded) -> _Reply:
         """Returns an action that the caller chose, in the tokens of the policy. Its mask is 0: the policy drew none."""
-        ids = self.tokenizer.encode(recorded.text)
+        ids = self.prompt.encode_reply(recorded.text)
         drawn = Span(array("i", ids), bytes(len(ids)), array("f", bytes(4 * len(ids))))
         return _Reply(recorded.action, recorded.text, drawn, None, "recorded", Usage())
 
@@ -171,6 +179,9 @@ class DecoderOnlyEngine(ABC):
         trie = self.trie(choices)
         passes = [self._score_branch([*prompt, *branch.path], branch.children, wanted) for branch in trie.branches]
         scores = [await passes[0]] if len(passes) == 1 else await _gather(passes)
+        # -inf is allowed: such an action has the probability 0.
+        if any(math.isnan(value) or value == math.inf for score in scores for value in score.logprobs):
+            raise PolicyFailed
         chosen = trie.draw([score.logprobs for score in scores], wanted.sampling, wanted.generator(""))
         action, failure = space.parse(chosen.action, "stop")
         return _Reply(
@@ -189,22 +200,33 @@ class DecoderOnlyEngine(ABC):
             return await self.score(prompt, children, adapter=wanted.adapter, cache_salt=wanted.cache_salt)
 
     async def _write(self, prompt: list[int], space: ActionSpace, wanted: Wanted) -> _Reply:
-        """Draws an action that is text, with or without a constraint."""
+        """Draws an action that is text, with or without a constraint.
+
+        A constraint holds from the first character to the last. Without one, the text starts after the whitespace that
+        the template puts before a reply, and stops where the template ends a reply.
+        """
         on_text = wanted.sink and wanted.sink.of("text")
+        sampling, space_before = _seeded(wanted, ""), ""
+        if space.constraint is None:
+            stops = self.prompt.stop_token_ids
+            sampling = replace(sampling, stop=sampling.stop + self.prompt.stop, stop_token_ids=stops)
+            space_before = self.prompt.reply_space
         async with wanted.slot():
             drawn = await self.generate(
                 prompt,
-                _seeded(wanted, ""),
+                sampling,
                 space.constraint,
                 adapter=wanted.adapter,
                 cache_salt=wanted.cache_salt,
-                on_text=on_text,
+                on_text=on_text and without_prefix(on_text, space_before),
             )
-        action, failure = space.parse(drawn.text, drawn.finish_reason)
+        _check_finite(drawn)
+        text = drawn.text.removeprefix(space_before)
+        action, failure = space.parse(text, drawn.finish_reason)
         num_drawn = len(drawn.token_ids)
         return _Reply(
             action=action,
-            text=drawn.text,
+            text=text,
             drawn=Span(array("i", drawn.token_ids), b"\x01" * num_drawn, array("f", drawn.logprobs)),
             logprob=sum(drawn.logprobs),
             finish_reason=drawn.finish_reason,
@@ -237,8 +259,18 @@ class DecoderOnlyEngine(ABC):
             dropped=dropped,
         )
 
+    def _check_vocabulary(self) -> None:
+        """Raises TemplateError if a prompt could contain a token that the model does not have. It would crash vLLM."""
+        size = self.info.vocab_size
+        highest = max(self.tokenizer.max_token_id, *self.prompt.control_token_ids)
+        if size is not None and highest >= size:
+            raise TemplateError(
+                f"the tokenizer has the token id {highest}, but the model has only {size} embeddings: the tokenizer "
+                "belongs to another model, or its added tokens were never added to the model"
+            )
+
     def _build_trie(self, choices: tuple[str, ...]) -> DecisionTrie:
-        return DecisionTrie(choices, self.tokenizer.encode, self.prompt.terminator)
+        return DecisionTrie(choices, self.prompt.encode_reply, self.prompt.terminator)
 
 
 def _seeded(wanted: Wanted, purpose: str) -> Sampling:
@@ -246,6 +278,12 @@ def _seeded(wanted: Wanted, purpose: str) -> Sampling:
     if wanted.sampling.seed is None:
         return wanted.sampling
     return replace(wanted.sampling, seed=wanted.generator(purpose).getrandbits(32))
+
+
+def _check_finite(drawn: Completion) -> None:
+    """Raises PolicyFailed if the probability of a token is not a number, or if a token of probability 0 was drawn."""
+    if not all(map(math.isfinite, drawn.logprobs)):
+        raise PolicyFailed
 
 
 async def _gather(calls: Iterable[Coroutine[None, None, Scores]]) -> list[Scores]:

@@ -1,56 +1,23 @@
-"""Renders prompts: splits the chat template into pieces once, and makes the token ids of each new turn from them.
+"""Renders prompts: makes the token ids of each new turn from the pieces of the chat template.
 
-When the engine loads, the template is rendered with markers as contents. The pieces are the text between two markers.
 The turn of step 0 is the pieces before and after the system message, the observation, and `reply`. Each later turn is
 `closing`, the observation, and `reply`. Only the new turn is rendered, so earlier tokens never change. `report` says
 whether the template would have rewritten earlier turns, and whether its own tokenization would have been different.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from service.engine.base import EngineRefused, TemplateReport
+from service.engine.base import TemplateReport
+from service.engine.template import Template, TemplateError, conversation
 from service.engine.tokenizer import Tokenizer
 from service.trajectory import JsonValue
 
-Messages = list[dict[str, str]]
-
-# Markers consist of letters only, so that no template trims, escapes or splits them.
-_MARKERS = {name: f"Zq{name}qZ" for name in ("System", "UserA", "ReplyA", "UserB", "ReplyB", "UserC")}
-
-
 _THINK_TAGS = ("<think>", "</think>")
 """Tags around a thought, for models that define none."""
-
-# Templates of reasoning models remove such a thought from earlier turns.
-_THOUGHT = "<think>\nZqThoughtqZ\n</think>\n\n"
-
-
-class TemplateError(EngineRefused):
-    """The chat template is not usable for episodes. The message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """The pieces of the template's text.
-
-    before_system, after_system: before the system message, and between it and the first observation.
-    no_system: before the first observation, if there is no system message.
-    reply: between an observation and the reply.
-    closing: between a reply and the next observation.
-    """
-
-    before_system: str
-    after_system: str
-    no_system: str
-    reply: str
-    closing: str
-
-
-# The pieces for a model without a chat template.
-_PLAIN = Pieces("", "\n\nObservation: ", "Observation: ", "\nAction:", "\nObservation: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +43,29 @@ class ThinkTags:
 
 
 class Prompt:
-    """Renders turns for one tokenizer and its chat template."""
+    """Renders turns for one tokenizer and its chat template.
+
+    terminator: the token that ends a reply.
+    stop_token_ids, stop: what ends the generation of a reply, besides the tokens that the model itself ends with.
+    reply_space: whitespace between a turn and the text of its reply. The reply's tokens contain it, its text does not.
+    """
 
     def __init__(self, tokenizer: Tokenizer, think_tags: tuple[str, str] | None = None) -> None:
         """`think_tags`: the tags around a thought, if the model defines them. Raises TemplateError."""
         self.tokenizer = tokenizer
-        self._pieces, plain, system_role, append_only = _find_pieces(tokenizer)
+        self._template = template = Template(tokenizer)
+        self._pieces = template.pieces
         self._reply = tokenizer.split(self._pieces.reply)
-        closing = tokenizer.split(self._pieces.closing)
-        if closing and isinstance(closing[0], int):
-            self.terminator, self._after_terminator = closing[0], closing[1:]
-        else:
-            self.terminator, self._after_terminator = _text_terminator(tokenizer, self._pieces.closing), closing
-        self._system_role = system_role
+        self.reply_space = self._find_reply_space()
+        self.terminator, self._after_terminator = self._find_terminator()
+        self.stop_token_ids = (self.terminator,)
+        self.stop: tuple[str, ...] = ()
+        if self._after_terminator is None:  # the reply ends with text
+            self._after_terminator = tokenizer.split(self._pieces.closing)
+            self.stop_token_ids, self.stop = (), _first_line(self._pieces.closing)
         self.think_tags = self._find_think_tags(think_tags)
-        self.report = TemplateReport(append_only, plain or self._is_canonical(), system_role, plain)
+        is_canonical = template.is_plain or self._is_canonical()
+        self.report = TemplateReport(template.is_append_only, is_canonical, template.has_system_role, template.is_plain)
 
     def first_turn(self, system: str, observation: JsonValue, *, thinks: bool = False) -> list[int]:
         """Returns the token ids of step 0's turn: system message, observation, and the start of the reply.
@@ -104,6 +79,18 @@ class Prompt:
         the reply."""
         return self._next_turn(observation) + self._opening(thinks=thinks)
 
+    @property
+    def control_token_ids(self) -> list[int]:
+        """The control tokens that prompts contain, and those that end a reply or a thought."""
+        control = set(self.tokenizer.control_tokens.values())
+        tags = self.think_tags
+        used = [*self.first_turn("a", "b"), *self.first_turn("", "b"), *self.next_turn("b"), *tags.start, *tags.end]
+        return [self.terminator, *(token for token in used if token in control)]
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Returns the token ids of a reply that the policy did not generate, as the template encodes them."""
+        return self.tokenizer.encode(self.reply_space + text)
+
     def _opening(self, *, thinks: bool) -> list[int]:
         return self.think_tags.start if thinks else self.think_tags.silence
 
@@ -111,28 +98,56 @@ class Prompt:
         pieces = self._pieces
         text = observation_text(observation)
         split = self.tokenizer.split
-        if system and self._system_role:
+        if system and self._template.has_system_role:
             before = [*split(pieces.before_system), system, *split(pieces.after_system)]
         else:
             before = [*split(pieces.no_system), f"{system}\n\n" if system else ""]
-        return self._join([*before, text, *self._reply])
+        bos = self.tokenizer.bos_token_ids if self._template.is_plain else []
+        return bos + self._join([*before, text, *self._reply], is_first=True)
 
     def _next_turn(self, observation: JsonValue) -> list[int]:
-        return self._join([*self._after_terminator, observation_text(observation), *self._reply])
+        return self._join([*(self._after_terminator or []), observation_text(observation), *self._reply])
 
-    def _join(self, parts: Sequence[int | str]) -> list[int]:
-        """Encodes adjacent texts together, as the template's own tokenization does. Integers are special token ids."""
+    def _join(self, parts: Sequence[int | str], *, is_first: bool = False) -> list[int]:
+        """Encodes adjacent texts together, as the template's own tokenization does. Integers are control tokens.
+
+        is_first: whether these are the first parts of a prompt.
+        """
         ids: list[int] = []
         text = ""
-        for part in parts:
+        for part in [*parts, None]:
             if isinstance(part, str):
                 text += part
                 continue
             if text:
-                ids += self.tokenizer.encode(text)
+                ids += self.tokenizer.encode_segment(text, is_first=is_first and not ids)
                 text = ""
-            ids.append(part)
-        return ids + self.tokenizer.encode(text) if text else ids
+            if part is not None:
+                ids.append(part)
+        return ids
+
+    def _find_reply_space(self) -> str:
+        if self._pieces.reply_space or not self._reply or isinstance(self._reply[-1], str):
+            return self._pieces.reply_space
+        # The reply follows a control token, after which some tokenizers put a space.
+        adds_space = self.tokenizer.encode_segment("a", is_first=False) != self.tokenizer.encode("a")
+        return " " if adds_space else ""
+
+    def _find_terminator(self) -> tuple[int, list[int | str] | None]:
+        """Returns the token that ends a reply, and the parts of `closing` after it; None if a reply ends with text."""
+        tokenizer, closing = self.tokenizer, self._pieces.closing
+        parts = tokenizer.split(closing)
+        for place, part in enumerate(parts[:2]):
+            if isinstance(part, int):
+                return part, parts[place + 1 :]
+            if part.strip():
+                break
+        if tokenizer.eos_token_id is not None:
+            return tokenizer.eos_token_id, None
+        ids = tokenizer.encode(closing)
+        if not ids:
+            raise TemplateError("neither the chat template nor the tokenizer's eos_token defines how a reply ends")
+        return ids[0], None
 
     def _find_think_tags(self, own: tuple[str, str] | None) -> ThinkTags:
         start, end = own or _THINK_TAGS
@@ -151,18 +166,22 @@ class Prompt:
         )
 
     def _ids(self, text: str) -> list[int]:
-        """Encodes a text with special tokens. The text must not contain text of callers."""
-        return self._join(self.tokenizer.split(text))
+        """Encodes a text with control tokens. The text must not contain text of callers."""
+        ids: list[int] = []
+        for part in self.tokenizer.split(text):
+            ids += self.tokenizer.encode(part) if isinstance(part, str) else [part]
+        return ids
 
     def _is_canonical(self) -> bool:
         """Whether turns rendered one by one have the same tokens as the whole conversation rendered by the template."""
-        messages = _conversation(system=self._system_role)
+        has_system = self._template.has_system_role
+        messages = conversation(system=has_system)
         observations = [m["content"] for m in messages if m["role"] == "user"]
         replies = [m["content"] for m in messages if m["role"] == "assistant"]
-        ids = self._first_turn(messages[0]["content"] if self._system_role else "", observations[0])
+        ids = self._first_turn(messages[0]["content"] if has_system else "", observations[0])
         for reply, observation in zip(replies, observations[1:], strict=True):
-            ids += [*self.tokenizer.encode(reply), self.terminator, *self._next_turn(observation)]
-        return ids == self.tokenizer.canonical(messages)
+            ids += [*self.encode_reply(reply), self.terminator, *self._next_turn(observation)]
+        return ids == self.tokenizer.canonical(self._template.messages(messages))
 
 
 def observation_text(observation: JsonValue) -> str:
@@ -170,68 +189,11 @@ def observation_text(observation: JsonValue) -> str:
     if isinstance(observation, str):
         return observation
     if isinstance(observation, list):
-        return "\n".join(part["text"] for part in cast("Messages", observation))
+        return "\n".join(part["text"] for part in cast("list[dict[str, str]]", observation))
     return json.dumps(observation, ensure_ascii=False, separators=(",", ":"))
 
 
-def _conversation(*, system: bool) -> Messages:
-    roles = [("system", "System")] if system else []
-    roles += [("user", "UserA"), ("assistant", "ReplyA"), ("user", "UserB"), ("assistant", "ReplyB"), ("user", "UserC")]
-    return [{"role": role, "content": _MARKERS[marker]} for role, marker in roles]
-
-
-def _find_pieces(tokenizer: Tokenizer) -> tuple[Pieces, bool, bool, bool]:
-    """Returns the pieces, and whether the model has no template (`plain`), has a system role, and is append-only."""
-    try:
-        bare = _split_template(tokenizer, system=False)
-    except LookupError:
-        return _PLAIN, True, True, True
-    try:
-        full = _split_template(tokenizer, system=True)
-    except Exception:  # noqa: BLE001 - a template without a system role may raise any exception
-        full = None
-    append_only = bare[1] == bare[3] and bare[2] == bare[4] and _is_append_only(tokenizer)
-    if full is None:
-        return Pieces("", "", bare[0], bare[5], bare[2]), False, False, append_only
-    return Pieces(full[0], full[1], bare[0], bare[5], bare[2]), False, True, append_only
-
-
-def _split_template(tokenizer: Tokenizer, *, system: bool) -> list[str]:
-    """Renders a conversation of markers. Returns the text before, between and after them.
-
-    Raises TemplateError if a marker is missing or out of order, and whatever the template raises.
-    """
-    messages = _conversation(system=system)
-    rest = tokenizer.render(messages, add_generation_prompt=True)
-    pieces: list[str] = []
-    for message in messages:
-        before, marker, rest = rest.partition(message["content"])
-        if not marker:
-            role = message["role"]
-            raise TemplateError(f"the chat template does not render every {role} message unchanged and in order")
-        pieces.append(before)
-    return [*pieces, rest]
-
-
-def _is_append_only(tokenizer: Tokenizer) -> bool:
-    """Whether the template never changes earlier turns, with or without a thought in the replies."""
-    plain = _conversation(system=False)
-    thinking = [{**m, "content": _THOUGHT + m["content"]} if m["role"] == "assistant" else m for m in plain]
-    return _extends(tokenizer, plain) and _extends(tokenizer, thinking)
-
-
-def _extends(tokenizer: Tokenizer, messages: Messages) -> bool:
-    """Whether each longer part of the conversation starts with the shorter one and its reply."""
-    texts = [tokenizer.render(messages[:n], add_generation_prompt=True) for n in (1, 3, 5)]
-    with_reply = [text + messages[n]["content"] for text, n in zip(texts, (1, 3), strict=False)]
-    return all(longer.startswith(shorter) for shorter, longer in zip(with_reply, texts[1:], strict=True))
-
-
-def _text_terminator(tokenizer: Tokenizer, closing: str) -> int:
-    """Returns the token that ends a reply, if the template's `closing` piece does not start with a special token."""
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
-    ids = tokenizer.encode(closing)
-    if not ids:
-        raise TemplateError("neither the chat template nor the tokenizer's eos_token defines how a reply ends")
-    return ids[0]
+def _first_line(closing: str) -> tuple[str, ...]:
+    """Returns the stop string for a reply that ends with text: the text up to the end of its first line."""
+    found = re.match(r"\s*\S[^\n]*", closing)
+    return (found[0].rstrip(),) if found else ()

@@ -46,8 +46,9 @@ class Creation:
         """
         now, agent = time.time(), self._agent()
         info = agent.engine.info
-        if not info.generates:
-            raise Unprocessable(f"the model {info.model!r} cannot generate text: use it through /v1", "policy")
+        if info.no_episodes:
+            detail = f"the model {info.model!r} serves /v1 but no episodes: {info.no_episodes}"
+            raise Unprocessable(detail, "policy")
         name = request.get("policy") or info.model
         if name not in agent.policies:
             raise Unprocessable(f"there is no policy {name[:200]!r}; GET /policy lists the policies", "policy")

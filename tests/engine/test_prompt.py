@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from service.agent.options import system_text
 from service.engine.base import TemplateReport
-from service.engine.prompt import Prompt, TemplateError, observation_text
+from service.engine.prompt import Prompt, observation_text
+from service.engine.template import TemplateError
 from service.engine.tokenizer import HFTokenizer
 from tests.conftest import POLICY
 

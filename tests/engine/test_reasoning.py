@@ -88,7 +88,7 @@ async def test_later_prompts_keep_or_drop_it(tokenizer: HFTokenizer, history: st
 
 
 async def test_the_models_own_tags_end_a_thought_by_their_token(tokenizer: HFTokenizer):
-    names = tokenizer._special
+    names = tokenizer.control_tokens
     start, end = sorted(names)[:2]
     prompt = Prompt(tokenizer, (start, end))
     assert prompt.think_tags.stop_token_ids == (names[end],)

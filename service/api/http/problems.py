@@ -12,7 +12,7 @@ from starlette.responses import Response
 from service.api.http.acting import ClientClosed
 from service.api.http.schemas import Problem
 from service.engine.base import EngineUnavailable
-from service.errors import EpisodicError, Unavailable, Unprocessable
+from service.errors import EpisodicError, PolicyFailed, Unavailable, Unprocessable
 from service.observability import logs, metrics
 from service.store.base import StoreUnavailable
 
@@ -41,7 +41,7 @@ CODES: dict[int, tuple[str, ...]] = {
     413: ("payload_too_large",),
     422: ("invalid_request",),
     429: ("rate_limited", "quota_exceeded", "overloaded"),
-    500: ("internal_error",),
+    500: ("internal_error", "policy_failed"),
     503: ("engine_unavailable", "store_unavailable", "draining"),
     504: ("deadline_exceeded",),
 }
@@ -69,6 +69,9 @@ def install(app: Starlette) -> None:
 def expected(error: Exception) -> EpisodicError:
     """Translates an exception into the error that the caller receives. Logs it if the cause is on the server."""
     match error:
+        case PolicyFailed():
+            _log.error("policy_failed")
+            return error
         case EpisodicError():
             return error
         case EngineUnavailable():

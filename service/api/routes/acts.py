@@ -27,7 +27,7 @@ router = APIRouter(tags=["acts"], route_class=StrictRoute)
     summary="Act",
     response_model=schemas.Act,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string", "description": EVENTS}}}}}
-    | problems.documented(400, 404, 409, 410, 413, 422, 503, 504),
+    | problems.documented(400, 404, 409, 410, 413, 422, 500, 503, 504),
     openapi_extra={"requestBody": request_body(schemas.ActRequest), "parameters": [IDEMPOTENCY_KEY]},
 )
 async def act(request: Request) -> Response:

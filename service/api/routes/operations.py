@@ -50,7 +50,7 @@ async def readyz(request: Request) -> Response:
 async def version(request: Request) -> Response:
     """Returns the versions of the service and of the policy, and how the policy's chat template behaves.
 
-    While the model loads, all fields but `version` are null.
+    While the model loads, all fields but `version` are null. `template` is null if the model serves no episodes.
     """
     engine = _engine(request)
     if engine is None:
@@ -61,7 +61,7 @@ async def version(request: Request) -> Response:
             "policy": info.model,
             "policy_version": info.version,
             "max_model_len": info.max_model_len,
-            "template": dataclasses.asdict(engine.template),
+            "template": engine.template and dataclasses.asdict(engine.template),
         }
     return json_answer({"version": _VERSION, **policy})
 

@@ -19,7 +19,7 @@ from service.engine.base import (
     EngineUnavailable,
     OnText,
 )
-from service.engine.completion import Completion, Scores
+from service.engine.completion import Completion, CompletionText, Scores
 from service.engine.decoder_only import DecoderOnlyEngine
 from service.engine.grammar import GrammarChecker
 from service.engine.tokenizer import HFTokenizer
@@ -91,7 +91,9 @@ class VLLMEngine(DecoderOnlyEngine):
         grammar = GrammarChecker(tokenizer_info, limit_s=grammar_limit_s)
         try:
             tasks = tuple(await _result(llm, llm.get_supported_tasks()))
-            info = replace(model_info(llm, model, name), generates="generate" in tasks)
+            info = model_info(llm, model, name)
+            if "generate" not in tasks:
+                info = replace(info, generates=False, no_episodes="it cannot generate text")
             served = openai_app.Served(model, name, openai_options or {}, tuple(media_hosts), tasks)
             engine = cls(llm, info, heartbeat, grammar, OpenAIApp(llm, served, grammar.check))
         except BaseException:
@@ -130,19 +132,20 @@ class VLLMEngine(DecoderOnlyEngine):
             stop_token_ids=list(sampling.stop_token_ids),
             logprobs=0,
             flat_logprobs=True,
-            # vLLM's detokenization takes time at every token. If only the final text is needed, `_text` is cheaper.
-            detokenize=bool(sampling.stop or on_text),
+            detokenize=bool(sampling.stop),  # only to find stop strings; `CompletionText` makes the text
             structured_outputs=constraint and self._structure(constraint),
             output_kind=self._cumulative if on_text else self._final,
             skip_clone=True,
         )
-        output = await self._run(prompt_token_ids, params, adapter, cache_salt, on_text)
+        text = CompletionText(self.tokenizer.decoder(), sampling.stop, on_text)
+        output = await self._run(prompt_token_ids, params, adapter, cache_salt, text)
         chosen = output.outputs[0]
         token_ids = tuple(chosen.token_ids)
         logprobs = tuple(chosen.logprobs.logprobs[start] for start in chosen.logprobs.start_indices)
-        cached = output.num_cached_tokens or 0
-        text = chosen.text if sampling.stop else self._text(token_ids, chosen.finish_reason)
-        return Completion(token_ids, logprobs, text, str(chosen.finish_reason), cached)
+        stop = chosen.stop_reason if isinstance(chosen.stop_reason, str) else None
+        is_ended_by_token = chosen.finish_reason == "stop" and stop is None
+        found = text.finish(token_ids[:-1] if is_ended_by_token else token_ids, stop)
+        return Completion(token_ids, logprobs, found, str(chosen.finish_reason), output.num_cached_tokens or 0)
 
     async def score(
         self,
@@ -239,14 +242,9 @@ class VLLMEngine(DecoderOnlyEngine):
 
     async def _warm_up(self) -> None:
         """Makes one call of each kind, because the first calls take seconds for imports and memory allocation."""
-        prompt = self.tokenizer.encode("warm up") or [0]
-        await self.score(prompt, prompt[:1])
+        prompt = [0]
+        await self.score(prompt, prompt)
         await self.generate(prompt, Sampling(temperature=0.0, max_tokens=1), None)
-
-    def _text(self, token_ids: tuple[int, ...], finish_reason: str | None) -> str:
-        """Decodes a completion as vLLM does: without the token that ended it, and without an incomplete character."""
-        text_ids = token_ids[:-1] if finish_reason == "stop" else token_ids
-        return self.tokenizer.decode(text_ids).rstrip("\ufffd")
 
     def _structure(self, constraint: Constraint) -> Any:
         spec: dict[str, Any] = {constraint.kind: constraint.spec}
@@ -279,20 +277,21 @@ class VLLMEngine(DecoderOnlyEngine):
         params: Any,
         adapter: Adapter | None,
         cache_salt: str | None,
-        on_text: OnText | None = None,
+        text: CompletionText | None = None,
     ) -> Any:
-        """Runs a request and returns its final output. If cancelled, it aborts the request in the engine."""
+        """Runs a request and returns its final output. If cancelled, it aborts the request in the engine.
+
+        text: receives the tokens before the final output.
+        """
         prompt = self._tokens_input(prompt_token_ids, cache_salt=cache_salt)
-        num_emitted = 0
         lora = adapter and self._loras[adapter]
         try:
             async with aclosing(self._llm.generate(prompt, params, str(next(self._ids)), lora_request=lora)) as outputs:
                 async for output in outputs:
-                    if on_text and len(text := output.outputs[0].text) > num_emitted:
-                        on_text(text[num_emitted:])
-                        num_emitted = len(text)
                     if output.finished:
                         break
+                    if text:
+                        text.update(output.outputs[0].token_ids)
                 else:
                     raise EngineUnavailable("the engine returned no output; retry the request")
         except Exception as error:

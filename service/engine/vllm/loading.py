@@ -174,6 +174,7 @@ def model_info(llm: Any, model: str, name: str) -> EngineInfo:
         model=name,
         version=version[:12],
         max_model_len=llm.model_config.max_model_len,
+        vocab_size=llm.model_config.get_vocab_size(),
         default_sampling=sampling,
         think_tags=_think_tags(llm),
         weight_shapes=base_shapes(_model_folder(model)) if lora else None,

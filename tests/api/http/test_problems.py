@@ -13,6 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from service.engine.completion import Completion, Scores
 from service.engine.tokenizer import HFTokenizer
 from service.lifecycle import Phase
 from service.testing.memory_store import MemoryStore
@@ -287,6 +288,10 @@ BAD_EPISODES: dict[str, Any] = {
     "min_p 2": {"sampling": {"min_p": 2}},
     "a negative seed": {"sampling": {"seed": -1}},
     "an empty stop": {"sampling": {"stop": [""]}},
+    "a stop for actions that are chosen": {
+        "action_space": {"type": "discrete", "actions": ["a", "b"]},
+        "sampling": {"stop": ["a"]},
+    },
     "max_tokens 0": {"sampling": {"max_tokens": 0}},
     "max_tokens of the whole context": {"sampling": {"max_tokens": 4096}},
     "an unknown sampling field": {"sampling": {"temprature": 1}},
@@ -428,6 +433,33 @@ async def test_internal_error_leaks_and_commits_nothing(tmp_path: Path, tokenize
         assert "secret" not in answer.text
         assert (await api.get())["step"] == 0
         assert (await api.client.get("/healthz")).status_code == 200
+
+
+class SickEngine(ScriptedEngine):
+    """Computes probabilities that are not numbers."""
+
+    async def generate(self, *args: Any, **options: Any) -> Completion:
+        drawn = await super().generate(*args, **options)
+        return replace(drawn, logprobs=(math.nan,) * len(drawn.logprobs))
+
+    async def score(self, prompt_token_ids: Any, candidates: Any, **options: Any) -> Scores:
+        return Scores((math.nan,) * len(candidates), 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"action_space": DISCRETE}, {"action_space": DISCRETE, "reasoning": {"max_tokens": 8}}],
+    ids=["text", "choice", "thought"],
+)
+async def test_a_probability_that_is_no_number_fails_by_name_and_stores_nothing(
+    tmp_path: Path, tokenizer: HFTokenizer, fields: dict[str, Any]
+):
+    async with serve(tmp_path, SickEngine(tokenizer)) as api:
+        await api.open(**fields)
+        assert_problem(await api.post_act(), 500, "policy_failed")
+        assert (await api.get())["step"] == 0
+        batch = await api.client.post("/act/batch", json={"acts": [{"episode_id": "e", "observation": "x"}]})
+        assert batch.json()["results"][0]["code"] == "policy_failed"
 
 
 # --- 503, 504

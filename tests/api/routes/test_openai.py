@@ -67,10 +67,12 @@ async def test_a_model_that_does_not_generate_has_no_episodes(tmp_path: Path, to
     import dataclasses
 
     engine = EchoEngine(tokenizer)
-    engine.info = dataclasses.replace(engine.info, generates=False)
+    engine.info = dataclasses.replace(engine.info, no_episodes="it cannot generate text")
     async with serve(tmp_path, engine) as api:
         answer = await api.client.post("/episode", json={})
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+        assert "cannot generate text" in answer.json()["detail"]
+        assert (await api.client.get("/version")).json()["template"] is None
         assert (await api.client.post("/v1/embeddings", content=b"x")).status_code == 200
 
 
