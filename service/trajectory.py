@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 JsonValue = Any
 Status = Literal["active", "ended"]
@@ -36,6 +36,19 @@ class StopReason(StrEnum):
     IDLE_TTL = "idle_ttl"
     CONTEXT_OVERFLOW = "context_overflow"
     ABORTED = "aborted"
+
+
+IMAGE_PARTS = ("image_url", "image")
+_PARTS = ("text", *IMAGE_PARTS)
+"""The types of the parts of an observation."""
+
+
+def is_parts(observation: JsonValue) -> bool:
+    """Returns whether an observation is a list of parts: a list of objects whose `type` is that of a part."""
+    if not isinstance(observation, list) or not observation:
+        return False
+    items = cast("list[JsonValue]", observation)
+    return all(isinstance(item, dict) and cast("dict[str, JsonValue]", item).get("type") in _PARTS for item in items)
 
 
 @dataclass(frozen=True, slots=True)

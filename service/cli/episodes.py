@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, Unpack
 
 import httpx
-import orjson
 import typer
 from rich.console import Console
 from rich.table import Column, Table
@@ -23,6 +22,7 @@ from rich.table import Column, Table
 from service.client import DEFAULT_URL, Client, EpisodicError
 from service.filters import FILTERS, EpisodeFilter
 from service.settings import client_key
+from service.validation import strict_json
 
 Url = Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Base URL of the service.")]
 
@@ -89,7 +89,7 @@ def export_command(
     count = 0
     with _errors(), Client(url, client_key()) as client, _open_output(output) as out:
         for document in client.export(format, **where):
-            out.write(orjson.dumps(document).decode() + "\n")
+            out.write(strict_json.write(document).decode() + "\n")
             count += 1
     typer.echo(f"{count} trajectories", err=True)
 

@@ -14,7 +14,7 @@ from typing import cast
 from service.engine.base import TemplateReport
 from service.engine.template import Template, TemplateError, conversation
 from service.engine.tokenizer import Tokenizer
-from service.trajectory import JsonValue
+from service.trajectory import JsonValue, is_parts
 
 _THINK_TAGS = ("<think>", "</think>")
 """Tags around a thought, for models that define none."""
@@ -188,7 +188,7 @@ def observation_text(observation: JsonValue) -> str:
     """Returns an observation as text: a string unchanged, parts joined by line breaks, other values as compact JSON."""
     if isinstance(observation, str):
         return observation
-    if isinstance(observation, list):
+    if is_parts(observation):
         return "\n".join(part["text"] for part in cast("list[dict[str, str]]", observation))
     return json.dumps(observation, ensure_ascii=False, separators=(",", ":"))
 

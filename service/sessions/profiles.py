@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import orjson
 from pydantic import BaseModel, ValidationError
 
 from service.errors import Unprocessable
@@ -81,7 +80,7 @@ class Profiles:
             where = ".".join(str(part) for part in first["loc"])
             raise ProfileError(f"profile {name!r}: {where}: {first['msg']}") from error
         try:
-            as_json = orjson.loads(strict_json.dump(fields))
+            as_json = strict_json.load(strict_json.dump(fields))
         except ValueError as error:
             raise ProfileError(f"profile {name!r}: {error}") from error
         return Profile(name, self._read[name].get("description", ""), as_json)

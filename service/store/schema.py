@@ -6,7 +6,6 @@ import dataclasses
 from array import array
 from typing import Any
 
-import orjson
 from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, RowMapping, String, Table, Text, text
 
 from service.filters import LABELS
@@ -24,6 +23,7 @@ from service.trajectory import (
     StoredKey,
     StoredPolicy,
 )
+from service.validation import strict_json
 
 metadata = MetaData()
 
@@ -142,7 +142,7 @@ _MESSAGE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(M
 
 def dump(value: JsonValue) -> str:
     """Serializes a value as compact JSON. Control characters are escaped, NUL included."""
-    return orjson.dumps(value).decode()
+    return strict_json.write(value).decode()
 
 
 def storable(value: str) -> bool:
@@ -218,7 +218,7 @@ def state_row(state: EpisodeState) -> dict[str, Any]:
 def episode_record(row: RowMapping) -> StoredEpisode:
     config = EpisodeConfig(
         episode_id=row["episode_id"],
-        request=orjson.loads(row["request"]),
+        request=strict_json.load(row["request"]),
         digest=row["digest"],
         policy_version=row["policy_version"],
         created_at=row["created_at"],
@@ -262,7 +262,7 @@ def step_row(step: Step) -> dict[str, Any]:
 
 
 def step_value(row: RowMapping) -> Step:
-    message = orjson.loads(row["message"])
+    message = strict_json.load(row["message"])
     if message.get("legal_actions") is not None:
         message["legal_actions"] = tuple(message["legal_actions"])
     return Step(
@@ -272,7 +272,7 @@ def step_value(row: RowMapping) -> Step:
         closing=bool(row["closing"]),
         span=_span(row),
         window_start=row["window_start"],
-        answer=orjson.loads(row["answer"]),
+        answer=strict_json.load(row["answer"]),
         digest=row["digest"],
         created_at=row["created_at"],
         idempotency_key=row["idempotency_key"],

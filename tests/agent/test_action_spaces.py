@@ -123,7 +123,7 @@ def test_any_text_is_a_text_action():
     assert TextSpace().parse("", "length") == ("", None)
 
 
-@pytest.mark.parametrize("text", ["1" * 30, '"\\ud800"', "[" * 250 + "]" * 250, "1e999", "-1e999", "NaN", "[" * 5000])
+@pytest.mark.parametrize("text", ["1" * 5000, '"\\ud800"', "[" * 250 + "]" * 250, "1e999", "-1e999", "NaN", "[" * 5000])
 def test_a_value_that_could_not_be_kept_is_no_action(text: str):
     action, failure = JsonSpace.of({"schema": {}}).parse(text, "stop")
     assert action is None

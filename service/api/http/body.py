@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
@@ -18,17 +19,28 @@ _NOT_DIGESTED = ("episode_id", "step", "timeout_s")
 
 
 async def read(request: Request, model: type[Model]) -> tuple[Model, bytes]:
-    """Reads the body. Returns it as a `model`, and its 16-byte digest. Raises BadRequest, TooLarge, Unprocessable."""
-    document = await read_document(request)
-    identity = digest(document)  # before validation: a value that cannot be stored is 400, not 422
-    return validated(document, model), identity
+    """Reads the body. Returns it as a `model`, and its 16-byte digest. Raises BadRequest, TooLarge, Unprocessable.
+
+    An empty body is an empty object, if every field of the model is optional.
+    """
+    document = await read_document(request, may_be_empty=is_optional(model))
+    return validated(document, model), digest(document)
 
 
-async def read_document(request: Request) -> dict[str, Any]:
-    """Reads the body as a JSON object. Raises BadRequest, TooLarge, Unprocessable."""
-    parsed = _parse(await read_bytes(request))
+def is_optional(model: type[BaseModel]) -> bool:
+    """Returns whether every field of the model is optional, so that the body may be empty."""
+    return not any(field.is_required() for field in model.model_fields.values())
+
+
+async def read_document(request: Request, *, may_be_empty: bool = False) -> dict[str, Any]:
+    """Reads the body as a JSON object that can be stored. Raises BadRequest, TooLarge, Unprocessable."""
+    content = await read_bytes(request)
+    if may_be_empty and not content:
+        return {}
+    parsed = _parse(content)
     if not isinstance(parsed, dict):
         raise Unprocessable("The request body is not a JSON object. Send an object of named fields: {...}.")
+    _canonical(parsed)  # every text of the document can be stored, and stand in an error
     return cast("dict[str, Any]", parsed)
 
 
@@ -41,13 +53,12 @@ def validated(document: dict[str, Any], model: type[Model]) -> Model:
             {"loc": [part for part in item["loc"] if part != "__root__"], "msg": item["msg"]}
             for item in error.errors(include_url=False, include_context=False, include_input=False)[:20]
         ]
-        where = ".".join(str(part) for part in errors[0]["loc"])
-        raise Unprocessable(f"{where or 'body'}: {errors[0]['msg']}", errors=errors) from error
+        raise Unprocessable(f"{_dotted(errors[0]['loc'])}: {errors[0]['msg']}", errors=errors) from error
 
 
 async def read_bytes(request: Request) -> bytes:
     """Reads the raw body. Raises TooLarge, and BadRequest if the body is compressed, incomplete or too slow."""
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         detail = "Content-Encoding: compressed request bodies are not supported. Send the body uncompressed."
         raise BadRequest("malformed_json", detail)
     settings = services(request).settings
@@ -79,12 +90,18 @@ def _too_large(limit: int) -> TooLarge:
 
 def check_json(content: bytes) -> None:
     """Raises BadRequest for JSON that is not strict, nests too deeply or has an integer of more than 64 bits."""
-    _canonical(_parse(content))
+    try:
+        value = strict_json.parse(content, object_pairs_hook=strict_json.without_twins)
+        strict_json.dump(value, max_bits=64)
+    except ValueError as error:
+        raise BadRequest("malformed_json", f"The request body is not valid JSON: {error}.") from error
 
 
 def _parse(body: bytes) -> Any:
     try:
         return strict_json.parse(body, object_pairs_hook=strict_json.without_twins)
+    except strict_json.Unstorable as error:
+        raise _unstorable(error) from error
     except ValueError as error:
         raise BadRequest("malformed_json", f"The request body is not valid JSON: {error}.") from error
 
@@ -92,7 +109,7 @@ def _parse(body: bytes) -> Any:
 def digest(document: dict[str, Any]) -> bytes:
     """Returns the 16-byte digest of a request body. A retry has the same digest; another call has another one.
 
-    Raises BadRequest for a value that cannot be stored.
+    Raises BadRequest or Unprocessable for a value that cannot be stored.
     """
     content = {key: value for key, value in document.items() if key not in _NOT_DIGESTED}
     return hashlib.blake2b(_canonical(content), digest_size=16).digest()
@@ -110,9 +127,15 @@ def idempotency_key(request: Request) -> str | None:
 def _canonical(value: Any) -> bytes:
     try:
         return strict_json.dump(value, sort_keys=True)
-    except ValueError as error:
-        detail = (
-            f"The request body has an unsupported value: {error}. Use integers of at most 64 bits, valid Unicode, and "
-            "less nesting."
-        )
-        raise BadRequest("malformed_json", detail) from error
+    except strict_json.TooDeep as error:
+        raise BadRequest("malformed_json", f"The request body {error}. Nest it less.") from error
+    except strict_json.Unstorable as error:
+        raise _unstorable(error) from error
+
+
+def _unstorable(error: strict_json.Unstorable) -> Unprocessable:
+    return Unprocessable(f"{_dotted(error.place)}: {error}.", *error.place)
+
+
+def _dotted(place: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in place) or "body"

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from service.api.http.body import is_optional
 from service.api.http.schemas import (
     ActRequest,
     AdapterRequest,
@@ -39,7 +40,7 @@ _REFERENCE = "#/components/schemas/{model}"
 def request_body(model: type[BaseModel]) -> dict[str, Any]:
     """Returns OpenAPI's `requestBody` for a JSON body of this model, for FastAPI's `openapi_extra`."""
     reference = {"$ref": _REFERENCE.format(model=model.__name__)}
-    return {"required": True, "content": {"application/json": {"schema": reference}}}
+    return {"required": not is_optional(model), "content": {"application/json": {"schema": reference}}}
 
 
 def install(app: FastAPI) -> None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import orjson
 from fastapi.exceptions import RequestValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,6 +14,7 @@ from service.engine.base import EngineUnavailable
 from service.errors import EpisodicError, PolicyFailed, Unavailable, Unprocessable
 from service.observability import logs, metrics
 from service.store.base import StoreUnavailable
+from service.validation import strict_json
 
 _log = logs.get(__name__)
 
@@ -103,7 +103,7 @@ def document(request: Request, error: EpisodicError) -> dict[str, Any]:
 
 def response(request: Request, error: EpisodicError) -> Response:
     """Returns the error as an `application/problem+json` response."""
-    body = orjson.dumps(document(request, error), default=str)
+    body = strict_json.write(document(request, error), default=str)
     return Response(body, error.status, error.headers, media_type="application/problem+json")
 
 

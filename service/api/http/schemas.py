@@ -2,11 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
-from service.trajectory import Message
+from service.errors import Unprocessable
+from service.trajectory import IMAGE_PARTS, Message, is_parts
 
-EpisodeId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
+EPISODE_ID = r"^[A-Za-z0-9_-]{1,128}$"
+EpisodeId = Annotated[str, StringConstraints(pattern=EPISODE_ID)]
 JsonObject = dict[str, Any]
 
 
@@ -78,7 +80,7 @@ class SamplingRequest(_Request):
     temperature: float | None = Field(None, ge=0, le=100)
     """0 takes the most likely action or token."""
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**63)
     """0 means no limit."""
     min_p: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -94,7 +96,7 @@ class ContextRequest(_Request):
 
     overflow: Literal["slide", "error", "end"] = "slide"
     """`slide`: drop the oldest steps, except step 0. `error`: 409 `context_overflow`. `end`: end the episode."""
-    max_tokens: int | None = Field(None, ge=16)
+    max_tokens: int | None = Field(None, ge=16, lt=2**63)
     """Size of the context in tokens: prompt and completion. At most, and by default, that of the model."""
 
 
@@ -147,21 +149,32 @@ class EpisodeRequest(EpisodeFields):
     """A preset from GET /profile. Fields of this body override those of the profile."""
 
 
-class TextPart(_Request):
-    """A part of an observation."""
+def _check_parts(observation: Any) -> Any:
+    """Returns the observation. Raises Unprocessable if it is a list of parts, and the policy cannot be shown one."""
+    parts: list[JsonObject] = observation if is_parts(observation) else []
+    for number, part in enumerate(parts):
+        if part["type"] in IMAGE_PARTS:
+            detail = f"observation.{number}: this part is an image, and the policy cannot see images. Send text."
+            raise Unprocessable(detail, "observation", number)
+        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            detail = f'observation.{number}: a text part is {{"type": "text", "text": "..."}} without other fields.'
+            raise Unprocessable(detail, "observation", number)
+    return observation
 
-    type: Literal["text"]
-    text: str
 
-
-Observation = str | JsonObject | list[TextPart]
+Observation = Annotated[
+    Any,
+    AfterValidator(_check_parts),
+    WithJsonSchema({"type": ["string", "object", "array", "number", "boolean", "null"]}),
+]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _ActFields(_Request):
-    observation: Observation | None = None
-    """What the policy observes: text, a JSON object, or a list of parts. Required unless this message ends the
-    episode."""
+    observation: Observation = None
+    """What the policy observes: any JSON value but null. Text is shown unchanged, other values as compact JSON. A list
+    in which every element is an object with the `type` `text` (or `image_url`, `image`) is a list of parts, whose texts
+    are joined by line breaks; images are refused. Required unless this message ends the episode."""
     reward: Number | None = None
     """The reward for the previous action."""
     terminated: bool = False
@@ -180,11 +193,8 @@ class _ActFields(_Request):
 
     def message(self) -> Message:
         """Returns the part of the body that is stored with the step."""
-        observation = self.observation
-        if isinstance(observation, list):
-            observation = [part.model_dump() for part in observation]
         return Message(
-            observation=observation,
+            observation=self.observation,
             reward=self.reward,
             terminated=self.terminated,
             truncated=self.truncated,

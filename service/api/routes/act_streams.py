@@ -5,7 +5,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -16,6 +15,7 @@ from service.api.http.services import services
 from service.engine.base import TextSink
 from service.sessions.acts import ActRequest
 from service.sessions.sessions import Answer
+from service.validation import strict_json
 
 EVENTS = (
     'Server-sent events. `reasoning` and `text` carry a piece of text: `{"delta": "..."}`. The last event is `act` '
@@ -76,7 +76,7 @@ async def _events(
 
 
 def _event(kind: str, data: Any) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(data, default=str))
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), strict_json.write(data, default=str))
 
 
 async def _cancel(task: "asyncio.Task[Any]") -> None:

@@ -11,6 +11,7 @@ from service.api.http import body, problems, schemas
 from service.api.http.acting import acting
 from service.api.http.answers import json_answer
 from service.api.http.caller import caller, own
+from service.api.http.media_types import accepts
 from service.api.http.openapi import IDEMPOTENCY_KEY, request_body
 from service.api.http.routing import StrictRoute
 from service.api.http.services import services
@@ -39,7 +40,7 @@ async def act(request: Request) -> Response:
     parsed, digest = await body.read(request, schemas.ActRequest)
     act_request = ActRequest(parsed.message(), digest, parsed.step, body.idempotency_key(request), parsed.timeout_s)
     episode_id = own(request, parsed.episode_id)
-    if "text/event-stream" in request.headers.get("accept", ""):
+    if accepts(request, "text/event-stream"):
         return await stream(request, episode_id, act_request)
     async with acting(request):
         answer = await services(request).sessions.act(episode_id, act_request)

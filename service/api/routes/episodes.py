@@ -1,5 +1,6 @@
 """/episode: opens, lists, reads, forks, rates, ends and deletes episodes, records actions, returns trajectories."""
 
+import re
 import time
 from typing import Annotated
 
@@ -20,11 +21,11 @@ from service.api.http.serialization import resource
 from service.api.http.services import services
 from service.errors import Unprocessable
 from service.sessions.acts import ActRequest, RecordedAction
-from service.trajectory import StopReason, public_id
+from service.trajectory import StopReason, StoredEpisode, public_id
 
 router = APIRouter(prefix="/episode", tags=["episodes"], route_class=StrictRoute)
 
-EpisodeIdPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$", description="The id of the episode.")]
+EpisodeIdPath = Annotated[str, Path(pattern=schemas.EPISODE_ID, description="The id of the episode.")]
 
 _ID = "$response.body#/episode_id"
 _LINKS = {
@@ -55,7 +56,7 @@ async def create(request: Request) -> Response:
     To make retries safe, choose `episode_id`: the same body then returns the episode that exists (200). Another body
     with the same id is refused (409 `idempotency_mismatch`).
     """
-    document = await body.read_document(request)
+    document = await body.read_document(request, may_be_empty=True)
     digest = body.digest(document)
     sessions = services(request).sessions
     try:
@@ -63,12 +64,19 @@ async def create(request: Request) -> Response:
         fields = parsed.model_dump(exclude_unset=True, exclude={"episode_id"}, by_alias=True)
         stored, is_new = await sessions.create(own(request, parsed.episode_id or str(uuid7())), fields, digest)
     except Unprocessable:  # a retry still finds its episode if the profile or the policy was removed meanwhile
-        known = await sessions.opened(own(request, str(document.get("episode_id"))), digest)
+        known = await _opened(request, document.get("episode_id"), digest)
         if known is None:
             raise
         stored, is_new = known, False
     headers = {"Location": f"/episode/{public_id(stored.config.episode_id)}"}
     return json_answer(resource(stored), 201 if is_new else 200, headers)
+
+
+async def _opened(request: Request, episode_id: object, digest: bytes) -> StoredEpisode | None:
+    """Returns the episode that an earlier request with this digest opened, or None."""
+    if not isinstance(episode_id, str) or not re.fullmatch(schemas.EPISODE_ID, episode_id):
+        return None
+    return await services(request).sessions.opened(own(request, episode_id), digest)
 
 
 @router.get("", summary="List episodes", response_model=schemas.EpisodePage, responses=problems.documented(422, 503))

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator
 
-import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -17,6 +16,7 @@ from service.errors import Gone
 from service.filters import EpisodeFilter
 from service.sessions.sessions import Sessions
 from service.trajectory import StoredEpisode
+from service.validation import strict_json
 
 router = APIRouter(tags=["episodes"], route_class=StrictRoute)
 
@@ -52,6 +52,6 @@ async def _lines(
             except Gone:
                 continue  # deleted after its page was read
             feedback = await sessions.feedback(stored.config.episode_id) if format == "steps" else ()
-            yield orjson.dumps(document(stored, steps, feedback, format), option=orjson.OPT_APPEND_NEWLINE)
+            yield strict_json.write(document(stored, steps, feedback, format)) + b"\n"
         last = page[-1].config
         page = await sessions.page(tenant, where, limit=_PAGE, before=(last.created_at, last.episode_id))

@@ -9,12 +9,15 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.api.http import body
 from service.api.http.caller import caller
+from service.api.http.media_types import content_type
 from service.api.http.openai_errors import ROOTS, openai_error, refusal
 from service.api.http.services import services
 from service.engine.base import CACHE_SALT, cache_salt
 from service.errors import EpisodicError, TooManyRequests
 
 _RETRY_AFTER_S = "5"
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+"""Bodies that are not JSON. vLLM parses any other body as JSON, or refuses it."""
 
 
 class _OpenAI:
@@ -35,7 +38,7 @@ class _OpenAI:
             return
         try:
             content = await body.read_bytes(request)
-            if content and "json" in request.headers.get("content-type", ""):
+            if content and content_type(request) not in _FORMS:
                 body.check_json(content)  # vLLM parses JSON without these limits
         except EpisodicError as error:
             await openai_error(error.status, error.detail, error.code)(scope, receive, send)

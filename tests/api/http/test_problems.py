@@ -84,7 +84,6 @@ def _deep(levels: int) -> bytes:
 
 
 MALFORMED = {
-    "empty": b"",
     "not json": b"observation=hi",
     "cut": b'{"episode_id": "e"',
     "NaN": b'{"episode_id":"e","observation":"x","reward":NaN}',
@@ -95,11 +94,9 @@ MALFORMED = {
     "nested duplicate key": b'{"episode_id":"e","observation":{"x":1,"x":2}}',
     "2,000 levels": _deep(2000),
     "30,000 levels of lists": b'{"episode_id":"e","observation":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
-    "a lone surrogate": b'{"episode_id":"e","observation":"\\ud800"}',
-    "a lone surrogate in a key": b'{"episode_id":"e","observation":{"\\udfff":1}}',
     "not UTF-8": b'{"episode_id":"e","observation":"\xff\xfe"}',
-    "an integer over 64 bits": b'{"episode_id":"e","observation":{"x":' + b"9" * 40 + b"}}",
-    "an integer of 5,000 digits": b'{"episode_id":"e","observation":{"x":' + b"9" * 5000 + b"}}",
+    "UTF-16": '{"episode_id":"e","observation":"x"}'.encode("utf-16"),
+    "a surrogate in UTF-8": b'{"episode_id":"e","observation":"\xed\xa0\x80"}',
 }
 
 
@@ -338,8 +335,6 @@ BAD_ACTS: dict[str, dict[str, Any]] = {
     "an unknown field": {"observation": "x", "rewrad": 1},
     "no observation": {},
     "observation null": {"observation": None},
-    "an observation that is a number": {"observation": 3},
-    "an observation that is a list of text": {"observation": ["a"]},
     "an image": {"observation": [{"type": "image", "data": "aGk=", "mime": "image/png"}]},
     "a part with an unknown field": {"observation": [{"type": "text", "text": "x", "role": "system"}]},
     "a reward that is text": {"observation": "x", "reward": "x"},

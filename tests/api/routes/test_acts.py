@@ -379,7 +379,7 @@ async def test_idempotency_key_is_not_shared_between_calls(api: Served):
 
 async def test_a_value_that_cannot_be_kept_fails_its_own_act_alone(tmp_path: Path, tokenizer: HFTokenizer):
     def reply(prompt: str) -> str:
-        return "1" * 30 if "many" in prompt else "1"
+        return '"\\ud800"' if "many" in prompt else "1"
 
     async with serve(tmp_path, ScriptedEngine(tokenizer, reply=reply)) as api:
         names = [f"e{number}" for number in range(12)]

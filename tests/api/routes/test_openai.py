@@ -58,7 +58,8 @@ async def test_a_body_over_the_limit_is_refused(tmp_path: Path, tokenizer: HFTok
     async with serve(tmp_path, EchoEngine(tokenizer), max_body_bytes=4096) as api:
         for size, status in ((4096, 200), (8192, 413)):
             content: Any = chunks(size) if chunked else b"x" * size
-            answer = await api.client.post("/v1/completions", content=content)
+            headers = {"Content-Type": "multipart/form-data"}
+            answer = await api.client.post("/v1/audio/transcriptions", content=content, headers=headers)
             assert answer.status_code == status
         assert answer.json()["error"]["code"] == "payload_too_large"
 
@@ -73,7 +74,7 @@ async def test_a_model_that_does_not_generate_has_no_episodes(tmp_path: Path, to
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
         assert "cannot generate text" in answer.json()["detail"]
         assert (await api.client.get("/version")).json()["template"] is None
-        assert (await api.client.post("/v1/embeddings", content=b"x")).status_code == 200
+        assert (await api.client.post("/v1/embeddings", json={})).status_code == 200
 
 
 def test_an_option_that_is_not_there_is_refused():
