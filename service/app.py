@@ -13,7 +13,7 @@ from service.access.admission import Admission
 from service.access.keys import Keyring
 from service.agent.policies import Policies
 from service.api.http import openapi, problems
-from service.api.http.middleware import RequestContext
+from service.api.http.middleware import Failures, RequestContext
 from service.api.http.schemas import EpisodeFields
 from service.api.http.security import Security, is_loopback
 from service.api.http.services import Services
@@ -74,6 +74,7 @@ def create_app(
     problems.install(app)
     openapi.install(app)
     app.add_middleware(Security, keyring=Keyring(used_store), loopback=is_loopback(settings.host))
+    app.add_middleware(Failures)
     app.add_middleware(RequestContext)
     return app
 

@@ -2,6 +2,7 @@
 
 EpisodicError
 ├── BadRequest           400 malformed_json
+├── MalformedRequest     400 malformed_request
 ├── Unauthenticated      401 unauthenticated
 ├── Forbidden            403 forbidden
 ├── NotFound             404 episode_not_found, policy_not_found, not_found
@@ -9,6 +10,7 @@ EpisodicError
 ├── Gone                 410 episode_deleted
 ├── TooLarge             413 payload_too_large
 ├── Unprocessable        422 invalid_request
+├── HeadersTooLarge      431 headers_too_large
 ├── TooManyRequests      429 rate_limited, quota_exceeded, overloaded (with Retry-After)
 ├── PolicyFailed         500 policy_failed
 ├── Unavailable          503 engine_unavailable, store_unavailable, draining (with Retry-After)
@@ -41,8 +43,17 @@ class EpisodicError(Exception):
 
 
 class BadRequest(EpisodicError):
+    """The body is not JSON, or it did not arrive as a whole."""
+
     status = 400
-    title = "Malformed JSON"
+    title = "Malformed request body"
+
+
+class MalformedRequest(EpisodicError):
+    """The request is not HTTP/1.1."""
+
+    status = 400
+    title = "Malformed request"
 
 
 class Unauthenticated(EpisodicError):
@@ -84,6 +95,11 @@ class Unprocessable(EpisodicError):
 
     def __init__(self, detail: str, *loc: str | int, errors: list[dict[str, Any]] | None = None) -> None:
         super().__init__("invalid_request", detail, errors=errors or [{"loc": list(loc), "msg": detail}])
+
+
+class HeadersTooLarge(EpisodicError):
+    status = 431
+    title = "Request header fields too large"
 
 
 class PolicyFailed(EpisodicError):

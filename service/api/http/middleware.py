@@ -1,18 +1,22 @@
-"""Middleware for every request: sets the request id, writes a log line, counts the request."""
+"""Middleware for every request: sets the request id, writes a log line, counts the request, answers failures."""
 
 import re
 import time
+from collections.abc import Iterable
 from itertools import count
 from secrets import token_hex
 
 import structlog
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.http import problems
 from service.observability import logs, metrics
 
 _log = logs.get(__name__)
 
 _PROBES = ("/healthz", "/readyz", "/metrics")
+Headers = Iterable[tuple[bytes, bytes]]
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -33,8 +37,11 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        sent, episode_id = _ids(scope)
-        request_id = sent or f"{self._prefix}-{next(self._numbers)}".encode()
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn leaves out the body of the response
+        request_id = request_id_of(scope["headers"]) or f"{self._prefix}-{next(self._numbers)}".encode()
+        episode_id = _printable(scope["headers"], b"x-episode-id")
         scope["request_id"] = request_id.decode()
         context = {"request_id": scope["request_id"]}
         if episode_id:
@@ -52,29 +59,51 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
-            status = 500  # Starlette's outer error middleware renders the response
-            raise
         finally:
-            status = status or 499
-            metrics.count_request(getattr(scope.get("route"), "path", "-"), status)
-            (_log.debug if _is_quiet(scope["path"], status) else _log.info)(
-                "request",
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                seconds=round(time.perf_counter() - began, 6),
-            )
+            seconds = round(time.perf_counter() - began, 6)
+            route = getattr(scope.get("route"), "path", "-")
+            log_request(status or 499, route, method=method, path=scope["path"], seconds=seconds)
+
+
+class Failures:
+    """Answers a request that fails unexpectedly, so that its connection can be used again.
+
+    If the response has already started, the exception goes on to uvicorn, which breaks off the response.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_answered = False
+
+        async def watched(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if is_answered or scope["type"] != "http":
+                raise
+            await problems.refusal(Request(scope), error)(scope, receive, send)
+
+
+def log_request(status: int, route: str = "-", *, method: str = "-", path: str = "-", **fields: object) -> None:
+    """Logs a request that was answered, and counts it. `route` is the path with placeholders."""
+    metrics.count_request(route, status)
+    (_log.debug if _is_quiet(path, status) else _log.info)("request", method=method, path=path, status=status, **fields)
+
+
+def request_id_of(headers: Headers) -> bytes | None:
+    """Returns the caller's X-Request-ID; None if it is missing or not printable."""
+    return _printable(headers, b"x-request-id")
 
 
 def _is_quiet(path: str, status: int) -> bool:
     return path in _PROBES or (path == "/act" and (status < 400 or status == 429))
 
 
-def _ids(scope: Scope) -> tuple[bytes | None, bytes | None]:
-    """Returns X-Request-ID and X-Episode-Id; None for a header that is missing or not printable."""
-    found = {b"x-request-id": None, b"x-episode-id": None}
-    for name, value in scope["headers"]:
-        if name in found and _REQUEST_ID.fullmatch(value):
-            found[name] = value
-    return found[b"x-request-id"], found[b"x-episode-id"]
+def _printable(headers: Headers, name: bytes) -> bytes | None:
+    return next((value for key, value in headers if key == name and _REQUEST_ID.fullmatch(value)), None)

@@ -7,7 +7,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
+from service.api.http import openai_errors
 from service.api.http.acting import ClientClosed
 from service.api.http.schemas import Problem
 from service.engine.base import EngineUnavailable
@@ -25,7 +27,7 @@ _LOAD_S = 5
 """Retry-After while the engine is unavailable: loading takes at least this many seconds."""
 
 CODES: dict[int, tuple[str, ...]] = {
-    400: ("malformed_json",),
+    400: ("malformed_json", "malformed_request"),
     401: ("unauthenticated",),
     403: ("forbidden",),
     404: ("episode_not_found", "policy_not_found", "not_found"),
@@ -41,10 +43,13 @@ CODES: dict[int, tuple[str, ...]] = {
     413: ("payload_too_large",),
     422: ("invalid_request",),
     429: ("rate_limited", "quota_exceeded", "overloaded"),
+    431: ("headers_too_large",),
     500: ("internal_error", "policy_failed"),
+    502: ("bad_gateway",),
     503: ("engine_unavailable", "store_unavailable", "draining"),
-    504: ("deadline_exceeded",),
+    504: ("deadline_exceeded", "gateway_timeout"),
 }
+"""The codes of each status. `deploy/proxy` answers `bad_gateway` and `gateway_timeout` itself."""
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -63,7 +68,6 @@ def install(app: Starlette) -> None:
     app.add_exception_handler(ClientClosed, _closed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 def expected(error: Exception) -> EpisodicError:
@@ -107,6 +111,12 @@ def response(request: Request, error: EpisodicError) -> Response:
     return Response(body, error.status, error.headers, media_type="application/problem+json")
 
 
+def refusal(request: Request, error: Exception) -> Response:
+    """Returns the response to any exception, in the format of the path that was called."""
+    answer = openai_errors.refusal if openai_errors.owns(request.scope["path"]) else response
+    return answer(request, expected(error))
+
+
 async def _expected(request: Request, error: Exception) -> Response:
     return response(request, expected(error))
 
@@ -139,10 +149,14 @@ async def _http(request: Request, error: Exception) -> Response:
     problem.status, problem.title = error.status_code, str(error.detail)  # type: ignore[misc]
     answer = response(request, problem)
     answer.headers.update(error.headers or {})
+    if error.status_code == 405:
+        answer.headers["Allow"] = ", ".join(sorted(_allowed(request)))
     return answer
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
-    answer = response(request, expected(error))
-    answer.headers["X-Request-ID"] = request.scope.get("request_id", "")  # this response bypasses the middleware
-    return answer
+def _allowed(request: Request) -> set[str]:
+    """Returns the methods of all routes with this path."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in matching for method in route.methods or ()}
+    return methods | ({"HEAD"} if "GET" in methods else set())

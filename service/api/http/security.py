@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access.keys import Keyring
-from service.api.http import openai_errors, problems
+from service.api.http import problems
 from service.api.http.caller import ANYBODY, Caller
 from service.api.http.services import services
 from service.errors import EpisodicError, Forbidden, Unauthenticated
@@ -57,8 +57,7 @@ class Security:
             if scope["path"] in _ACTS:
                 admission.check(found.tenant)  # before the body is read, so that refusing an overload is cheap
         except (EpisodicError, StoreUnavailable) as error:
-            refuse = openai_errors.refusal if openai_errors.owns(scope["path"]) else problems.response
-            await refuse(request, problems.expected(error))(scope, receive, send)
+            await problems.refusal(request, error)(scope, receive, send)
             return
         scope["caller"] = found
         await self._app(scope, receive, send)

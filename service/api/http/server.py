@@ -5,14 +5,22 @@ uvicorn (0.54) lacks these limits:
 - on the number of pipelined requests;
 - on the time for which it reads the rest of a refused body;
 - on the time for which it waits for a client that does not read the response.
+
+If the server closes the connection after a response, `Connection: close` in that response announces it.
 """
 
 import asyncio
+from secrets import token_hex
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.requests import Request
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from service.api.http import middleware, problems
+from service.errors import EpisodicError, HeadersTooLarge, MalformedRequest
+from service.lifecycle import Lifecycle, Phase
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
@@ -45,16 +53,41 @@ def config(app: FastAPI, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(app, **{**defaults, **options})
 
 
-_INVALID = 400, "The request is not valid HTTP/1.1. Check its request line, its headers and its Content-Length."
-_TOO_LARGE = (
-    431,
+_INVALID = MalformedRequest(
+    "malformed_request",
+    "The request is not valid HTTP/1.1. Check its request line, its headers and its Content-Length.",
+)
+_TOO_LARGE = HeadersTooLarge(
+    "headers_too_large",
     f"The request line and headers are too large. Send at most {MAX_HEAD_BYTES} bytes, {MAX_HEADERS} headers.",
 )
-_NO_UPGRADE = 400, "Only HTTP/1.1 is supported. Send the request without the Upgrade header."
+_NO_UPGRADE = MalformedRequest(
+    "malformed_request", "Only HTTP/1.1 is supported. Send the request without the Upgrade header."
+)
 
 
 class _Refused(Exception):
     """Raised in a callback to stop the parser."""
+
+
+class _Cycle(RequestResponseCycle):
+    """A request and its response.
+
+    is_last: whether the response started before the whole body arrived. The response then announces that the connection
+    closes. It closes when the rest of the body has been read, or some time later. If it closed at once, the client
+    could receive a reset instead of the response.
+    """
+
+    is_last = False
+
+    async def send(self, message: Any) -> None:
+        if self.response_started or not self.more_body:
+            await super().send(message)
+            return
+        self.is_last = True
+        self.keep_alive = False
+        await super().send(message)  # adds the header Connection
+        self.keep_alive = True  # so that uvicorn does not close the connection at once
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -67,13 +100,14 @@ class BoundedHttp(HttpToolsProtocol):
         super().__init__(*args, **options)
         app: Any = self.config.app
         self._limit_s: float = app.state.services.settings.receive_limit_s
+        self._lifecycle: Lifecycle = app.state.services.lifecycle
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_head = False
         self._in_message = False
         self._num_head_bytes = 0  # received before the current piece
         self._may_be_large = False
-        self._refusal = _INVALID
+        self._refusal: EpisodicError = _INVALID
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -101,6 +135,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        if self.transport.is_closing():
+            raise _Refused
         if len(self.headers) > MAX_HEADERS or (self._may_be_large and self._head_size() > MAX_HEAD_BYTES):
             self._refusal = _TOO_LARGE
             raise _Refused
@@ -109,6 +145,9 @@ class BoundedHttp(HttpToolsProtocol):
             self._refusal = _NO_UPGRADE
             raise _Refused
         super().on_headers_complete()
+        self.cycle.__class__ = _Cycle  # uvicorn has no hook for the class
+        if self._lifecycle.phase >= Phase.LEAVING:
+            self.cycle.keep_alive = False
         if len(self.pipeline) > MAX_PIPELINED:
             raise _Refused
 
@@ -117,22 +156,32 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_message = False
         if self._read_timer is not None:
             self._set_read_timer(None)
+        self._close_if_last()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._in_message and not self._in_head and not self._is_busy:
             self._unset_keepalive_if_required()
             self._set_read_timer(_LINGER_S)
+        else:
+            self._close_if_last()
 
     def send_400_response(self, msg: str) -> None:
-        """Sends the reason as plain text, unless another response is being sent. Closes the connection."""
+        """Sends the refusal, unless another response is being sent. Closes the connection."""
         if not self._is_busy and not self.transport.is_closing():
-            status, reason = self._refusal
-            headers = [*self.server_state.default_headers, (b"content-type", b"text/plain; charset=utf-8")]
-            headers += [(b"content-length", str(len(reason)).encode()), (b"connection", b"close")]
-            lines = b"".join(b"%b: %b\r\n" % header for header in headers)
-            self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + reason.encode())
+            self.transport.write(self._refusal_bytes())
         self.transport.close()
+
+    def _refusal_bytes(self) -> bytes:
+        status = self._refusal.status
+        request_id = middleware.request_id_of(self.headers if self._in_head else []) or token_hex(8).encode()
+        scope = {"type": "http", "request_id": request_id.decode()}
+        response = problems.response(Request(scope), self._refusal)
+        middleware.log_request(status, request_id=scope["request_id"])
+        headers = [*self.server_state.default_headers, *response.raw_headers]
+        headers += [(b"x-request-id", request_id), (b"connection", b"close")]
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        return STATUS_LINE[status] + lines + b"\r\n" + bytes(response.body)
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()  # close() would wait until the client has read the response
@@ -150,6 +199,11 @@ class BoundedHttp(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Ignores the Upgrade header. The parser has stopped, so the connection closes after the response."""
         self.cycle.keep_alive = False
+
+    def _close_if_last(self) -> None:
+        """Closes the connection after an early response, once the rest of the body has arrived."""
+        if self.cycle.response_complete and isinstance(self.cycle, _Cycle) and self.cycle.is_last:
+            self.transport.close()
 
     @property
     def _is_busy(self) -> bool:
