@@ -6,6 +6,13 @@ from gymnasium.core import Env
 from gymnasium.envs import registration
 
 from service.environments.base import Describe, TextDescription
+from service.environments.classic_control import (
+    AcrobotText,
+    CartPoleText,
+    MountainCarContinuousText,
+    MountainCarText,
+    PendulumText,
+)
 from service.environments.frozen_lake import FrozenLakeText
 from service.environments.generic import GenericText
 from service.environments.toy_text import BlackjackText, CliffWalkingText, TaxiText
@@ -23,6 +30,11 @@ _DESCRIPTIONS: dict[tuple[str | None, str], Describe] = {
     (None, "CliffWalkingSlippery"): CliffWalkingText,
     (None, "Taxi"): TaxiText,
     (None, "Blackjack"): BlackjackText,
+    (None, "CartPole"): CartPoleText,
+    (None, "MountainCar"): MountainCarText,
+    (None, "MountainCarContinuous"): MountainCarContinuousText,
+    (None, "Acrobot"): AcrobotText,
+    (None, "Pendulum"): PendulumText,
 }
 
 

@@ -21,11 +21,17 @@ class TextDescription(Protocol):
         ...
 
     def action(self, action: Any) -> Any:
-        """The environment's action for the `action` in the response of POST /act (a string or a JSON value)."""
+        """The environment's action for the `action` in the response of POST /act (a string or a JSON value).
+
+        Raises ValueError if it is no action of the environment. The rollout then ends the episode.
+        """
         ...
 
-    def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
-        """Whether an episode that ended this way completed its task. `reward` is the last reward."""
+    def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool | None:
+        """Whether an episode that ended this way completed its task. `reward` is the last reward.
+
+        None if the description does not define it. The environment's `info` may define it then.
+        """
         ...
 
 

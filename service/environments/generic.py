@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 from gymnasium import spaces
 from gymnasium.core import Env
+from gymnasium.vector.utils import concatenate, create_empty_array
 
 from service.environments.base import JsonObject, discrete
 
@@ -22,8 +23,9 @@ SIGNIFICANT_DIGITS = 6
 class GenericText:
     """The generic description.
 
-    Discrete actions are named by their numbers. Other actions are JSON values that follow a schema made from the action
-    space. Observations are compact JSON. Raises ValueError if a space is not supported.
+    Discrete actions are named by their numbers. An action of a Text space is the text itself. Other actions are JSON
+    values that follow a schema made from the action space. An observation that is a string is shown as it is, any other
+    one as compact JSON. Raises ValueError if a space is not supported.
     """
 
     def __init__(self, env: Env[Any, Any]) -> None:
@@ -35,22 +37,25 @@ class GenericText:
         )
 
     def observation(self, observation: Any, info: dict[str, Any]) -> str:
-        return json.dumps(to_json(observation), separators=(",", ":"), ensure_ascii=False)
+        value = to_json(observation)
+        return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
     def action(self, action: Any) -> Any:
         if isinstance(self._actions, spaces.Discrete) and self.action_space["type"] == "discrete":
             return self._actions.dtype.type(action)
         return from_json(self._actions, action)
 
-    def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool:
-        """Whether the episode terminated with a positive return. This is a convention: spaces do not define a task."""
-        return terminated and episode_return > 0
+    def success(self, reward: float, terminated: bool, truncated: bool, episode_return: float) -> bool | None:
+        """None: spaces do not define a task, so whether it was completed is unknown."""
+        return None
 
 
 def _action_space(space: Space) -> JsonObject:
     if isinstance(space, spaces.Discrete) and 2 <= space.n <= MAX_DISCRETE_ACTIONS:
         first = int(space.start)
         return discrete(tuple(str(first + number) for number in range(int(space.n))))
+    if isinstance(space, spaces.Text):
+        return {"type": "regex", "pattern": _pattern(space)}
     return {"type": "json", "schema": schema(space)}
 
 
@@ -64,14 +69,19 @@ def schema(space: Space) -> JsonObject:
         case spaces.MultiBinary():
             return _array(np.zeros(space.shape), np.ones(space.shape), whole=True)
         case spaces.Box():
-            return _array(space.low, space.high, whole=np.issubdtype(space.dtype, np.integer))
+            return _array(space.low, space.high, whole=not np.issubdtype(space.dtype, np.floating))
         case spaces.Text():
-            return {"type": "string", "minLength": space.min_length, "maxLength": space.max_length}
+            return _string(space)
         case spaces.Tuple():
             return _items([schema(part) for part in _parts(space)])
         case spaces.Dict():
-            parts = {name: schema(part) for name, part in space.spaces.items()}
+            parts = {str(name): schema(part) for name, part in space.spaces.items()}
             return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
+        case spaces.Sequence():
+            return {"type": "array", "items": schema(_feature(space))}
+        case spaces.OneOf():
+            choices = enumerate(_parts(space))
+            return {"anyOf": [_items([_integer(number, number), schema(part)]) for number, part in choices]}
         case _:
             raise ValueError(f"an action space of type {type(space).__name__} cannot be represented as text")
 
@@ -86,12 +96,21 @@ def _array(low: Any, high: Any, *, whole: bool) -> JsonObject:
         raise ValueError(f"the action has {low.size} elements; actions in text can have at most {MAX_ELEMENTS}")
     if low.ndim:
         return _items([_array(below, above, whole=whole) for below, above in zip(low, high, strict=True)])
+    kind = int if whole else float
     number: JsonObject = {"type": "integer" if whole else "number"}
     if np.isfinite(low):
-        number["minimum"] = low.item()
+        number["minimum"] = kind(low)
     if np.isfinite(high):
-        number["maximum"] = high.item()
+        number["maximum"] = kind(high)
     return number
+
+
+def _string(space: spaces.Text) -> JsonObject:
+    if escaped := sorted(char for char in space.character_set if char in '"\\' or char < " "):
+        raise ValueError(
+            f"a Text space with the character {escaped[0]!r} cannot be part of another space, because JSON escapes it"
+        )
+    return {"type": "string", "pattern": f"^{_pattern(space)}$"}
 
 
 def _items(parts: list[JsonObject]) -> JsonObject:
@@ -102,9 +121,33 @@ def _items(parts: list[JsonObject]) -> JsonObject:
     return {"type": "array", "prefixItems": parts, **bounds}
 
 
+def _pattern(space: spaces.Text) -> str:
+    """The regular expression of a Text space: its characters, as ranges, and the bounds of its length."""
+    if not space.character_set:
+        raise ValueError("a Text space without characters cannot be represented as text")
+    ranges: list[list[int]] = []
+    for code in sorted(map(ord, space.character_set - {"^"})):
+        if ranges and code == ranges[-1][1] + 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    # Some engines read a caret that begins a class as a negation, even if it is escaped. Therefore it comes last.
+    parts = ["-".join(map(_escaped, sorted(set(ends)))) for ends in ranges] + ["^"] * ("^" in space.character_set)
+    characters = f"[{''.join(parts)}]" if ranges else "\\^"
+    return f"{characters}{{{space.min_length},{space.max_length}}}"
+
+
+def _escaped(code: int) -> str:
+    """A character of a character class. Those with a meaning in a class or in JSON are written as their code."""
+    return chr(code) if chr(code).isalnum() or code > 0xFFFF else f"\\u{code:04x}"
+
+
 def from_json(space: Space, value: Any) -> Any:
     """Converts a JSON value to a value of the space, with its dtype and shape. Raises ValueError if it has none."""
-    action = _convert(space, value)
+    try:
+        action = _convert(space, value)
+    except (TypeError, KeyError, IndexError, OverflowError, ValueError) as error:
+        raise ValueError(f"{value!r} is not an action of {space}") from error
     if not space.contains(action):
         raise ValueError(f"{value!r} is not an action of {space}")
     return action
@@ -117,11 +160,23 @@ def _convert(space: Space, value: Any) -> Any:
         case spaces.Tuple():
             return tuple(_convert(part, item) for part, item in zip(_parts(space), value, strict=True))
         case spaces.Dict():
-            return {name: _convert(part, value[name]) for name, part in space.spaces.items()}
+            return {name: _convert(part, value[str(name)]) for name, part in space.spaces.items()}
+        case spaces.Sequence():
+            return _convert_sequence(space, value)
+        case spaces.OneOf():
+            number: int = value[0]
+            return np.int64(number), _convert(_parts(space)[number], value[1])
         case spaces.Text():
             return value
         case _:
             return np.asarray(value, dtype=space.dtype)
+
+
+def _convert_sequence(space: Any, value: Any) -> Any:
+    items = tuple(_convert(space.feature_space, item) for item in value)
+    if not space.stack:
+        return items
+    return concatenate(space.feature_space, items, cast(Any, create_empty_array(space.feature_space, len(items))))
 
 
 def to_json(value: Any) -> Any:
@@ -149,6 +204,10 @@ def _parts(space: Any) -> tuple[Space, ...]:
     return space.spaces
 
 
+def _feature(space: Any) -> Space:
+    return space.feature_space
+
+
 def _summary(space: Space) -> str:
     """A short description of a space, without the arrays of bounds that its repr contains."""
     match space:
@@ -158,7 +217,12 @@ def _summary(space: Space) -> str:
             return "[" + ", ".join(_summary(part) for part in _parts(space)) + "]"
         case spaces.Dict():
             return "{" + ", ".join(f"{name}: {_summary(part)}" for name, part in space.spaces.items()) + "}"
+        case spaces.Sequence():
+            return f"a list of any length, each item {_summary(_feature(space))}"
+        case spaces.OneOf():
+            choices = (f"[{number}, {_summary(part)}]" for number, part in enumerate(_parts(space)))
+            return "one of " + " or ".join(choices)
         case spaces.Text():
-            return "a string"
+            return f"a text of {space.min_length} to {space.max_length} of the characters {space.characters}"
         case _:
             return f"{type(space).__name__} of shape {list(space.shape or ())}"

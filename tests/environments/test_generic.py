@@ -1,13 +1,17 @@
 """The generic description: actions survive the conversion to JSON and back, observations become compact JSON."""
 
 import json
+import re
+import string
 from typing import Any
 
 import gymnasium
 import jsonschema
 import numpy as np
 import pytest
+import xgrammar
 from gymnasium import spaces
+from xgrammar.testing import _is_grammar_accept_string
 
 from service.environments import describe
 from service.environments.generic import GenericText, from_json, schema, to_json
@@ -31,6 +35,10 @@ SPACES = [
     spaces.Box(-np.inf, np.inf, (), np.float64),
     spaces.Box(0, 255, (2, 2), np.uint8),
     spaces.Text(5),
+    spaces.Text(3, min_length=0, charset="]^-[ä€ "),
+    spaces.Sequence(spaces.Discrete(3)),
+    spaces.Sequence(spaces.Box(-1.0, 1.0, (2,), np.float64), stack=True),
+    spaces.OneOf((spaces.Discrete(3), spaces.MultiBinary(2), spaces.Text(2))),
     spaces.Tuple((spaces.Discrete(3, start=-1), spaces.Box(0.0, 1.0, (1,)))),
     spaces.Dict(
         {"gear": spaces.Discrete(5), "pedals": spaces.Box(np.array([0, -1.0]), np.array([1, 2.0]), dtype=np.float64)}
@@ -58,6 +66,45 @@ def exact(value: Any) -> Any:
     if isinstance(value, tuple):
         return [exact(part) for part in value]
     return value if isinstance(value, str) else np.asarray(value).tolist()
+
+
+CHARACTERS = ["abc", "^", "^a", "^_`a", "]^-\\[\"'\n", string.printable, "a\U0001f600\U0001f601"]
+
+
+@pytest.mark.parametrize("charset", CHARACTERS)
+def test_the_pattern_of_a_text_space_allows_exactly_its_texts(charset: str):
+    space = spaces.Text(3, charset=charset, seed=0)
+    description = GenericText(Bare(space))
+    pattern = description.action_space["pattern"]
+    grammar = xgrammar.Grammar.from_regex(pattern)  # engines do not read all patterns as Python does
+    for text in [*(space.sample() for _ in range(50)), "", "aaaa", *map(chr, range(128)), "ß", "\\u"]:
+        assert bool(re.fullmatch(pattern, text)) == space.contains(text), text
+        assert _is_grammar_accept_string(grammar, text) == space.contains(text), text
+        if space.contains(text):
+            assert description.action(text) == text
+
+
+def test_a_text_that_is_no_action_is_refused():
+    with pytest.raises(ValueError, match="not an action"):
+        GenericText(Bare(spaces.Text(8, charset="abc"))).action("hello")
+
+
+@pytest.mark.parametrize(
+    ("space", "value"),
+    [
+        (spaces.OneOf((spaces.Discrete(2),)), [3, 0]),
+        (spaces.OneOf((spaces.Discrete(2),)), 0),
+        (spaces.Dict({"a": spaces.Discrete(2)}), {"b": 1}),
+        (spaces.Tuple((spaces.Discrete(2),)), []),
+        (spaces.Box(0, 255, (1,), np.uint8), [256]),
+        (spaces.Discrete(2000), None),
+        (spaces.MultiBinary(2), "x"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_shape_is_refused(space: spaces.Space[Any], value: Any):
+    with pytest.raises(ValueError, match="not an action"):
+        from_json(space, value)
 
 
 def test_small_discrete_actions_are_named_by_their_numbers():
@@ -88,12 +135,30 @@ def test_a_number_out_of_bounds_is_refused():
         from_json(spaces.Box(-1.0, 1.0, (1,), np.float32), [1.5])
 
 
+class Words(spaces.Space[str]):
+    """A space that only its author knows."""
+
+
 @pytest.mark.parametrize(
-    "space", [spaces.Sequence(spaces.Discrete(2)), spaces.Box(0.0, 1.0, (100, 100))], ids=["sequence", "too large"]
+    ("space", "named"),
+    [
+        (spaces.Graph(spaces.Discrete(2), None), "Graph"),
+        (spaces.Tuple((spaces.Discrete(2), Words())), "Words"),
+        (spaces.Box(0.0, 1.0, (100, 100)), "10000 elements"),
+        (spaces.Tuple((spaces.Text(3, charset='a"'),)), "character '\"'"),
+        (spaces.Text(3, min_length=0, charset=""), "without characters"),
+    ],
 )
-def test_a_space_that_text_cannot_carry_is_refused(space: spaces.Space[Any]):
-    with pytest.raises(ValueError, match="text"):
+def test_a_space_that_text_cannot_carry_is_refused_by_name(space: spaces.Space[Any], named: str):
+    with pytest.raises(ValueError, match=named):
         GenericText(Bare(space))
+
+
+def test_a_string_is_shown_without_quotes():
+    description = GenericText(Bare(spaces.Discrete(2)))
+    assert description.observation('say "hi"\n', {}) == 'say "hi"\n'
+    assert description.observation(np.str_("hi"), {}) == "hi"
+    assert description.observation(["hi"], {}) == '["hi"]'
 
 
 def test_observations_are_compact_json():
@@ -107,17 +172,15 @@ def test_floats_keep_six_significant_digits():
     assert to_json(1e-9 / 3) == 3.33333e-10
 
 
-def test_success_is_a_positive_return_at_termination():
+def test_success_is_unknown():
     description = GenericText(Bare(spaces.Discrete(2)))
-    assert description.success(0.0, True, False, 1.0)
-    assert not description.success(1.0, False, True, 1.0)
-    assert not description.success(0.0, True, False, 0.0)
+    assert description.success(1.0, True, False, 1.0) is None
 
 
 def test_describe_falls_back_to_the_spaces():
-    description = describe(gymnasium.make("CartPole-v1"))
+    description = describe(Bare(spaces.Discrete(2)))
     assert description.action_space == {"type": "discrete", "actions": ["0", "1"]}
-    assert "CartPole-v1" in description.instructions
+    assert "Bare" in description.instructions
 
 
 class Described(Bare):
