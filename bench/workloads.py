@@ -62,10 +62,6 @@ class Cell:
     def size(self) -> str:
         return f"{self.num_episodes}x{self.num_steps}"
 
-    @property
-    def total_steps(self) -> int:
-        return self.num_sets * self.num_episodes * self.num_steps
-
 
 def grid(*, quick: bool) -> list[Cell]:
     """All cells: each workload with 1, 8 and 32 episodes of 20 and 100 steps.

@@ -13,15 +13,18 @@
 
 from service.client.asynchronous import AsyncClient, AsyncEpisode
 from service.client.blocking import Client, Episode
-from service.client.calls import ActFields, EndFields, EpisodeFields, Filters, Observation, RecordFields
+from service.client.calls import OMITTED, ActFields, EpisodeFields, Filters, Observation, Omitted
 from service.client.errors import (
     ApiError,
     ConnectionFailed,
     ContextOverflow,
     DeadlineExceeded,
+    EpisodeBusy,
+    EpisodeDeleted,
     EpisodeEnded,
     EpisodeNotFound,
     EpisodicError,
+    IdempotencyMismatch,
     InvalidResponse,
     StepConflict,
     Unavailable,
@@ -46,6 +49,7 @@ from service.filters import EpisodeFilter
 
 __all__ = [
     "DEFAULT_URL",
+    "OMITTED",
     "Act",
     "ActFields",
     "ApiError",
@@ -57,8 +61,9 @@ __all__ = [
     "ContextOverflow",
     "DeadlineExceeded",
     "Delta",
-    "EndFields",
     "Episode",
+    "EpisodeBusy",
+    "EpisodeDeleted",
     "EpisodeEnded",
     "EpisodeFields",
     "EpisodeFilter",
@@ -69,13 +74,14 @@ __all__ = [
     "Event",
     "Feedback",
     "Filters",
+    "IdempotencyMismatch",
     "InvalidResponse",
     "Observation",
+    "Omitted",
     "Parent",
     "ParseFailure",
     "Policy",
     "Profile",
-    "RecordFields",
     "Retry",
     "StepConflict",
     "Timing",

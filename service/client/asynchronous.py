@@ -6,18 +6,17 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, SupportsFloat, TypeVar, Unpack
 
 import httpx
 from uuid_utils import uuid7
 
 from service.client import calls
-from service.client.calls import ActFields, Call, EndFields, EpisodeFields, Filters, Observation, RecordFields
+from service.client.calls import OMITTED, Call, Filters, JsonObject, Observation, Omitted
 from service.client.errors import ApiError, ConnectionFailed, reading
 from service.client.models import Act, EpisodePage, EpisodeResource, Feedback, Policy, Profile, TrajectoryFormat
-from service.client.retries import Attempts, Outcome, Retry
+from service.client.retries import Attempts, Link, Outcome, Retry
 from service.client.state import (
-    DEFAULT_URL,
     PROBE_TIMEOUT_S,
     TIMEOUT_S,
     Batch,
@@ -36,21 +35,78 @@ T = TypeVar("T")
 class AsyncEpisode(EpisodeState["AsyncClient"]):
     """The asyncio version of `Episode`."""
 
-    async def act(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Act:
+    async def act(
+        self,
+        observation: Observation | None = None,
+        *,
+        reward: SupportsFloat | None = None,
+        terminated: bool = False,
+        truncated: bool = False,
+        success: bool | None = None,
+        info: JsonObject | None = None,
+        legal_actions: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Act:
         """See `Episode.act`. If this call is cancelled, the act is aborted, unless its commit has already begun."""
+        fields = calls.act_fields(
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            info=info,
+            legal_actions=legal_actions,
+            timeout_s=timeout_s,
+        )
         return self.advance(await self._client.run(calls.act(self.id, self.step, observation, fields)))
 
     async def stream(
-        self, observation: Observation | None = None, **fields: Unpack[ActFields]
+        self,
+        observation: Observation | None = None,
+        *,
+        reward: SupportsFloat | None = None,
+        terminated: bool = False,
+        truncated: bool = False,
+        success: bool | None = None,
+        info: JsonObject | None = None,
+        legal_actions: Sequence[str] | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[Event]:
         """See `Episode.stream`."""
+        fields = calls.act_fields(
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            info=info,
+            legal_actions=legal_actions,
+            timeout_s=timeout_s,
+        )
         call = calls.stream_act(self.id, self.step, observation, fields)
         async with aclosing(self._client.stream(call, EventReader())) as events:
             async for event in events:
                 yield self.advance(event) if isinstance(event, Act) else event
 
-    async def record(self, action: Any, observation: Observation, **fields: Unpack[RecordFields]) -> Act:
+    async def record(
+        self,
+        action: Any,
+        observation: Observation,
+        *,
+        reward: SupportsFloat | None = None,
+        terminated: bool = False,
+        truncated: bool = False,
+        success: bool | None = None,
+        info: JsonObject | None = None,
+        legal_actions: Sequence[str] | None = None,
+    ) -> Act:
         """See `Episode.record`."""
+        fields = calls.act_fields(
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            info=info,
+            legal_actions=legal_actions,
+        )
         return self.advance(await self._client.run(calls.record(self.id, self.step, observation, action, fields)))
 
     async def fork(self, n: int = 1, *, at_step: int | None = None, group: str | None = None) -> list[AsyncEpisode]:
@@ -65,8 +121,23 @@ class AsyncEpisode(EpisodeState["AsyncClient"]):
         fields = {"rating": rating, "comment": comment, "rater": rater, "step": step}
         return await self._client.run(calls.feedback(self.id, fields))
 
-    async def end(self, **fields: Unpack[EndFields]) -> EpisodeResource:
+    async def end(
+        self,
+        *,
+        reward: SupportsFloat | None = None,
+        terminated: bool = False,
+        truncated: bool = False,
+        success: bool | None = None,
+        info: JsonObject | None = None,
+    ) -> EpisodeResource:
         """See `Episode.end`."""
+        fields = calls.act_fields(
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            info=info,
+        )
         return self._update(await self._client.run(calls.end_episode(self.id, fields)))
 
     async def refresh(self) -> EpisodeResource:
@@ -87,7 +158,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        base_url: str = DEFAULT_URL,
+        base_url: str | None = None,
         api_key: str | None = None,
         *,
         timeout_s: float = TIMEOUT_S,
@@ -96,6 +167,7 @@ class AsyncClient:
     ) -> None:
         self._retry = retry or Retry()
         self._options = http_options(base_url, api_key, timeout_s)
+        self._link = Link(self._options["base_url"])
         self._transport = transport
         self._requests = httpx.AsyncClient(transport=transport, **self._options)
         # Each request in flight uses its own httpx client. A shared one is slow, because httpcore's pool scans all of
@@ -103,8 +175,43 @@ class AsyncClient:
         self._idle = [self._requests]
         self._all = [self._requests]
 
-    async def episode(self, *, episode_id: str | None = None, **fields: Unpack[EpisodeFields]) -> AsyncEpisode:
+    def __repr__(self) -> str:
+        return f"AsyncClient({str(self._requests.base_url)!r})"
+
+    async def episode(
+        self,
+        *,
+        episode_id: str | None = None,
+        profile: str | Omitted | None = OMITTED,
+        instructions: str | Omitted = OMITTED,
+        goal: str | Omitted | None = OMITTED,
+        action_space: JsonObject | Omitted = OMITTED,
+        sampling: JsonObject | Omitted | None = OMITTED,
+        reasoning: JsonObject | Omitted | None = OMITTED,
+        context: JsonObject | Omitted | None = OMITTED,
+        policy: str | Omitted | None = OMITTED,
+        max_steps: int | Omitted | None = OMITTED,
+        idle_ttl_s: float | Omitted | None = OMITTED,
+        tags: Sequence[str] | Omitted = OMITTED,
+        metadata: JsonObject | Omitted = OMITTED,
+        group: str | Omitted | None = OMITTED,
+    ) -> AsyncEpisode:
         """See `Client.episode`."""
+        fields = calls.episode_fields(
+            profile=profile,
+            instructions=instructions,
+            goal=goal,
+            action_space=action_space,
+            sampling=sampling,
+            reasoning=reasoning,
+            context=context,
+            policy=policy,
+            max_steps=max_steps,
+            idle_ttl_s=idle_ttl_s,
+            tags=tags,
+            metadata=metadata,
+            group=group,
+        )
         return AsyncEpisode(self, await self.run(calls.create_episode(episode_id or str(uuid7()), fields)))
 
     async def resume(self, episode_id: str) -> AsyncEpisode:
@@ -113,7 +220,7 @@ class AsyncClient:
 
     async def act_batch(self, acts: Sequence[BatchItem[AsyncEpisode]]) -> list[Act | ApiError]:
         """See `Client.act_batch`."""
-        batch, attempts = Batch(acts), Attempts(self._retry)
+        batch, attempts = Batch(acts), Attempts(self._retry, link=self._link)
         while True:
             batch.take(await self.run(batch.call()))
             wait_s = attempts.backoff_s() if batch.pending else None
@@ -168,7 +275,7 @@ class AsyncClient:
     async def run(self, call: Call[T], retry: Retry | None = None) -> T:
         """See `Client.run`."""
         request = call.request(self._requests)
-        attempts = Attempts(retry or self._retry, repeatable=call.repeatable)
+        attempts = Attempts(retry or self._retry, repeatable=call.repeatable, link=self._link)
         while True:
             http = self._take()
             try:
@@ -200,7 +307,7 @@ class AsyncClient:
 
     async def _open_stream(self, http: httpx.AsyncClient, call: Call[Any]) -> httpx.Response:
         """Sends the call, with retries, until a successful response begins."""
-        request, attempts = call.request(http), Attempts(self._retry, repeatable=call.repeatable)
+        request, attempts = call.request(http), Attempts(self._retry, repeatable=call.repeatable, link=self._link)
         while True:
             outcome = await self._send(http, request, stream=True)
             if isinstance(outcome, httpx.Response) and outcome.is_success:

@@ -6,18 +6,17 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, SupportsFloat, TypeVar, Unpack
 
 import httpx
 from uuid_utils import uuid7
 
 from service.client import calls
-from service.client.calls import ActFields, Call, EndFields, EpisodeFields, Filters, Observation, RecordFields
+from service.client.calls import OMITTED, Call, Filters, JsonObject, Observation, Omitted
 from service.client.errors import ApiError, ConnectionFailed, reading
 from service.client.models import Act, EpisodePage, EpisodeResource, Feedback, Policy, Profile, TrajectoryFormat
-from service.client.retries import Attempts, Outcome, Retry
+from service.client.retries import Attempts, Link, Outcome, Retry
 from service.client.state import (
-    DEFAULT_URL,
     PROBE_TIMEOUT_S,
     TIMEOUT_S,
     Batch,
@@ -36,28 +35,91 @@ T = TypeVar("T")
 class Episode(EpisodeState["Client"]):
     """One episode. Only one caller at a time may act in it."""
 
-    def act(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Act:
-        """Sends an observation and returns the policy's action. A `reward` is for the previous action.
+    def act(
+        self,
+        observation: Observation | None = None,
+        *,
+        reward: SupportsFloat | None = None,
+        terminated: bool = False,
+        truncated: bool = False,
+        success: bool | None = None,
+        info: JsonObject | None = None,
+        legal_actions: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Act:
+        """Sends an observation and returns the policy's action.
+
+        `reward` is for the previous action. With `terminated` or `truncated` the episode ends, and no action is chosen;
+        `success` says whether its task was completed. `info` is stored, but the policy does not see it. `legal_actions`
+        restricts a discrete action space. `timeout_s` is the deadline in seconds.
 
         The request names the step index. A repeated request therefore takes the step only once, whether the client
         retries it or you call `act` again with the same arguments after ConnectionFailed.
 
         Raises EpisodicError, and ValueError if an argument contains NaN or infinity, which JSON does not have.
         """
+        fields = calls.act_fields(
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            info=info,
+            legal_actions=legal_actions,
+            timeout_s=timeout_s,
+        )
         return self.advance(self._client.run(calls.act(self.id, self.step, observation, fields)))
 
-    def stream(self, observation: Observation | None = None, **fields: Unpack[ActFields]) -> Generator[Event]:
+    def stream(
+        self,
+        observation: Observation | None = None,
+        *,
+        reward: SupportsFloat | None = None,
+        terminated: bool = False,
+        truncated: bool = False,
+        success: bool | None = None,
+        info: JsonObject | None = None,
+        legal_actions: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Generator[Event]:
         """Like `act`, but yields a `Delta` for each piece of text as soon as the policy produces it, then the `Act`.
 
         Closing the generator early aborts the act: `with contextlib.closing(episode.stream(...)) as events`.
         """
+        fields = calls.act_fields(
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            info=info,
+            legal_actions=legal_actions,
+            timeout_s=timeout_s,
+        )
         call = calls.stream_act(self.id, self.step, observation, fields)
         with closing(self._client.stream(call, EventReader())) as events:
             for event in events:
                 yield self.advance(event) if isinstance(event, Act) else event
 
-    def record(self, action: Any, observation: Observation, **fields: Unpack[RecordFields]) -> Act:
+    def record(
+        self,
+        action: Any,
+        observation: Observation,
+        *,
+        reward: SupportsFloat | None = None,
+        terminated: bool = False,
+        truncated: bool = False,
+        success: bool | None = None,
+        info: JsonObject | None = None,
+        legal_actions: Sequence[str] | None = None,
+    ) -> Act:
         """Stores an action that a human or another policy chose for `observation` as the next step."""
+        fields = calls.act_fields(
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            info=info,
+            legal_actions=legal_actions,
+        )
         return self.advance(self._client.run(calls.record(self.id, self.step, observation, action, fields)))
 
     def fork(self, n: int = 1, *, at_step: int | None = None, group: str | None = None) -> list[Episode]:
@@ -75,8 +137,26 @@ class Episode(EpisodeState["Client"]):
         fields = {"rating": rating, "comment": comment, "rater": rater, "step": step}
         return self._client.run(calls.feedback(self.id, fields))
 
-    def end(self, **fields: Unpack[EndFields]) -> EpisodeResource:
-        """Ends the episode. If it has already ended, it stays as it is."""
+    def end(
+        self,
+        *,
+        reward: SupportsFloat | None = None,
+        terminated: bool = False,
+        truncated: bool = False,
+        success: bool | None = None,
+        info: JsonObject | None = None,
+    ) -> EpisodeResource:
+        """Ends the episode. `reward` is for the last action. An episode that has already ended stays as it is.
+
+        The stop reason is `aborted` if neither `terminated` nor `truncated` is true.
+        """
+        fields = calls.act_fields(
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            info=info,
+        )
         return self._update(self._client.run(calls.end_episode(self.id, fields)))
 
     def refresh(self) -> EpisodeResource:
@@ -93,8 +173,9 @@ class Episode(EpisodeState["Client"]):
 
 
 class Client:
-    """A client of the Episodic service at `base_url`.
+    """A client of the Episodic service at `base_url`, with an API key if the service needs one.
 
+    Their defaults are the environment variables EPISODIC_URL and EPISODIC_API_KEY, and for the URL DEFAULT_URL.
     `timeout_s` is the inactivity timeout of an attempt in seconds. If no data arrives for this time, the client
     disconnects and the act is aborted. `retry` decides when a call is sent again. `transport` replaces the network, as
     in httpx. Threads can share a client, but not an episode.
@@ -102,7 +183,7 @@ class Client:
 
     def __init__(
         self,
-        base_url: str = DEFAULT_URL,
+        base_url: str | None = None,
         api_key: str | None = None,
         *,
         timeout_s: float = TIMEOUT_S,
@@ -110,10 +191,51 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._retry = retry or Retry()
-        self._http = httpx.Client(transport=transport, **http_options(base_url, api_key, timeout_s))
+        options = http_options(base_url, api_key, timeout_s)
+        self._link = Link(options["base_url"])
+        self._http = httpx.Client(transport=transport, **options)
 
-    def episode(self, *, episode_id: str | None = None, **fields: Unpack[EpisodeFields]) -> Episode:
-        """Opens an episode. Without `episode_id`, the client generates one (a UUID of version 7)."""
+    def __repr__(self) -> str:
+        return f"Client({str(self._http.base_url)!r})"
+
+    def episode(
+        self,
+        *,
+        episode_id: str | None = None,
+        profile: str | Omitted | None = OMITTED,
+        instructions: str | Omitted = OMITTED,
+        goal: str | Omitted | None = OMITTED,
+        action_space: JsonObject | Omitted = OMITTED,
+        sampling: JsonObject | Omitted | None = OMITTED,
+        reasoning: JsonObject | Omitted | None = OMITTED,
+        context: JsonObject | Omitted | None = OMITTED,
+        policy: str | Omitted | None = OMITTED,
+        max_steps: int | Omitted | None = OMITTED,
+        idle_ttl_s: float | Omitted | None = OMITTED,
+        tags: Sequence[str] | Omitted = OMITTED,
+        metadata: JsonObject | Omitted = OMITTED,
+        group: str | Omitted | None = OMITTED,
+    ) -> Episode:
+        """Opens an episode. Without `episode_id`, the client generates one (a UUID of version 7).
+
+        A parameter that is left out has the profile's value, or else the service's default. None is sent as null, which
+        removes the profile's value.
+        """
+        fields = calls.episode_fields(
+            profile=profile,
+            instructions=instructions,
+            goal=goal,
+            action_space=action_space,
+            sampling=sampling,
+            reasoning=reasoning,
+            context=context,
+            policy=policy,
+            max_steps=max_steps,
+            idle_ttl_s=idle_ttl_s,
+            tags=tags,
+            metadata=metadata,
+            group=group,
+        )
         return Episode(self, self.run(calls.create_episode(episode_id or str(uuid7()), fields)))
 
     def resume(self, episode_id: str) -> Episode:
@@ -123,10 +245,11 @@ class Client:
     def act_batch(self, acts: Sequence[BatchItem[Episode]]) -> list[Act | ApiError]:
         """Acts in several distinct episodes with one request.
 
-        Each item is an episode, its observation, and further fields of the act. Returns the results in the same order.
+        Each item is an episode, its observation and, optionally, a dict with further arguments of `Episode.act`, for
+        example `(episode, "row 0", {"reward": 1.0})`. Returns the results in the same order.
         If an act failed, its result is the error, and its episode stays at the same step.
         """
-        batch, attempts = Batch(acts), Attempts(self._retry)
+        batch, attempts = Batch(acts), Attempts(self._retry, link=self._link)
         while True:
             batch.take(self.run(batch.call()))
             wait_s = attempts.backoff_s() if batch.pending else None
@@ -184,7 +307,7 @@ class Client:
     def run(self, call: Call[T], retry: Retry | None = None) -> T:
         """Sends one call, with retries, and returns its result."""
         request = call.request(self._http)
-        attempts = Attempts(retry or self._retry, repeatable=call.repeatable)
+        attempts = Attempts(retry or self._retry, repeatable=call.repeatable, link=self._link)
         while True:
             outcome = self._send(request)
             wait_s = attempts.wait_s(outcome)
@@ -205,7 +328,7 @@ class Client:
 
     def _open_stream(self, call: Call[Any]) -> httpx.Response:
         """Sends the call, with retries, until a successful response begins."""
-        request, attempts = call.request(self._http), Attempts(self._retry, repeatable=call.repeatable)
+        request, attempts = call.request(self._http), Attempts(self._retry, repeatable=call.repeatable, link=self._link)
         while True:
             outcome = self._send(request, stream=True)
             if isinstance(outcome, httpx.Response) and outcome.is_success:

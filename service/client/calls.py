@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
-from typing import Any, Generic, SupportsFloat, TypedDict, TypeVar
+from typing import Any, Final, Generic, SupportsFloat, TypedDict, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 import httpx
@@ -27,8 +28,20 @@ from service.filters import EpisodeFilter
 
 T = TypeVar("T")
 JsonObject = Mapping[str, Any]
-Observation = str | JsonObject | Sequence[JsonObject]
-"""A text, a JSON object, or a list of parts {"type": "text", "text": ...}."""
+Observation = str | SupportsFloat | JsonObject | Sequence[Any]
+"""A text, or any other JSON value but null. NumPy arrays and numbers are converted."""
+
+
+class Omitted(Enum):
+    """The type of OMITTED, the default of a parameter for which None has a meaning of its own: null."""
+
+    OMITTED = "OMITTED"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+OMITTED: Final = Omitted.OMITTED
 
 _EPISODE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _ACT_MARGIN_S = 5.0
@@ -70,14 +83,8 @@ class EndFields(TypedDict, total=False):
 class ActFields(EndFields, total=False):
     """Further fields of an act. `legal_actions` restricts a discrete action space. `timeout_s` is the deadline."""
 
-    legal_actions: Sequence[Any] | None
+    legal_actions: Sequence[str] | None
     timeout_s: float | None
-
-
-class RecordFields(EndFields, total=False):
-    """Further fields of a step with a recorded action, which a human or another policy chose."""
-
-    legal_actions: Sequence[Any] | None
 
 
 class Filters(EpisodeFilter, total=False):
@@ -128,6 +135,34 @@ class Call(Generic[T]):
             return self.read(outcome)
 
 
+def act_fields(
+    *,
+    reward: SupportsFloat | None,
+    terminated: bool,
+    truncated: bool,
+    success: bool | None,
+    info: JsonObject | None,
+    legal_actions: Sequence[str] | None = None,
+    timeout_s: float | None = None,
+) -> ActFields:
+    """The fields that were given. A flag that is false is left out."""
+    fields = {
+        "reward": reward,
+        "terminated": terminated or None,
+        "truncated": truncated or None,
+        "success": success,
+        "info": info,
+        "legal_actions": legal_actions,
+        "timeout_s": timeout_s,
+    }
+    return cast("ActFields", _given(fields))
+
+
+def episode_fields(**fields: Any) -> EpisodeFields:
+    """The fields that are not OMITTED."""
+    return cast("EpisodeFields", {name: value for name, value in fields.items() if value is not OMITTED})
+
+
 def create_episode(episode_id: str, fields: EpisodeFields) -> Call[EpisodeResource]:
     check_episode_id(episode_id)
     body = _ENCODER.encode({"episode_id": episode_id, **fields}).encode()
@@ -154,7 +189,7 @@ def batch(acts: Sequence[tuple[str, int, Observation | None, ActFields]]) -> Cal
     return Call("POST", "/act/batch", partial(_results, len(acts)), body=encode({"acts": items}), timeout_s=timeout_s)
 
 
-def record(episode_id: str, step: int, observation: Observation, action: Any, fields: RecordFields) -> Call[Act]:
+def record(episode_id: str, step: int, observation: Observation, action: Any, fields: ActFields) -> Call[Act]:
     body = _ENCODER.encode({**_given(fields), "step": step, "observation": observation, "action": action}).encode()
     return Call("POST", f"{_path(episode_id)}/action", _act, episode_id, body)
 
@@ -299,4 +334,8 @@ def _nothing(response: httpx.Response) -> None:
 
 
 def _sentence(error: httpx.RequestError) -> str:
-    return f"{error.request.method} {error.request.url}: {str(error) or type(error).__name__}"
+    url, why = error.request.url, str(error) or type(error).__name__
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        place = f"{url.scheme}://{url.netloc.decode()}"
+        return f"cannot connect to {place} ({why}): check the URL, and whether the service runs"
+    return f"{error.request.method} {url}: {why}"

@@ -5,8 +5,11 @@
   x InvalidResponse         the response does not follow the API
   x ApiError                the service reported a problem (RFC 9457); see `code`
     + EpisodeNotFound       404
+    + EpisodeDeleted        410
     + EpisodeEnded          409, has `stop_reason`
-    + StepConflict          409, has `expected_step`: another caller acts in this episode; call `refresh()`
+    + EpisodeBusy           409, another caller's act is in flight in this episode
+    + IdempotencyMismatch   409, another caller has taken this step, or the episode's id is in use
+    + StepConflict          409, has `expected_step`: the step is not the next one; call `refresh()`
     + ContextOverflow       409, the prompt no longer fits into the context
     + DeadlineExceeded      504, `timeout_s` expired and nothing was committed
     + Unavailable           429, 502 or 503, also after the retries
@@ -57,6 +60,21 @@ class EpisodeNotFound(ApiError):
     """The episode does not exist, or it belongs to another tenant."""
 
 
+class EpisodeDeleted(ApiError):
+    """The episode was deleted."""
+
+
+class EpisodeBusy(ApiError):
+    """Another act is in flight in the episode. Act again when it has completed."""
+
+
+class IdempotencyMismatch(ApiError):
+    """The step was taken, or the episode id used, by a request with another body, usually that of another caller.
+
+    `Episode.refresh()` moves on to the next step.
+    """
+
+
 class EpisodeEnded(ApiError):
     """The episode has ended and accepts no further act."""
 
@@ -87,7 +105,10 @@ class Unavailable(ApiError):
 
 _BY_CODE: dict[str, type[ApiError]] = {
     "episode_not_found": EpisodeNotFound,
+    "episode_deleted": EpisodeDeleted,
     "episode_ended": EpisodeEnded,
+    "episode_busy": EpisodeBusy,
+    "idempotency_mismatch": IdempotencyMismatch,
     "step_conflict": StepConflict,
     "context_overflow": ContextOverflow,
     "deadline_exceeded": DeadlineExceeded,

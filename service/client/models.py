@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, Literal
 
@@ -14,6 +15,11 @@ class Value(BaseModel):
     """Base class. Unknown fields are ignored, because a newer service may send more fields than this client knows."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """The fields that differ from their defaults."""
+        fields = type(self).model_fields
+        return [(name, value) for name, value in super().__repr_args__() if value != fields[name or ""].default]
 
 
 class Usage(Value):

@@ -6,6 +6,7 @@ if no connection was made or if the service reported that it did nothing.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from dataclasses import dataclass
@@ -15,54 +16,101 @@ import httpx
 Outcome = httpx.Response | httpx.RequestError
 """The result of one attempt: a response with any status, or an error of the connection."""
 
+_log = logging.getLogger("episodic")
+
 _RETRIED_STATUS = frozenset({429, 502, 503})
-_RETRIED_ERRORS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError)
 _REFUSED_STATUS = frozenset({429, 503})
 _NEVER_ARRIVED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_LOST = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError)
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
     """How often and how long a client retries.
 
-    A call is retried at most `max_retries` times, and never later than `total_s` seconds after its first attempt began.
+    While the service is down, loading or overloaded (no connection, or status 429, 502 or 503), a call is retried for
+    `total_s` seconds, however often. A request that was sent and whose response was lost is retried at most
+    `max_retries` times within this time.
+
     The delay is the service's Retry-After (RFC 9110, 10.2.3) plus a random part of a backoff that doubles from
     `first_s` to `max_s` seconds ("full jitter": Marc Brooker, "Exponential Backoff And Jitter", AWS, 2015).
+
+    With `fail_fast`, a call fails at once if no connection can be made and the client has never received a response:
+    the URL is probably wrong.
     """
 
     max_retries: int = 10
-    total_s: float = 60.0
+    total_s: float = 300.0
     first_s: float = 0.1
     max_s: float = 5.0
+    fail_fast: bool = True
 
     def backoff_s(self, num_retries: int) -> float:
         """The maximum delay in seconds, without Retry-After, before retry number `num_retries`, counted from 0."""
         return min(self.max_s, self.first_s * 2.0 ** min(num_retries, 60))
 
 
+class Link:
+    """Whether the service at one URL has been reached. All calls of a client share it."""
+
+    def __init__(self, url: str = "the service") -> None:
+        self.was_reached = False
+        self._url = url
+        self._is_reported = False
+
+    def record(self, outcome: Outcome) -> None:
+        """Records the outcome of an attempt."""
+        if isinstance(outcome, httpx.Response):
+            self.was_reached = True
+            if outcome.status_code not in _RETRIED_STATUS:
+                self._is_reported = False
+
+    def report(self, outcome: Outcome, total_s: float) -> None:
+        """Logs a warning at the first retry since the service was last available. An overload (429) is not reported."""
+        if self._is_reported or (isinstance(outcome, httpx.Response) and outcome.status_code == 429):
+            return
+        self._is_reported = True
+        if isinstance(outcome, httpx.Response):
+            why = f"{self._url} is not available (status {outcome.status_code})"
+        else:
+            why = f"no answer from {self._url} ({str(outcome) or type(outcome).__name__})"
+        _log.warning("%s; retrying for up to %g s", why, total_s)
+
+
 class Attempts:
     """Counts the attempts of one call. The time limit starts when this object is created."""
 
-    def __init__(self, retry: Retry, *, repeatable: bool = True) -> None:
+    def __init__(self, retry: Retry, *, repeatable: bool = True, link: Link | None = None) -> None:
         self._retry = retry
-        self._status, self._errors = (
-            (_RETRIED_STATUS, _RETRIED_ERRORS) if repeatable else (_REFUSED_STATUS, _NEVER_ARRIVED)
-        )
+        self._repeatable = repeatable
+        self._link = link or Link()
         self._num_retries = 0
+        self._num_lost = 0
         self._give_up_at = time.monotonic() + retry.total_s
 
     def wait_s(self, outcome: Outcome) -> float | None:
         """Seconds to wait before the next attempt, or None if `outcome` is final."""
+        self._link.record(outcome)
+        wait_s = self._wait_s(outcome)
+        if wait_s is not None:
+            self._link.report(outcome, self._retry.total_s)
+        return wait_s
+
+    def _wait_s(self, outcome: Outcome) -> float | None:
         if isinstance(outcome, httpx.Response):
             header = outcome.headers.get("Retry-After", "")
             after_s = float(header) if header.isascii() and header.isdigit() else 0.0
-            return self.backoff_s(after_s) if outcome.status_code in self._status else None
-        return self.backoff_s() if isinstance(outcome, self._errors) else None
+            status = _RETRIED_STATUS if self._repeatable else _REFUSED_STATUS
+            return self.backoff_s(after_s) if outcome.status_code in status else None
+        if isinstance(outcome, _NEVER_ARRIVED):
+            return self.backoff_s() if self._link.was_reached or not self._retry.fail_fast else None
+        if not isinstance(outcome, _LOST) or not self._repeatable or self._num_lost >= self._retry.max_retries:
+            return None
+        self._num_lost += 1
+        return self.backoff_s()
 
     def backoff_s(self, after_s: float = 0.0) -> float | None:
-        """Seconds to wait before the next attempt, at least `after_s`. None if no retry or no time is left."""
-        if self._num_retries >= self._retry.max_retries:
-            return None
+        """Seconds to wait before the next attempt, at least `after_s`. None if no time is left."""
         wait_s = after_s + random.uniform(0.0, self._retry.backoff_s(self._num_retries))  # noqa: S311 - jitter
         self._num_retries += 1
         return wait_s if time.monotonic() + wait_s < self._give_up_at else None

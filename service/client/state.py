@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Sequence
 from typing import Any, Generic, TypedDict, TypeVar
@@ -16,12 +17,12 @@ from service.client.models import Act, EpisodeResource
 from service.client.retries import Retry
 
 Owner = TypeVar("Owner")
-BatchItem = tuple[Owner, Observation | None, ActFields]
-"""An episode, its observation, and further fields of the act."""
+BatchItem = tuple[Owner, Observation | None] | tuple[Owner, Observation | None, ActFields]
+"""An episode, its observation, and further fields of the act, such as {"reward": 1.0}."""
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 600.0
-_CONNECT_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 2.0
 
 
@@ -42,6 +43,9 @@ class EpisodeState(Generic[Owner]):
     def __init__(self, client: Owner, resource: EpisodeResource) -> None:
         self._client = client
         self._update(resource)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id!r}, step={self.step}, done={self.done})"
 
     @property
     def id(self) -> str:
@@ -67,8 +71,8 @@ class Batch:
     """
 
     def __init__(self, acts: Sequence[BatchItem[Any]]) -> None:
-        self._episodes: list[EpisodeState[Any]] = [episode for episode, _, _ in acts]
-        self._items = [(episode.id, episode.step, observation, fields) for episode, observation, fields in acts]
+        self._episodes: list[EpisodeState[Any]] = [item[0] for item in acts]
+        self._items = [(item[0].id, item[0].step, item[1], item[2] if len(item) == 3 else ActFields()) for item in acts]
         self._results: dict[int, Act | ApiError] = {}
         self.pending = list(range(len(acts)))
 
@@ -95,7 +99,10 @@ def new_ids(n: int) -> list[str]:
     return [str(uuid7()) for _ in range(n)]
 
 
-def http_options(base_url: str, api_key: str | None, timeout_s: float) -> HttpOptions:
+def http_options(base_url: str | None, api_key: str | None, timeout_s: float) -> HttpOptions:
+    """The configuration of httpx. What is None is read from EPISODIC_URL and EPISODIC_API_KEY."""
+    base_url = base_url or os.environ.get("EPISODIC_URL") or DEFAULT_URL
+    api_key = api_key or os.environ.get("EPISODIC_API_KEY")
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url must start with http:// or https://, got {base_url!r}")
     return {
@@ -110,4 +117,4 @@ def http_options(base_url: str, api_key: str | None, timeout_s: float) -> HttpOp
 
 def until_ready(timeout_s: float) -> Retry:
     """Retries that end only after `timeout_s` seconds."""
-    return Retry(max_retries=1_000_000, total_s=timeout_s, first_s=0.2, max_s=1.0)
+    return Retry(max_retries=1_000_000, total_s=timeout_s, first_s=0.2, max_s=1.0, fail_fast=False)

@@ -242,9 +242,9 @@ async def _read(receive: Receive) -> bytes:
 
 
 @contextmanager
-def serve(app: ASGIApp) -> Iterator[str]:
-    """Serves the app over HTTP/1.1 on a free loopback port. Yields its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def serve(app: ASGIApp, port: int = 0) -> Iterator[str]:
+    """Serves the app over HTTP/1.1 on this loopback port, or on a free one. Yields its URL."""
+    listener = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

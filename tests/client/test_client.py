@@ -6,7 +6,10 @@ import math
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy
 import pytest
@@ -163,17 +166,15 @@ def test_the_step_stays_where_it_was_after_a_call_that_failed(client: Client, fa
     assert len(fake.episodes[episode.id].acts) == 1
 
 
-def test_second_actor_gets_step_conflict(client: Client, fake: FakeService) -> None:
-    one = client.episode(action_space=GRID)
-    two = client.resume(one.id)
-    one.act("o0")
-    one.act("o1")
-    two.step = 3
+def test_a_step_that_is_out_of_turn_is_a_conflict(client: Client, fake: FakeService) -> None:
+    episode = client.episode(action_space=GRID)
+    episode.act("o0")
+    episode.step = 3
     with pytest.raises(StepConflict) as conflict:
-        two.act("o3")
-    assert conflict.value.expected_step == 2
-    two.refresh()
-    assert two.act("o2").step == 2
+        episode.act("o3")
+    assert conflict.value.expected_step == 1
+    episode.refresh()
+    assert episode.act("o1").step == 1
 
 
 def test_problems_become_errors(client: Client, fake: FakeService) -> None:
@@ -201,12 +202,29 @@ def test_a_final_problem_is_not_retried(client: Client, fake: FakeService) -> No
     assert len(fake.bodies("/act")) == 2
 
 
-def test_retries_end(client: Client, fake: FakeService) -> None:
-    episode = client.episode(action_space=GRID)
-    fake.script("/act", *[overloaded(429, "overloaded")] * 9)
-    with pytest.raises(Unavailable, match="overloaded"):
-        episode.act("o")
-    assert len(fake.bodies("/act")) == 1 + QUICK.max_retries
+def test_retries_end(url: str, fake: FakeService) -> None:
+    with Client(url, retry=Retry(total_s=0.2, first_s=0.001, max_s=0.01)) as client:
+        episode = client.episode(action_space=GRID)
+        fake.script("/act", *[overloaded(429, "overloaded")] * 1000)
+        with pytest.raises(Unavailable, match="overloaded"):
+            episode.act("o")
+    assert len(fake.bodies("/act")) > 12
+
+
+def test_a_call_outlasts_a_restart_of_the_service(caplog: pytest.LogCaptureFixture) -> None:
+    """The port refuses connections, then the service loads, then it serves. None of this uses up attempts."""
+    fake = FakeService()
+    with serve(fake) as url, Client(url, retry=Retry(max_retries=0, total_s=60.0, max_s=0.05)) as client:
+        episode = client.episode(action_space=GRID)
+    with Client(url, retry=Retry(max_retries=0, total_s=60.0, max_s=0.05)) as client, ThreadPoolExecutor() as threads:
+        with serve(fake, port=int(url.rpartition(":")[2])):
+            episode = client.resume(episode.id)
+        acting = threads.submit(episode.act, "o")
+        while not any("retrying" in record.getMessage() for record in caplog.records):
+            time.sleep(0.01)
+        fake.script("/act", *[overloaded()] * 20)
+        with serve(fake, port=int(url.rpartition(":")[2])):
+            assert acting.result(timeout=60).step == 0
 
 
 def test_wait_beyond_total_s_is_not_started(client: Client, fake: FakeService) -> None:
@@ -239,11 +257,56 @@ def test_waits_until_ready(client: Client, fake: FakeService) -> None:
 def test_a_service_that_is_not_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    client = Client(f"http://127.0.0.1:{port}", retry=Retry(max_retries=1, first_s=0.0))
-    with client, pytest.raises(ConnectionFailed, match=str(port)):
-        client.version()
+    with Client(f"http://127.0.0.1:{port}") as client:
+        with pytest.raises(ConnectionFailed, match=f"cannot connect to http://127.0.0.1:{port} .*check the URL"):
+            client.version()
+        with pytest.raises(ConnectionFailed, match=str(port)):
+            client.wait_ready(timeout_s=0.1)
     with pytest.raises(ValueError, match="http://"):
         Client("localhost:8000")
+
+
+def test_url_and_key_come_from_the_environment(url: str, fake: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPISODIC_URL", url)
+    monkeypatch.setenv("EPISODIC_API_KEY", "from outside")
+    with Client() as client:
+        assert client.version() == {"version": "0.1.0"}
+    with Client(url, "given") as client:
+        client.version()
+    assert [headers["authorization"] for _, _, headers, _ in fake.received] == ["Bearer from outside", "Bearer given"]
+    monkeypatch.delenv("EPISODIC_URL")
+    assert "http://127.0.0.1:8000" in repr(Client())
+
+
+def test_reprs_say_what_matters(client: Client, url: str, fake: FakeService) -> None:
+    episode = client.episode(episode_id="walk", action_space=GRID)
+    act = episode.act("o")
+    assert repr(client) == f"Client('{url}')"
+    assert repr(episode) == "Episode('walk', step=1, done=False)"
+    assert repr(act).startswith("Act(episode_id='walk', step=0, action='left', usage=Usage(prompt_tokens=9")
+    assert "None" not in repr(act)
+
+
+def test_a_parameter_that_does_not_exist_is_refused_before_the_call(client: Client, fake: FakeService) -> None:
+    call: Any = client.episode
+    with pytest.raises(TypeError, match="instruction"):
+        call(instruction="typo")
+    assert fake.received == []
+
+
+def test_a_field_that_is_left_out_is_not_sent_and_none_is_null(client: Client, fake: FakeService) -> None:
+    client.episode(episode_id="e", goal=None, action_space=GRID)
+    client.resume("e").act("o", terminated=False, success=None)
+    created, acted = decoded([body for _, _, _, body in fake.received if body])
+    assert created == {"episode_id": "e", "goal": None, "action_space": GRID}
+    assert acted == {"episode_id": "e", "step": 0, "observation": "o"}
+
+
+@pytest.mark.parametrize("observation", [[0.5, -1], 3, 0.25, True, "text", {"a": [1]}, numpy.arange(3), numpy.int64(4)])
+def test_an_observation_is_any_json_value(client: Client, fake: FakeService, observation: Any) -> None:
+    client.episode(action_space=GRID).act(observation)
+    (body,) = decoded(fake.bodies("/act"))
+    assert body["observation"] == (observation.tolist() if hasattr(observation, "tolist") else observation)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

@@ -22,8 +22,10 @@ from service.client import (
     Client,
     ConnectionFailed,
     Delta,
+    EpisodeDeleted,
     EpisodeNotFound,
     EpisodicError,
+    IdempotencyMismatch,
     InvalidResponse,
     Retry,
     StepConflict,
@@ -383,6 +385,35 @@ def test_a_batchs_passing_problems_are_sent_again():
         assert (one.step, two.step) == (1, 1)
     again = json.loads(transport.requests[-1].content)["acts"]
     assert [act["episode_id"] for act in again] == ["b"]
+
+
+async def test_a_batch_needs_no_further_fields(api: Served):
+    def use(client: Client) -> None:
+        one, two = client.episode(), client.episode()
+        results = client.act_batch([(one, "x"), (two, "y", {"info": {"n": 1}})])
+        assert [result.action for result in results if isinstance(result, Act)] == ["go to the door"] * 2
+        assert (one.step, two.step) == (1, 1)
+
+    await blocking(api, use)
+
+
+async def test_a_second_actor_is_told_that_its_step_was_taken(api: Served):
+    def use(client: Client) -> None:
+        one = client.episode()
+        with Client(api.url, retry=QUICK) as other:
+            two = other.resume(one.id)
+            one.act("first")
+            with pytest.raises(IdempotencyMismatch):
+                two.act("second")
+            assert two.refresh().step == 1
+            assert two.act("second").step == 1
+        with pytest.raises(IdempotencyMismatch):
+            one.act("third")
+        one.delete()
+        with pytest.raises(EpisodeDeleted):
+            one.refresh()
+
+    await blocking(api, use)
 
 
 def test_a_batch_waits_as_long_as_its_acts_may_take():

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from service.client.retries import Attempts, Retry
+from service.client.retries import Attempts, Link, Retry
 
 
 def response(status: int, **headers: str) -> httpx.Response:
@@ -41,10 +41,50 @@ def test_local_errors_are_not_retried(kind: type[httpx.RequestError]) -> None:
     assert Attempts(Retry()).wait_s(kind("no")) is None
 
 
-@pytest.mark.parametrize("kind", [httpx.ConnectError, httpx.ReadTimeout, httpx.RemoteProtocolError, httpx.WriteError])
-def test_connection_errors_are_retried_max_retries_times(kind: type[httpx.RequestError]) -> None:
+@pytest.mark.parametrize("kind", [httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError, httpx.WriteError])
+def test_a_lost_response_is_retried_max_retries_times(kind: type[httpx.RequestError]) -> None:
     attempts = Attempts(Retry(max_retries=2))
     assert [attempts.wait_s(kind("lost")) is None for _ in range(3)] == [False, False, True]
+
+
+def reached() -> Link:
+    link = Link()
+    link.record(response(200))
+    return link
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [httpx.ConnectError("refused"), httpx.ConnectTimeout("no answer"), response(429), response(502), response(503)],
+    ids=["refused", "unreachable", "429", "502", "503"],
+)
+def test_a_service_that_is_not_available_uses_time_and_no_attempts(
+    outcome: httpx.Response | httpx.RequestError,
+) -> None:
+    attempts = Attempts(Retry(max_retries=0, total_s=1000.0), link=reached())
+    assert all(attempts.wait_s(outcome) is not None for _ in range(100))
+    assert Attempts(Retry(total_s=0.0), link=reached()).wait_s(outcome) is None
+
+
+def test_a_service_that_was_never_reached_fails_at_once() -> None:
+    refused = httpx.ConnectError("refused")
+    assert Attempts(Retry()).wait_s(refused) is None
+    assert Attempts(Retry(fail_fast=False)).wait_s(refused) is not None
+
+
+def test_an_outage_is_reported_once_until_the_service_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    link = Link("http://there")
+    for outcome in [response(200), *[httpx.ConnectError("refused")] * 3, response(503), response(200), response(503)]:
+        Attempts(Retry(), link=link).wait_s(outcome)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no answer from http://there (refused); retrying for up to 300 s",
+        "http://there is not available (status 503); retrying for up to 300 s",
+    ]
+
+
+def test_a_full_queue_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    Attempts(Retry()).wait_s(response(429))
+    assert caplog.records == []
 
 
 def test_no_attempt_begins_after_the_total() -> None:

@@ -11,7 +11,7 @@ from service.client import Act, AsyncClient, EpisodicError, Retry
 from tests.faults.checker import Finding
 from tests.faults.history import History, Sent
 
-_RETRY = Retry(max_retries=100_000, total_s=400.0, max_s=1.0)
+_RETRY = Retry(max_retries=100_000, total_s=400.0, max_s=1.0, fail_fast=False)
 _CALL_LIMIT_S = 60.0
 """Timeout of one attempt. After it, the call is sent again."""
 
