@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 from collections import Counter
 from typing import Annotated, Any, cast
 
@@ -11,21 +12,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Retry
-from service.rollout.environment import EnvironmentFactory, RewardNotFinite, UnusableEnvironment
+from service.environments import describe
+from service.rollout.environment import (
+    EnvironmentFactory,
+    RewardNotFinite,
+    UnusableEnvironment,
+    load_description,
+    search_working_folder,
+)
 from service.rollout.intervals import Interval
-from service.rollout.play import Player, rollout
+from service.rollout.play import EpisodeRefused, Player, rollout
 from service.rollout.report import Report, Summary
+from service.rollout.run import Run
 from service.settings import client_key
-
-_LOAD_S = 600.0
-"""Timeout in seconds until a running service is ready. It may still be loading its model."""
 
 
 def rollout_command(
-    env: Annotated[str, typer.Option(help="A Gymnasium environment id.")] = "episodic/FrozenLakeRandom-v0",
-    episodes: Annotated[int, typer.Option(min=1, help="Number of episodes to play.")] = 200,
+    env: Annotated[
+        str, typer.Option(help="A Gymnasium environment id, or MODULE:ID if MODULE registers it.")
+    ] = "episodic/FrozenLakeRandom-v0",
+    episodes: Annotated[int, typer.Option(min=1, help="Number of seeds to play.")] = 200,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Play each seed this many times. The plays of a seed have a group of their own.")
+    ] = 1,
     concurrency: Annotated[int, typer.Option(min=1, help="Number of episodes to play at the same time.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Episode i is reset with seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed. The others follow it.")] = 0,
     env_kwargs: Annotated[str, typer.Option(help="Arguments of the environment, as a JSON object.")] = "{}",
     max_episode_steps: Annotated[
         int | None,
@@ -34,67 +45,89 @@ def rollout_command(
             help="Truncate each episode after this many steps. Default: the environment's own limit, or else 200.",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature. 0 is greedy.")] = 0.0,
+    describe_with: Annotated[
+        str | None,
+        typer.Option("--describe", help="MODULE:CLASS that describes the environment as text."),
+    ] = None,
+    instructions: Annotated[
+        str | None, typer.Option(help="System message for the policy, in place of the description's.")
+    ] = None,
+    success_at: Annotated[
+        float | None, typer.Option(help="An episode is a success if its return is at least this.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Policy that plays. Default: the base model.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Profile of the episodes. Its instructions and sampling are used.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Sampling temperature. 0 is greedy. Default: 0, or the profile's.", show_default=False
+        ),
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Further tag of the episodes. May be repeated.")] = None,
+    group: Annotated[str | None, typer.Option(help="Group of the episodes.")] = None,
+    retry_s: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds to retry a call while the service is down, loading or overloaded."),
+    ] = 600.0,
     url: Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Base URL of the service.")] = DEFAULT_URL,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Play episodes of a Gymnasium environment with the service's policy, and compare it with a random policy.
 
     The API key comes from EPISODIC_API_KEY. The exit code is 1 if an episode failed."""
-    factory = EnvironmentFactory(env, _json_object(env_kwargs), max_episode_steps)
+    search_working_folder()
+    temperature = 0.0 if temperature is None and profile is None else temperature
+    run = Run(tuple(tag or ()), group, policy, profile, instructions, temperature, success_at)
+    kwargs = _json_object(env_kwargs)
     try:
-        report = asyncio.run(_play(factory, url, episodes, concurrency, seed, temperature))
-    except (UnusableEnvironment, RewardNotFinite, EpisodicError) as error:
+        describe_as = load_description(describe_with) if describe_with else describe
+        factory = EnvironmentFactory(env, kwargs, max_episode_steps, describe_as)
+        numbers = {"episodes": episodes, "repeat": repeat, "concurrency": concurrency, "seed": seed}
+        report = asyncio.run(_play(factory, run, url, retry_s, numbers))
+    except (UnusableEnvironment, EpisodeRefused, RewardNotFinite, EpisodicError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
-    print_json(report) if as_json else print_table(report)
+    export = _export_command(run, url)
+    if as_json:
+        typer.echo(json.dumps({**report.as_json(), "export_command": export}, allow_nan=False))
+    else:
+        print_table(report)
+        typer.echo(f"Run {run.run_id}. Export its episodes:\n  {export}")
     if report.failures:
         raise typer.Exit(1)
 
 
-async def _play(
-    factory: EnvironmentFactory,
-    url: str,
-    episodes: int,
-    concurrency: int,
-    seed: int,
-    temperature: float,
-) -> Report:
+async def _play(factory: EnvironmentFactory, run: Run, url: str, retry_s: float, numbers: dict[str, int]) -> Report:
     factory.make().env.close()  # reports a wrong id or argument before the service is called
     api_key = client_key()
-    async with _client(url, api_key) as client:
-        await _find_service(client, url, api_key)
+    async with _client(url, api_key, Retry(total_s=retry_s)) as client:
+        await _find_service(client, url, api_key, retry_s)
         with _progress() as progress:
-            bars = {player: progress.add_task(player, total=episodes) for player in ("random", "policy")}
+            num_games = {"random": numbers["episodes"], "policy": numbers["episodes"] * numbers["repeat"]}
+            bars = {player: progress.add_task(player, total=total) for player, total in num_games.items()}
 
             def advance(player: Player) -> None:
                 progress.advance(bars[player])
 
-            return await rollout(
-                factory,
-                client,
-                episodes=episodes,
-                concurrency=concurrency,
-                seed=seed,
-                temperature=temperature,
-                on_episode=advance,
-            )
+            return await rollout(factory, client, run=run, on_episode=advance, **numbers)
 
 
-async def _find_service(client: AsyncClient, url: str, api_key: str | None) -> None:
+async def _find_service(client: AsyncClient, url: str, api_key: str | None, retry_s: float) -> None:
     """Waits until the service is ready. Raises ConnectionFailed at once if nothing answers at the URL."""
     try:
-        async with AsyncClient(url, api_key, timeout_s=10.0, retry=Retry(max_retries=0)) as impatient:
+        async with AsyncClient(url, api_key, timeout_s=10.0, retry=Retry(total_s=0)) as impatient:
             await impatient.version()
     except ConnectionFailed as error:
         hint = "start one with `episodic serve`, or set --url"
         raise ConnectionFailed(f"no service answers at {url} ({error.__cause__}): {hint}") from error
-    await client.wait_ready(_LOAD_S)
+    await client.wait_ready(retry_s)
 
 
-def _client(url: str, api_key: str | None) -> AsyncClient:
+def _client(url: str, api_key: str | None, retry: Retry) -> AsyncClient:
     try:
-        return AsyncClient(url, api_key)
+        return AsyncClient(url, api_key, retry=retry)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--url") from error
 
@@ -115,12 +148,14 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def print_json(report: Report) -> None:
-    typer.echo(json.dumps(report.as_json(), allow_nan=False))
+def _export_command(run: Run, url: str) -> str:
+    """The command that exports exactly this run's episodes."""
+    command = ["episodic", "export", "--tag", run.tag, "--format", "tokens", "--output", f"{run.run_id}.ndjson"]
+    return shlex.join(command if url == DEFAULT_URL else [*command, "--url", url])
 
 
 def print_table(report: Report) -> None:
-    table = Table(title=f"{report.env}, seeds {report.seed} to {report.seed + _num_played(report) - 1}")
+    table = Table(title=f"{report.env}, seeds {report.seed} to {report.seed + report.num_seeds - 1}")
     for name in ("", "policy", "random"):
         table.add_column(name, justify="left" if not name else "right")
     for label, policy, random in zip(_LABELS, _cells(report.policy), _cells(report.random), strict=True):
@@ -132,20 +167,31 @@ def print_table(report: Report) -> None:
     console = Console()
     console.print(table)
     console.print("[dim]95% confidence intervals: Wilson for the rate, Student's t for the mean.[/dim]")
-    for reason, count in report.cut.items():
-        console.print(f"{count} cut short: {reason}", style="yellow", markup=False)
+    if num_unknown := report.policy.success_unknown:
+        console.print(_UNKNOWN.format(num_unknown, report.policy.episodes), style="yellow", markup=False)
+    for reason, count in report.ended_early.items():
+        console.print(f"{count} ended early: {_REASONS[reason]}", style="yellow", markup=False)
     for error, count in Counter(failure.error for failure in report.failures).most_common(_MAX_ERRORS):
         console.print(f"{count} failed: {error}", style="red", markup=False)
 
 
+_UNKNOWN = (
+    "The success of {} of {} episodes is unknown, and the completion rate leaves them out: neither the environment's "
+    "description nor its info defines success. Define it with --success-at RETURN or --describe MODULE:CLASS."
+)
+_REASONS = {
+    "parse_failure": "the policy's text was not a valid action",
+    "ended_by_service": "the service ended the episode (a step limit, a full context or an idle timeout)",
+}
 _MAX_ERRORS = 10
-_LABELS = ("episodes", "completion rate", "mean return", "mean length")
+_LABELS = ("episodes", "completion rate", "terminated", "mean return", "mean length")
 
 
-def _cells(summary: Summary) -> tuple[str, str, str, str]:
+def _cells(summary: Summary) -> tuple[str, ...]:
     return (
         str(summary.episodes),
         _with_interval(summary.completion_rate, summary.completion_rate_ci95),
+        str(summary.terminated),
         _with_interval(summary.mean_return, summary.mean_return_ci95),
         _number(summary.mean_length),
     )
@@ -161,7 +207,3 @@ def _number(value: float | None) -> str:
 
 def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
-
-
-def _num_played(report: Report) -> int:
-    return report.policy.episodes + len(report.failures)

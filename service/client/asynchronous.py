@@ -221,12 +221,13 @@ class AsyncClient:
     async def act_batch(self, acts: Sequence[BatchItem[AsyncEpisode]]) -> list[Act | ApiError]:
         """See `Client.act_batch`."""
         batch, attempts = Batch(acts), Attempts(self._retry, link=self._link)
-        while True:
+        while batch.pending:
             batch.take(await self.run(batch.call()))
             wait_s = attempts.backoff_s() if batch.pending else None
             if wait_s is None:
-                return batch.results
+                break
             await asyncio.sleep(wait_s)
+        return batch.results
 
     async def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         """See `Client.list_episodes`."""

@@ -250,12 +250,13 @@ class Client:
         If an act failed, its result is the error, and its episode stays at the same step.
         """
         batch, attempts = Batch(acts), Attempts(self._retry, link=self._link)
-        while True:
+        while batch.pending:
             batch.take(self.run(batch.call()))
             wait_s = attempts.backoff_s() if batch.pending else None
             if wait_s is None:
-                return batch.results
+                break
             time.sleep(wait_s)
+        return batch.results
 
     def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         """One page of the episodes that match the filters, newest first."""

@@ -1,13 +1,16 @@
 """Creates environments by their Gymnasium id, each with its text description."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 
-from service.environments import TextDescription, describe
+from service.environments import Describe, TextDescription, describe
 
 STEP_CAP = 200
 """The number of steps after which an episode is truncated if neither the environment nor the caller sets a limit."""
@@ -31,17 +34,22 @@ class TextEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentFactory:
-    """Creates instances of one environment. `max_episode_steps` overrides the environment's own limit."""
+    """Creates instances of one environment.
+
+    `env_id` may name the module that registers the environment: "module:id". `describe` creates the text description of
+    an instance. `max_episode_steps` overrides the environment's own limit.
+    """
 
     env_id: str
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     max_episode_steps: int | None = None
+    describe: Describe = describe
 
     def make(self) -> TextEnvironment:
         """Creates one instance. Raises UnusableEnvironment with the reason."""
         try:
             env = gymnasium.make(self.env_id, max_episode_steps=self._step_limit(), **self.kwargs)
-            return TextEnvironment(env, describe(env))
+            return TextEnvironment(env, self.describe(env))
         except Exception as error:
             raise UnusableEnvironment(f"{self.env_id}: {str(error) or type(error).__name__}") from error
 
@@ -49,7 +57,29 @@ class EnvironmentFactory:
         """The limit to pass to Gymnasium. None keeps the environment's own limit."""
         if self.max_episode_steps is not None:
             return self.max_episode_steps
-        return None if gymnasium.spec(self.env_id).max_episode_steps else STEP_CAP
+        module, _, registered_id = self.env_id.rpartition(":")
+        if module:
+            import_module(module)
+        return None if gymnasium.spec(registered_id).max_episode_steps else STEP_CAP
+
+
+def load_description(named: str) -> Describe:
+    """The class or function that `named`, "module:Class", refers to. Raises UnusableEnvironment if there is none."""
+    module, _, name = named.partition(":")
+    if not module or not name:
+        raise UnusableEnvironment(f"{named!r} names no description: use module:Class")
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), name)
+    except Exception as error:
+        raise UnusableEnvironment(f"{named}: {str(error) or type(error).__name__}") from error
+    return found
+
+
+def search_working_folder() -> None:
+    """Lets modules of the working folder be imported, as `python -m` does."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def finite(reward: Any) -> float:

@@ -3,13 +3,15 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from service.client import Act, AsyncClient, AsyncEpisode, EpisodicError
-from service.rollout.environment import EnvironmentFactory, RewardNotFinite, TextEnvironment, finite
-from service.rollout.report import Failure, Outcome, Report, percentile, summarize
+from service.client import Act, ApiError, AsyncClient, AsyncEpisode, EpisodicError
+from service.rollout.environment import EnvironmentFactory, TextEnvironment, finite
+from service.rollout.report import Cut, Failure, Outcome, Report, percentile, summarize
+from service.rollout.run import End, Run
 
 Player = Literal["random", "policy"]
 OnEpisode = Callable[[Player], None]
@@ -17,6 +19,15 @@ OnEpisode = Callable[[Player], None]
 
 SLOW_STEP_S = 0.002
 """An environment slower than this runs in threads. In the event loop it would delay the other episodes' requests."""
+
+_ABANDON_S = 10.0
+"""Timeout in seconds for ending an episode that cannot be continued."""
+
+_REFUSED_STATUS = frozenset({400, 401, 403, 404, 413, 422})
+
+
+class EpisodeRefused(Exception):
+    """The service refuses to open an episode, for example because of its action space. It would refuse all others."""
 
 
 def ignore(player: Player) -> None:
@@ -28,139 +39,216 @@ async def rollout(
     client: AsyncClient,
     *,
     episodes: int = 200,
+    repeat: int = 1,
     concurrency: int = 32,
     seed: int = 0,
-    temperature: float = 0.0,
+    temperature: float | None = None,
+    run: Run | None = None,
     on_episode: OnEpisode = ignore,
 ) -> Report:
-    """Plays `episodes` episodes with each player, at most `concurrency` of the policy's at the same time.
+    """Plays `episodes` seeds with each player, at most `concurrency` of the policy's episodes at the same time.
 
-    Episode i is reset with seed `seed` + i. An episode with a failed call or with a reward that is not finite is
-    reported as a failure. Errors that the environment raises are raised here. Raises UnusableEnvironment before any
-    episode is played.
+    The seeds are `seed`, `seed` + 1, ... The policy plays each of them `repeat` times; these plays share a group. The
+    random policy plays each once. `run` has the labels and options of the episodes; `temperature` replaces its
+    temperature.
+
+    An episode with a failed call, with an error in the environment or with a reward that is not finite is reported as a
+    failure, and ended. Raises UnusableEnvironment before any episode is played, EpisodeRefused if the service refuses
+    to open an episode, and what the environment raises while the random policy plays.
     """
+    run = (run or Run()).at(temperature)
     seeds = range(seed, seed + episodes)
+    games = _games(seeds, repeat, run)
     first = factory.make()
-    random, step_s = await _play_random(first, seeds, on_episode)
-    workers = [first, *(factory.make() for _ in range(min(concurrency, episodes) - 1))]
-    games = _Games(client, factory.env_id, temperature, in_threads=step_s > SLOW_STEP_S)
+    random, step_s = await _play_random(first, run, seeds, on_episode)
+    workers = [first, *(factory.make() for _ in range(min(concurrency, len(games)) - 1))]
+    players = _Players(client, factory.env_id, run, in_threads=step_s > SLOW_STEP_S)
     began = time.perf_counter()
-    await _play_all(games, workers, seeds, on_episode)
+    await _play_all(players, workers, games, on_episode)
     wall_s = time.perf_counter() - began
     for worker in workers:
         worker.env.close()
     return Report(
         env=factory.env_id,
+        run_id=run.run_id,
+        tag=run.tag,
         seed=seed,
+        num_seeds=episodes,
+        repeat=repeat,
         concurrency=concurrency,
-        temperature=temperature,
-        policy_version=games.policy_version,
-        policy=summarize(games.outcomes),
+        temperature=0.0 if run.temperature is None and run.profile is None else run.temperature,
+        policy_version=players.policy_version,
+        policy=summarize(players.outcomes),
         random=summarize(random),
-        steps_per_s=len(games.latencies_s) / wall_s,
-        p50_s=percentile(games.latencies_s, 50),
-        p99_s=percentile(games.latencies_s, 99),
+        steps_per_s=len(players.latencies_s) / wall_s,
+        p50_s=percentile(players.latencies_s, 50),
+        p99_s=percentile(players.latencies_s, 99),
         wall_s=wall_s,
-        cut=dict(Counter(outcome.cut for outcome in games.outcomes if outcome.cut is not None)),
-        failures=tuple(sorted(games.failures, key=lambda failure: failure.seed)),
+        ended_early=dict(Counter(outcome.cut for outcome in players.outcomes if outcome.cut is not None)),
+        failures=tuple(sorted(players.failures, key=lambda failure: failure.seed)),
     )
 
 
-async def _play_all(games: "_Games", workers: list[TextEnvironment], seeds: range, on_episode: OnEpisode) -> None:
-    todo = iter(seeds)  # the workers share the iterator: each takes the next seed when it is free
-    async with asyncio.TaskGroup() as group:
-        for worker in workers:
-            group.create_task(_work(games, worker, todo, on_episode))
+@dataclass(frozen=True, slots=True)
+class _Game:
+    """An episode to play. `group` replaces the run's group."""
+
+    seed: int
+    group: str | None
 
 
-async def _work(games: "_Games", worker: TextEnvironment, todo: Iterator[int], on_episode: OnEpisode) -> None:
-    for seed in todo:
-        await games.play(worker, seed)
+def _games(seeds: range, repeat: int, run: Run) -> list[_Game]:
+    if repeat == 1:
+        return [_Game(seed, None) for seed in seeds]
+    name = run.group or run.run_id
+    return [_Game(seed, f"{name}/seed-{seed}") for seed in seeds for _ in range(repeat)]
+
+
+async def _play_all(
+    players: "_Players", workers: list[TextEnvironment], games: Sequence[_Game], on_episode: OnEpisode
+) -> None:
+    todo = iter(games)  # the workers share the iterator: each takes the next game when it is free
+    try:
+        async with asyncio.TaskGroup() as group:
+            for worker in workers:
+                group.create_task(_work(players, worker, todo, on_episode))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+
+
+async def _work(players: "_Players", worker: TextEnvironment, todo: Iterator[_Game], on_episode: OnEpisode) -> None:
+    for game in todo:
+        await players.play(worker, game)
         on_episode("policy")
 
 
 @dataclass(slots=True)
-class _Games:
+class _Players:
     """Plays episodes with the service's policy and collects the measurements."""
 
     client: AsyncClient
     env_id: str
-    temperature: float
+    run: Run
     in_threads: bool
     outcomes: list[Outcome] = field(default_factory=list[Outcome])
     failures: list[Failure] = field(default_factory=list[Failure])
     latencies_s: list[float] = field(default_factory=list[float])
     policy_version: str | None = None
 
-    async def play(self, worker: TextEnvironment, seed: int) -> None:
+    async def play(self, worker: TextEnvironment, game: _Game) -> None:
         """Plays one episode. A failure is recorded and does not stop the other episodes."""
         try:
-            self.outcomes.append(await self._play(worker, seed))
-        except (EpisodicError, RewardNotFinite) as error:
-            self.failures.append(Failure(seed, f"{type(error).__name__}: {error}"))
+            self.outcomes.append(await self._play(worker, game))
+        except EpisodeRefused:
+            raise
+        except Exception as error:  # noqa: BLE001 - an error in one episode, also of its environment, spoils no other
+            self.failures.append(Failure(game.seed, f"{type(error).__name__}: {error}"))
 
-    async def _play(self, worker: TextEnvironment, seed: int) -> Outcome:
+    async def _play(self, worker: TextEnvironment, game: _Game) -> Outcome:
+        observation, info = await self._in_env(worker.env.reset, seed=game.seed)
+        episode = await self._begin(worker, game)
+        try:
+            return await self._take_steps(worker, episode, game.seed, observation, info)
+        finally:
+            if not episode.done:
+                await self._abandon(episode)
+
+    async def _take_steps(
+        self, worker: TextEnvironment, episode: AsyncEpisode, seed: int, observation: Any, info: Any
+    ) -> Outcome:
         env, text = worker.env, worker.text
-        observation, info = await self._in_env(env.reset, seed=seed)
-        episode = await self._begin(worker, seed)
+        end = End(0.0, False, False, 0.0, info)
+        length = 0
         act = await self._act(episode, text.observation(observation, info), None)
-        length, episode_return = 0, 0.0
-        while not act.done and act.parse_failure is None:
-            observation, raw, terminated, truncated, info = await self._in_env(env.step, text.action(act.action))
-            reward = finite(raw)
-            length, episode_return = length + 1, episode_return + reward
+        while not act.done and (action := _action(worker, act)) is not None:
+            observation, raw, terminated, truncated, info = await self._in_env(env.step, action.value)
+            reward, length = finite(raw), length + 1
+            end = End(reward, bool(terminated), bool(truncated), end.episode_return + reward, info)
             described = text.observation(observation, info)
             if terminated or truncated:
-                success = text.success(reward, terminated, truncated, episode_return)
-                await episode.act(described, reward=reward, terminated=terminated, truncated=truncated, success=success)
-                return Outcome(seed, episode_return, length, success)
+                success = self.run.success(text, end)
+                await episode.act(
+                    described, reward=reward, terminated=end.terminated, truncated=end.truncated, success=success
+                )
+                return Outcome(seed, end.episode_return, length, success, end.terminated)
             act = await self._act(episode, described, reward)
-        if act.done:
-            return Outcome(seed, episode_return, length, False, "the service ended the episode")
-        await episode.end(truncated=True, success=False)
-        return Outcome(seed, episode_return, length, False, "the completion was not a valid action")
+        success = self.run.success_of_cut(text, end)
+        cut: Cut = "ended_by_service" if act.done else "parse_failure"
+        if not act.done:
+            await episode.end(truncated=True, success=success)
+        return Outcome(seed, end.episode_return, length, success, cut=cut)
 
-    async def _begin(self, worker: TextEnvironment, seed: int) -> AsyncEpisode:
-        return await self.client.episode(
-            instructions=worker.text.instructions,
-            action_space=worker.text.action_space,
-            sampling={"temperature": self.temperature},
-            tags=["rollout"],
-            metadata={"env": self.env_id, "seed": seed},
-        )
+    async def _begin(self, worker: TextEnvironment, game: _Game) -> AsyncEpisode:
+        try:
+            return await self.client.episode(**self.run.fields(worker.text, self.env_id, game.seed, game.group))
+        except ApiError as error:
+            if error.status not in _REFUSED_STATUS:
+                raise
+            raise EpisodeRefused(f"the service refuses to open an episode of {self.env_id}: {error}") from error
 
-    async def _act(self, episode: AsyncEpisode, observation: str, reward: float | None) -> Act:
+    async def _act(self, episode: AsyncEpisode, observation: Any, reward: float | None) -> Act:
         began = time.perf_counter()
         act = await episode.act(observation, reward=reward)
         self.latencies_s.append(time.perf_counter() - began)
         self.policy_version = act.policy_version
         return act
 
+    async def _abandon(self, episode: AsyncEpisode) -> None:
+        """Ends an episode that cannot be continued, so that it does not stay active for ever."""
+        with suppress(EpisodicError, TimeoutError):
+            async with asyncio.timeout(_ABANDON_S):
+                while not episode.done:
+                    try:
+                        await episode.end()
+                    except ApiError as error:
+                        if error.code != "episode_busy":
+                            raise
+                        await asyncio.sleep(0.1)  # the service is still aborting the act in flight
+
     async def _in_env(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return await asyncio.to_thread(function, *args, **kwargs) if self.in_threads else function(*args, **kwargs)
 
 
-async def _play_random(worker: TextEnvironment, seeds: range, on_episode: OnEpisode) -> tuple[list[Outcome], float]:
+@dataclass(frozen=True, slots=True)
+class _Action:
+    """An action of the environment, which may be any value."""
+
+    value: Any
+
+
+def _action(worker: TextEnvironment, act: Act) -> _Action | None:
+    """The environment's action for an act, or None if what the policy wrote is no action of the environment."""
+    if act.parse_failure is not None:
+        return None
+    try:
+        return _Action(worker.text.action(act.action))
+    except ValueError:
+        return None
+
+
+async def _play_random(
+    worker: TextEnvironment, run: Run, seeds: range, on_episode: OnEpisode
+) -> tuple[list[Outcome], float]:
     """Plays all episodes with a uniformly random policy. Also returns the mean time of a step in seconds."""
     outcomes: list[Outcome] = []
     began = time.perf_counter()
     for seed in seeds:
-        outcomes.append(random_episode(worker, seed))
+        outcomes.append(random_episode(worker, run, seed))
         on_episode("random")
         await asyncio.sleep(0)  # gives the event loop a chance to deliver a cancellation
     return outcomes, (time.perf_counter() - began) / sum(outcome.length for outcome in outcomes)
 
 
-def random_episode(worker: TextEnvironment, seed: int) -> Outcome:
+def random_episode(worker: TextEnvironment, run: Run, seed: int) -> Outcome:
     """Plays one episode with actions sampled from the action space. The same seed sets environment and sampling."""
     env = worker.env
     env.action_space.seed(seed)
     env.reset(seed=seed)
     length, episode_return = 0, 0.0
     while True:
-        _, raw, terminated, truncated, _ = env.step(env.action_space.sample())
+        _, raw, terminated, truncated, info = env.step(env.action_space.sample())
         reward = finite(raw)
         length, episode_return = length + 1, episode_return + reward
         if terminated or truncated:
-            completed = worker.text.success(reward, terminated, truncated, episode_return)
-            return Outcome(seed, episode_return, length, completed)
+            end = End(reward, bool(terminated), bool(truncated), episode_return, info)
+            return Outcome(seed, episode_return, length, run.success(worker.text, end), end.terminated)

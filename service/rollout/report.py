@@ -8,21 +8,23 @@ from typing import Any, Literal
 
 from service.rollout.intervals import Interval, mean_interval, wilson
 
-Cut = Literal["the completion was not a valid action", "the service ended the episode"]
+Cut = Literal["parse_failure", "ended_by_service"]
+"""`parse_failure`: the policy's text was not a valid action. `ended_by_service`: for example by `max_steps`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The outcome of one episode. `length` is in steps of the environment.
 
-    `cut` is the reason if the policy or the service ended the episode before the environment did. Such an episode is
-    not completed.
+    `success` is None if nothing defines it. `terminated` is whether the environment reached a final state. `cut` is the
+    reason if the policy or the service ended the episode before the environment did.
     """
 
     seed: int
     episode_return: float
     length: int
-    completed: bool
+    success: bool | None
+    terminated: bool = False
     cut: Cut | None = None
 
 
@@ -36,11 +38,17 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Statistics over the finished episodes of one policy. Without episodes, rates and means are None."""
+    """Statistics over the finished episodes of one policy. Without episodes, rates and means are None.
+
+    The completion rate is that of the episodes whose success is known, and None if there are none. `success_unknown` is
+    the number of the other episodes. `terminated` is the number of episodes that ended in a final state.
+    """
 
     episodes: int
     completion_rate: float | None
     completion_rate_ci95: Interval | None
+    success_unknown: int
+    terminated: int
     mean_return: float | None
     mean_return_ci95: Interval | None
     mean_length: float | None
@@ -54,9 +62,15 @@ class Report:
     """
 
     env: str
+    run_id: str
+    tag: str
+    """The tag of the run's episodes."""
     seed: int
+    num_seeds: int
+    repeat: int
+    """How often the policy played each seed."""
     concurrency: int
-    temperature: float
+    temperature: float | None
     policy_version: str | None
     policy: Summary
     random: Summary
@@ -64,8 +78,8 @@ class Report:
     p50_s: float | None
     p99_s: float | None
     wall_s: float
-    cut: dict[Cut, int]
-    """The number of the policy's episodes that were ended early, by reason."""
+    ended_early: dict[Cut, int]
+    """The number of the policy's episodes that ended before the environment did, by reason."""
     failures: tuple[Failure, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -76,17 +90,17 @@ class Report:
 
 def summarize(outcomes: Sequence[Outcome]) -> Summary:
     """The statistics over these outcomes."""
-    if not outcomes:
-        return Summary(0, None, None, None, None, None)
-    num_completed = sum(outcome.completed for outcome in outcomes)
+    known = [outcome.success for outcome in outcomes if outcome.success is not None]
     returns = [outcome.episode_return for outcome in outcomes]
     return Summary(
         episodes=len(outcomes),
-        completion_rate=num_completed / len(outcomes),
-        completion_rate_ci95=wilson(num_completed, len(outcomes)),
-        mean_return=fmean(returns),
+        completion_rate=fmean(known) if known else None,
+        completion_rate_ci95=wilson(sum(known), len(known)) if known else None,
+        success_unknown=len(outcomes) - len(known),
+        terminated=sum(outcome.terminated for outcome in outcomes),
+        mean_return=fmean(returns) if returns else None,
         mean_return_ci95=mean_interval(returns),
-        mean_length=fmean(outcome.length for outcome in outcomes),
+        mean_length=fmean(outcome.length for outcome in outcomes) if outcomes else None,
     )
 
 

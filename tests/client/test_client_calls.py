@@ -393,6 +393,7 @@ async def test_a_batch_needs_no_further_fields(api: Served):
         results = client.act_batch([(one, "x"), (two, "y", {"info": {"n": 1}})])
         assert [result.action for result in results if isinstance(result, Act)] == ["go to the door"] * 2
         assert (one.step, two.step) == (1, 1)
+        assert client.act_batch([]) == []
 
     await blocking(api, use)
 
@@ -472,62 +473,3 @@ async def test_a_command_without_a_service_says_so(tmp_path: Path):
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
-
-
-# --- vector environments
-
-
-async def test_a_vector_environment_is_driven_by_batches(api: Served):
-    import gymnasium
-    from gymnasium.vector import AutoresetMode
-
-    from service.rollout.vector import play_vector
-
-    envs = gymnasium.make_vec(
-        "CliffWalking-v1",
-        num_envs=4,
-        vectorization_mode="sync",
-        vector_kwargs={"autoreset_mode": AutoresetMode.DISABLED},
-        max_episode_steps=9,
-    )
-    returns = await blocking(api, lambda client: list(play_vector(client, envs, num_episodes=6, temperature=1.0)))  # type: ignore[arg-type]
-    assert len(returns) >= 6
-    episodes = (await api.client.get("/episode?status=ended&limit=100")).json()["episodes"]
-    over = [episode for episode in episodes if episode["success"] is not None]
-    assert sorted(episode["episode_return"] for episode in over)[: len(returns)] == sorted(returns)
-    assert all(0 < episode["step"] <= 9 for episode in episodes)
-    for episode in episodes:
-        steps = (await api.trajectory(episode["episode_id"]))["steps"]
-        assert all(step["reward"] is not None for step in steps), "an action has no reward"
-    assert (await api.client.get("/episode?status=active")).json()["episodes"] == []
-
-
-async def test_a_vector_rollout_that_is_left_ends_its_episodes(api: Served):
-    import gymnasium
-    from gymnasium.vector import AutoresetMode
-
-    from service.rollout.vector import play_vector
-
-    mode: Any = {"autoreset_mode": AutoresetMode.DISABLED}
-    envs: Any = gymnasium.make_vec("Blackjack-v1", num_envs=8, vectorization_mode="sync", vector_kwargs=mode)
-
-    def use(client: Client) -> None:
-        with contextlib.closing(play_vector(client, envs, num_episodes=100, temperature=1.0)) as returns:
-            next(returns)
-
-    await blocking(api, use)
-    episodes = (await api.client.get("/episode?limit=100")).json()["episodes"]
-    assert {episode["status"] for episode in episodes} == {"ended"}
-
-
-def test_another_autoreset_mode_is_refused():
-    import gymnasium
-
-    from service.rollout.vector import play_vector
-
-    envs = gymnasium.make_vec("CliffWalking-v1", num_envs=2, vectorization_mode="sync")
-    with (
-        pytest.raises(ValueError, match="DISABLED"),
-        Client(transport=httpx.MockTransport(lambda _: httpx.Response(200))) as client,
-    ):
-        next(play_vector(client, envs, num_episodes=1))  # type: ignore[arg-type]

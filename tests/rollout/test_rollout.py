@@ -1,13 +1,18 @@
 """Whole rollouts over a real socket. Expected results come from replaying the same episodes in the test."""
 
+import asyncio
 import json
 import math
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
 
 import gymnasium
+import numpy as np
 import pytest
 import typer
 from starlette.responses import JSONResponse
@@ -16,7 +21,7 @@ from typer.testing import CliRunner
 from service.cli.rollout import rollout_command
 from service.client import AsyncClient, Retry
 from service.environments import describe
-from service.rollout import EnvironmentFactory, Report, UnusableEnvironment, rollout
+from service.rollout import EnvironmentFactory, Report, Run, UnusableEnvironment, rollout
 from service.rollout.report import Outcome, percentile, summarize
 from tests.client.fake_service import FakeEpisode, FakeService, answer, drop_after, overloaded, problem, serve
 
@@ -47,8 +52,11 @@ def fake(served: tuple[FakeService, str]) -> FakeService:
 def environments() -> Iterator[None]:
     gymnasium.register("Broken-v0", entry_point=Broken)
     gymnasium.register("Endless-v0", entry_point=Endless)
+    gymnasium.register("Once-v0", entry_point=Once, disable_env_checker=True)
+    gymnasium.register("Speller-v0", entry_point=Speller, disable_env_checker=True)
     yield
-    del gymnasium.registry["Broken-v0"], gymnasium.registry["Endless-v0"]
+    for name in ("Broken-v0", "Endless-v0", "Once-v0", "Speller-v0"):
+        del gymnasium.registry[name]
 
 
 class Endless(gymnasium.Env[int, int]):
@@ -72,6 +80,32 @@ class Broken(Endless):
         return 1, math.nan if action else 1.0, True, False, {}
 
 
+class Once(Endless):
+    """An environment that ends after one step, with this info and the return 1."""
+
+    info: ClassVar[dict[str, Any]] = {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        return 1, 1.0, True, False, dict(self.info)
+
+
+class Speller(Endless):
+    """An environment whose actions are texts of a, b and c."""
+
+    action_space: Any = gymnasium.spaces.Text(8, charset="abc")
+
+    def step(self, action: Any) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action)
+        if action == "bbbb":
+            raise RuntimeError("the speller does not like bbbb")
+        return 1, 1.0, True, False, {}
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():  # noqa: ASYNC110 - the fake service runs in another thread
+        await asyncio.sleep(0.001)
+
+
 async def play(url: str, env_id: str, max_episode_steps: int | None = None, **options: Any) -> Report:
     async with AsyncClient(url, retry=RETRY) as client:
         return await rollout(EnvironmentFactory(env_id, {}, max_episode_steps), client, **options)
@@ -91,7 +125,7 @@ def replay(env_id: str, index: int, seeds: range) -> list[Outcome]:
             reward = float(raw)
             length, episode_return = length + 1, episode_return + reward
         success = text.success(reward, terminated, truncated, episode_return)
-        outcomes.append(Outcome(seed, episode_return, length, success))
+        outcomes.append(Outcome(seed, episode_return, length, success, terminated))
     return outcomes
 
 
@@ -114,6 +148,7 @@ async def test_the_report_is_what_a_replay_of_the_same_seeds_gives(fake: FakeSer
     assert all(episode.stop_reason for episode in fake.episodes.values()), "an episode was left open"
     assert sum(e.episode_return for e in fake.episodes.values()) == pytest.approx(expected.mean_return * 20)
     assert sum(bool(e.success) for e in fake.episodes.values()) == expected.completion_rate * 20
+    assert {e.success for e in fake.episodes.values()} <= {True, False}
     assert {e.fields["sampling"]["temperature"] for e in fake.episodes.values()} == {0.0}
 
 
@@ -125,12 +160,44 @@ async def test_each_step_is_taken_once_though_answers_are_lost(fake: FakeService
         assert [body["step"] for body, _ in episode.acts] == list(range(len(episode.acts)))
 
 
-async def test_a_failing_episode_is_counted_and_spoils_no_other(fake: FakeService, url: str) -> None:
+async def test_a_failing_episode_is_counted_and_ended_and_spoils_no_other(fake: FakeService, url: str) -> None:
     fake.script("/act", answer(problem(500, "internal")))
     report = await play(url, "Blackjack-v1", episodes=5, concurrency=1, seed=3)
     assert [(failure.seed, "internal" in failure.error) for failure in report.failures] == [(3, True)]
     assert report.policy == summarize(replay("Blackjack-v1", 0, range(4, 8)))
     assert len(report.as_json()["failures"]) == 1
+    assert len(fake.episodes) == 5
+    assert all(episode.stop_reason for episode in fake.episodes.values()), "an episode was left open"
+
+
+async def test_a_restart_of_the_service_loses_nothing() -> None:
+    fake = FakeService()
+    async with AsyncExitStack() as stack:
+        first = stack.enter_context(ExitStack())
+        url = first.enter_context(serve(fake))
+        retry = Retry(total_s=60.0, first_s=0.001, max_s=0.05)
+        client = await stack.enter_async_context(AsyncClient(url, retry=retry))
+        factory = EnvironmentFactory("CartPole-v1")
+        playing = asyncio.create_task(rollout(factory, client, episodes=40, concurrency=8))
+        await until(lambda: len(fake.bodies("/act")) > 100)
+        first.close()
+        num_acts = len(fake.bodies("/act"))
+        fake.script("/act", *[overloaded()] * 50)
+        stack.enter_context(serve(fake, port=int(url.rpartition(":")[2])))
+        report = await playing
+    assert len(fake.bodies("/act")) > num_acts
+    assert report.failures == ()
+    assert report.policy == summarize(replay("CartPole-v1", 0, range(40)))
+
+
+async def test_a_rollout_that_is_cancelled_ends_its_episodes(fake: FakeService, url: str) -> None:
+    async with AsyncClient(url, retry=RETRY) as client:
+        playing = asyncio.create_task(rollout(EnvironmentFactory("Endless-v0", {}, 10_000), client, episodes=1))
+        await until(lambda: fake.episodes)
+        playing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await playing
+    assert all(episode.stop_reason for episode in fake.episodes.values())
 
 
 @pytest.mark.filterwarnings("ignore:.*NaN value")
@@ -170,7 +237,7 @@ async def test_an_episode_that_the_service_ends_is_not_completed(fake: FakeServi
     fake.script("/act", answer(done()), answer(done()))
     report = await play(url, "CartPole-v1", episodes=2, concurrency=1)
     assert (report.policy.completion_rate, report.policy.mean_length) == (0.0, 0.0)
-    assert report.as_json()["cut"] == {"the service ended the episode": 2}
+    assert report.as_json()["ended_early"] == {"ended_by_service": 2}
     assert report.failures == ()
 
 
@@ -183,8 +250,182 @@ async def test_a_completion_that_is_no_action_ends_the_episode(fake: FakeService
     fake.script("/act", answer(JSONResponse({"episode_id": "e", "step": 0, "parse_failure": failure})))
     report = await play(url, "CartPole-v1", episodes=1)
     assert (report.policy.completion_rate, report.policy.episodes) == (0.0, 1)
-    assert report.cut == {"the completion was no action": 1}
+    assert report.ended_early == {"parse_failure": 1}
     assert [episode.success for episode in fake.episodes.values()] == [False]
+
+
+async def test_one_action_outside_the_space_ends_its_episode_alone(fake: FakeService, url: str) -> None:
+    fake.choose = lambda episode, body: "abc" if episode.fields["metadata"]["seed"] else "not of these characters"
+    report = await play(url, "Speller-v0", episodes=4, concurrency=2)
+    assert (report.policy.episodes, report.ended_early, report.failures) == (4, {"parse_failure": 1}, ())
+    assert report.policy.mean_return == 3 / 4
+    assert all(episode.stop_reason for episode in fake.episodes.values())
+
+
+async def test_an_error_in_the_environment_fails_its_episode_alone(fake: FakeService, url: str) -> None:
+    fake.choose = lambda episode, body: "c" if episode.fields["metadata"]["seed"] else "bbbb"
+    report = await play(url, "Speller-v0", episodes=4, concurrency=2)
+    assert [failure.error for failure in report.failures] == ["RuntimeError: the speller does not like bbbb"]
+    assert report.policy.episodes == 3
+    assert all(episode.stop_reason for episode in fake.episodes.values())
+
+
+def test_a_refusal_to_open_an_episode_ends_the_rollout_and_is_named(fake: FakeService, url: str) -> None:
+    fake.script("/episode", *[answer(problem(422, "invalid_request"))] * 9)
+    ran = CliRunner().invoke(app, ["--env", "Speller-v0", "--episodes", "9", "--concurrency", "1", "--url", url])
+    assert ran.exit_code == 1
+    assert ran.stderr.startswith("Error: the service refuses to open an episode of Speller-v0: invalid_request (422)")
+    assert len(fake.bodies("/episode")) == 1
+
+
+# --- what counts as a success
+
+
+@pytest.mark.parametrize(
+    ("info", "success_at", "success"),
+    [
+        ({}, None, None),
+        ({}, 1.0, True),
+        ({}, 1.5, False),
+        ({"is_success": True}, None, True),
+        ({"success": 0.0}, None, False),
+        ({"is_success": np.float32(1)}, None, True),
+        ({"success": np.array([True])}, None, True),
+        ({"is_success": False}, 1.0, True),
+        ({"success": "yes"}, None, None),
+        ({"success": None}, None, None),
+        ({"success": math.nan}, None, None),
+    ],
+)
+async def test_success_is_null_unless_something_defines_it(
+    fake: FakeService, url: str, info: dict[str, Any], success_at: float | None, success: bool | None
+) -> None:
+    Once.info = info
+    report = await play(url, "Once-v0", episodes=3, run=Run(success_at=success_at))
+    assert [episode.success for episode in fake.episodes.values()] == [success] * 3
+    for summary in (report.policy, report.random):
+        assert summary.completion_rate == (None if success is None else float(success))
+        assert summary.success_unknown == (3 if success is None else 0)
+        assert summary.terminated == 3
+
+
+async def test_an_episode_that_is_cut_is_no_success_whatever_its_return(fake: FakeService, url: str) -> None:
+    fake.script("/act", answer(done()))
+    report = await play(url, "Once-v0", episodes=1, run=Run(success_at=-100.0))
+    assert report.policy.completion_rate == 0.0
+
+
+def test_the_table_says_why_completion_is_absent(fake: FakeService, url: str) -> None:
+    Once.info = {}
+    command = ["--env", "Once-v0", "--episodes", "3", "--url", url]
+    ran = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert ran.exit_code == 0
+    cells = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in ran.stdout.splitlines() if "│" in line}
+    assert (cells["completion rate"], cells["terminated"]) == ("-", "3")
+    assert "The success of 3 of 3 episodes is unknown" in ran.stdout
+    assert "--success-at" in ran.stdout
+    defined = CliRunner().invoke(app, [*command, "--success-at", "1"], env={"COLUMNS": "200"})
+    assert "1.000" in defined.stdout
+    assert "unknown" not in defined.stdout
+
+
+# --- runs and their labels
+
+
+def test_runs_can_be_told_apart(fake: FakeService, url: str) -> None:
+    options = ["--env", "Blackjack-v1", "--episodes", "2", "--url", url, "--tag", "mine", "--tag", "too"]
+    reports = [json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout) for _ in range(2)]
+    tags = [report["tag"] for report in reports]
+    assert tags == [f"run:{report['run_id']}" for report in reports]
+    assert len(set(tags)) == 2
+    found = [episode.fields["tags"] for episode in fake.episodes.values()]
+    assert found == [["rollout", tag, "mine", "too"] for tag in tags for _ in range(2)]
+    for report in reports:
+        assert report["export_command"].startswith(f"episodic export --tag {report['tag']} ")
+        assert report["export_command"].endswith(f"--url {url}")
+    shown = CliRunner().invoke(app, options).stdout
+    tag = list(fake.episodes.values())[-1].fields["tags"][1]
+    assert f"Run {tag.removeprefix('run:')}. Export its episodes:\n  episodic export --tag {tag} " in shown
+
+
+def test_options_reach_the_episodes(fake: FakeService, url: str) -> None:
+    options = ["--group", "g", "--policy", "p", "--instructions", "Play.", "--temperature", "0.5"]
+    command = ["--env", "Blackjack-v1", "--episodes", "1", "--url", url]
+    assert CliRunner().invoke(app, [*command, *options]).exit_code == 0
+    assert CliRunner().invoke(app, [*command, "--profile", "mine"]).exit_code == 0
+    given, profiled = [episode.fields for episode in fake.episodes.values()]
+    assert (given["group"], given["policy"], given["instructions"]) == ("g", "p", "Play.")
+    assert given["sampling"] == {"temperature": 0.5}
+    assert profiled["profile"] == "mine"
+    assert not {"instructions", "sampling", "policy", "group"} & set(profiled), "the profile's own values count"
+    assert profiled["action_space"] == given["action_space"]
+
+
+@pytest.mark.parametrize(("group", "name"), [(None, None), ("g", "g")])
+async def test_plays_of_one_seed_share_a_group(
+    fake: FakeService, url: str, group: str | None, name: str | None
+) -> None:
+    run = Run(group=group)
+    report = await play(url, "Blackjack-v1", episodes=2, repeat=3, seed=7, run=run)
+    assert (report.policy.episodes, report.random.episodes, report.repeat) == (6, 2, 3)
+    found = sorted((e.fields["group"], e.fields["metadata"]["seed"]) for e in fake.episodes.values())
+    assert found == [(f"{name or run.run_id}/seed-{seed}", seed) for seed in (7, 8) for _ in range(3)]
+
+
+# --- environments of one's own
+
+OWN = """
+import gymnasium
+
+class Coin(gymnasium.Env):
+    observation_space = gymnasium.spaces.Text(20)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return "guess", {}
+
+    def step(self, action):
+        return "over", float(action), True, False, {}
+
+gymnasium.register("Coin-v0", entry_point=Coin)
+gymnasium.register("own/Coin-v0", entry_point=Coin)
+
+class CoinText:
+    instructions = "Heads or tails?"
+    action_space = {"type": "discrete", "actions": ["heads", "tails"]}
+
+    def __init__(self, env):
+        assert isinstance(env.unwrapped, Coin)
+
+    def observation(self, observation, info):
+        return f"<{observation}>"
+
+    def action(self, action):
+        return ["heads", "tails"].index(action)
+
+    def success(self, reward, terminated, truncated, episode_return):
+        return reward > 0
+"""
+
+
+@pytest.mark.parametrize("env_id", ["Coin-v0", "own/Coin-v0"])
+def test_an_environment_of_ones_own_is_named_by_its_module(
+    fake: FakeService, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env_id: str
+) -> None:
+    (tmp_path / "coins_of_a_test.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    fake.choose = second_action
+    command = ["--env", f"coins_of_a_test:{env_id}", "--episodes", "2", "--url", url, "--json"]
+    plain = CliRunner().invoke(app, command)
+    described = CliRunner().invoke(app, [*command, "--describe", "coins_of_a_test:CoinText"])
+    assert (plain.exit_code, described.exit_code) == (0, 0), plain.stderr + described.stderr
+    assert json.loads(plain.stdout)["completion_rate"] is None
+    assert json.loads(described.stdout)["completion_rate"] == 1.0
+    episodes = list(fake.episodes.values())
+    assert episodes[0].acts[0][0]["observation"] == "guess"
+    assert episodes[2].acts[0][0]["observation"] == "<guess>"
+    assert episodes[2].fields["instructions"] == "Heads or tails?"
 
 
 async def test_a_slow_environment_steps_beside_the_loop(fake: FakeService, url: str) -> None:
