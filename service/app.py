@@ -8,16 +8,17 @@ from functools import partial
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from starlette.middleware.cors import CORSMiddleware
 
 from service.access.admission import Admission
 from service.access.keys import Keyring
 from service.agent.policies import Policies
-from service.api.http import openapi, problems
+from service.api.http import cors, openapi, problems
 from service.api.http.middleware import Failures, RequestContext
 from service.api.http.schemas import EpisodeFields
 from service.api.http.security import Security, is_loopback
 from service.api.http.services import Services
-from service.api.routes import acts, episodes, export, openai, operations, policies, profiles
+from service.api.routes import acts, documentation, episodes, export, openai, operations, policies, profiles
 from service.engine.base import Engine, EngineInfo, EngineRefused, TemplateReport
 from service.engine.load import load_engine
 from service.engine.supervisor import Callback, Load, Supervisor, stop
@@ -66,15 +67,21 @@ def create_app(
         summary="A stateful agent service.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
-        openapi_url="/openapi.json" if settings.docs else None,  # None also disables /docs and /redoc
+        version=openapi.VERSION,
+        openapi_url=None,  # `documentation` serves it
     )
     app.state.services = services
-    for module in (acts, episodes, profiles, policies, export, openai, operations):
-        app.include_router(module.router)
+    modules = (acts, episodes, profiles, policies, export, openai, operations)
+    for router in (*(module.router for module in modules), documentation.index):
+        app.include_router(router)
+    if settings.docs:
+        app.include_router(documentation.router)
     problems.install(app)
     openapi.install(app)
     app.add_middleware(Security, keyring=Keyring(used_store), loopback=is_loopback(settings.host))
     app.add_middleware(Failures)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **cors.OPTIONS)
     app.add_middleware(RequestContext)
     return app
 

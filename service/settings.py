@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 _POLICIES = Path(__file__).parent / "packaged" / "policies"
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _STORE_URL = re.compile(r"sqlite:///(?!:memory:$|file:).+|postgresql(\+asyncpg)?://[^/?#]+/[^/?#]+(\?.*)?", re.DOTALL)
 
 
@@ -107,7 +108,12 @@ class Settings(BaseSettings):
         description="Timeout in seconds, separately for receiving the head of a request, for receiving its body, and "
         "for a client that does not read the response.",
     )
-    docs: bool = Field(True, description="Whether to serve /docs, /redoc and /openapi.json.")
+    docs: bool = Field(True, description="Whether to serve /docs and /openapi.json.")
+    cors_origins: list[str] = Field(
+        [],
+        description="Origins of web pages that may call the service from a browser (CORS), for example "
+        '`["https://app.example"]`. `["*"]` allows every origin, if the service has API keys. Empty: no other site.',
+    )
     max_tokens: int | None = Field(
         None, ge=1, description="Default maximum number of tokens of a completion, for episodes that set none."
     )
@@ -177,6 +183,14 @@ class Settings(BaseSettings):
         if not isinstance(value, dict):
             return value
         return {name.lower(): _json_or_text(item) for name, item in cast("dict[str, Any]", value).items()}
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is not an origin. Write SCHEME://HOST or SCHEME://HOST:PORT, or *")
+        return value
 
     @field_validator("store")
     @classmethod

@@ -14,7 +14,7 @@ TrajectoryFormat = Literal["steps", "messages", "tokens"]
 class Value(BaseModel):
     """Base class. Unknown fields are ignored, because a newer service may send more fields than this client knows."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_temporal="seconds")  # as in the answers
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """The fields that differ from their defaults."""

@@ -4,7 +4,14 @@ import pytest
 
 from tests.support import serving
 
-WITHOUT_A_STORE = ("test_body", "test_connections", "test_hostile", "test_openapi", "test_queries")
+WITHOUT_A_STORE = (
+    "test_body",
+    "test_connections",
+    "test_documentation",
+    "test_hostile",
+    "test_openapi",
+    "test_queries",
+)
 """Modules that test nothing of the store. They run once, on SQLite."""
 
 

@@ -75,6 +75,27 @@ def test_tools(client: openai.OpenAI, http: httpx.Client) -> None:
     assert json.loads(call.function.arguments)["to"] in ("door", "window")
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "move"}}])
+def test_a_stream_of_a_tool_call_has_every_token(http: httpx.Client, choice: Any) -> None:
+    parameters = {"type": "object", "properties": {"to": {"enum": ["door", "window"]}}, "required": ["to"]}
+    body = {
+        "model": MODEL,
+        "messages": SAY,
+        "max_tokens": 40,
+        "tools": [{"type": "function", "function": {"name": "move", "parameters": parameters}}],
+        "tool_choice": choice,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    chunks = [json.loads(line) for line in lines]
+    num_token_ids = sum(len(choice.get("token_ids") or ()) for chunk in chunks for choice in chunk["choices"])
+    assert num_token_ids == chunks[-1]["usage"]["completion_tokens"] > 0
+
+
 def test_completions_of_token_ids_and_a_stream(client: openai.OpenAI) -> None:
     plain = client.completions.create(model=MODEL, prompt=[0, 3, 20], max_tokens=6, temperature=0, logprobs=0)
     assert plain.choices[0].logprobs is not None
@@ -88,7 +109,11 @@ def test_responses(client: openai.OpenAI) -> None:
 
 
 def test_models_and_tokens(client: openai.OpenAI, http: httpx.Client) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    (listed,) = client.models.list()
+    assert listed.id == MODEL
+    assert client.models.retrieve(MODEL).model_dump(exclude={"permission"}) == listed.model_dump(exclude={"permission"})
+    with pytest.raises(openai.NotFoundError, match="There is no model 'nobody'"):
+        client.models.retrieve("nobody")
     tokens = http.post("/tokenize", json={"model": MODEL, "prompt": "row 1", "add_special_tokens": False}).json()[
         "tokens"
     ]

@@ -3,6 +3,7 @@
 Each thought ends with the model's closing tag, and the action after it satisfies the action space.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,18 @@ def test_thoughts_are_the_models_own_and_actions_are_held(
         segments = http.get(f"/episode/{episode}/trajectory?format=tokens").json()["segments"]
     ids = segments[-1]["token_ids"]
     assert [token for token in ids if token in tags][-2:] == tags, "every thought has both tags, even an empty one"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_constraints_of_completions_are_enforced_under_a_reasoning_parser(
+    thinker: tuple[Server, list[int]], streams: bool
+) -> None:
+    with httpx.Client(base_url=f"{thinker[0].url}/v1", timeout=120) as http:
+        model = http.get("/models").json()["data"][0]["id"]
+        assert http.get(f"/models/{model}").json()["id"] == model
+        wanted = {"structured_outputs": {"regex": "go (up|down)"}, "prompt": "row 0", "max_tokens": 32, "seed": 3}
+        answer = http.post("/completions", json={"model": model, "stream": streams, **wanted})
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if "choices" in line]
+    text = "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+    assert text in ("go up", "go down")

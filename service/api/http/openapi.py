@@ -1,5 +1,7 @@
 """Adds the request bodies to the OpenAPI document. FastAPI does not know them, because `body.read` parses them."""
 
+from functools import cache, lru_cache
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,6 +18,9 @@ from service.api.http.schemas import (
     ForkRequest,
     RecordRequest,
 )
+from service.validation import strict_json
+
+VERSION = version("episodic")
 
 _REQUESTS = (
     ActRequest,
@@ -47,12 +52,22 @@ def install(app: FastAPI) -> None:
     """Adds the request models, and the models nested in them, to the components of the app's OpenAPI document."""
     generate = app.openapi
 
+    @cache
     def openapi() -> dict[str, Any]:
         document = generate()
+        schemas: dict[str, Any] = document["components"]["schemas"]
         for model in _REQUESTS:
             schema = model.model_json_schema(ref_template=_REFERENCE)
             parts = schema.pop("$defs", {})
-            document["components"]["schemas"].update({**parts, model.__name__: schema})
+            schemas.update({**parts, model.__name__: schema})
+        # The service validates each act of a batch by itself, so the model has no reference to it.
+        schemas["BatchRequest"]["properties"]["acts"]["items"] = {"$ref": _REFERENCE.format(model="ActRequest")}
         return document
 
     app.openapi = openapi
+
+
+@lru_cache(1)
+def as_json(app: FastAPI) -> bytes:
+    """Returns the OpenAPI document of the app. It is made at the first call, because that takes long."""
+    return strict_json.write(app.openapi())

@@ -52,9 +52,12 @@ CODES: dict[int, tuple[str, ...]] = {
 """The codes of each status. `deploy/proxy` answers `bad_gateway` and `gateway_timeout` itself."""
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Returns OpenAPI's `responses` for these statuses, and for 401, 403 and 429, which every call may return."""
-    statuses = (*statuses, 401, 403, 429)
+def documented(*statuses: int, public: bool = False) -> dict[int | str, dict[str, Any]]:
+    """Returns OpenAPI's `responses` for these statuses and for those that every call may return.
+
+    public: whether the call needs no API key.
+    """
+    statuses = (*statuses, 422, 500, *(() if public else (401, 403, 429)))
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
         status: {"model": Problem, "description": ", ".join(CODES[status]), "content": content} for status in statuses

@@ -483,6 +483,17 @@ class Ready(_Response):
     status: str
 
 
+class Description(_Response):
+    """The answer to GET /."""
+
+    name: str
+    version: str
+    """The version of the service."""
+    description: str
+    links: dict[str, str]
+    """The paths of some calls, by name."""
+
+
 class Version(_Response):
     """The versions of the service and of the policy."""
 

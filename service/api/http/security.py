@@ -1,6 +1,7 @@
 """Authenticates API keys and checks the scope of a call. Without keys, limits access to programs on this machine."""
 
 import ipaddress
+from collections.abc import Sequence
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -14,7 +15,8 @@ from service.api.http.services import services
 from service.errors import EpisodicError, Forbidden, Unauthenticated
 from service.store.base import StoreUnavailable
 
-_OPEN = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+_DOCS = ("/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/redoc", "/openapi.json")
+_OPEN = frozenset({"/", "/healthz", "/readyz", *_DOCS})
 """Public paths: health checks and documentation. They show nothing about episodes."""
 
 
@@ -64,7 +66,7 @@ class Security:
 
     async def _caller(self, request: Request, needed: str) -> Caller:
         if self._loopback and not await self._keyring.exists():
-            _refuse_other_sites(request)
+            _refuse_other_sites(request, services(request).settings.cors_origins)
             return ANYBODY
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         record = await self._keyring.find(key.strip()) if kind.lower() == "bearer" else None
@@ -84,17 +86,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _refuse_other_sites(request: Request) -> None:
+def _refuse_other_sites(request: Request, allowed: Sequence[str]) -> None:
     """Refuses requests that a foreign web page sends from a browser on this machine. Raises Forbidden.
 
     A page can reach a loopback address by DNS rebinding (then Host is a foreign name) or by a cross-site request (then
-    Origin is a foreign site). Programs other than browsers send neither.
+    Origin is a foreign site). Programs other than browsers send neither. `allowed`: origins that the operator trusts;
+    "*" is not one of them, because then every page could use the service.
     """
     if not _is_local(f"//{request.headers.get('host', 'localhost')}"):
         detail = f"Header Host: without API keys it must be localhost or a loopback address. {_CREATE_KEY}"
         raise Forbidden("forbidden", detail)
     origin = request.headers.get("origin")
-    if origin is not None and not _is_local(origin):
+    if origin is not None and origin not in allowed and not _is_local(origin):
         detail = f"Header Origin: without API keys, web pages of other sites are refused. {_CREATE_KEY}"
         raise Forbidden("forbidden", detail)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import importlib.metadata
 import math
 from contextlib import suppress
 
@@ -11,7 +10,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from service.api.http import problems
 from service.api.http.answers import json_answer
+from service.api.http.openapi import VERSION
 from service.api.http.routing import StrictRoute
 from service.api.http.schemas import Ready, Version
 from service.api.http.services import Services, services
@@ -21,12 +22,11 @@ from service.store.base import StoreUnavailable
 
 router = APIRouter(tags=["operations"], route_class=StrictRoute)
 
-_VERSION = importlib.metadata.version("episodic")
 _STORE_LIMIT_S = 2.0
 """Timeout of the store for /readyz and /metrics. Without it, a hanging store would block both and stay unreported."""
 
 
-@router.get("/healthz", summary="Liveness", response_model=Ready)
+@router.get("/healthz", summary="Liveness", response_model=Ready, responses=problems.documented(public=True))
 async def healthz() -> Response:
     """Returns 200 while the process runs, whether the model is loaded or not. Use it as a liveness probe."""
     return json_answer({"status": "ok"})
@@ -36,7 +36,8 @@ async def healthz() -> Response:
     "/readyz",
     summary="Readiness",
     response_model=Ready,
-    responses={503: {"description": "`reason`: loading, engine_unavailable, store_unavailable, or draining."}},
+    responses={503: {"description": "`reason`: loading, engine_unavailable, store_unavailable, or draining."}}
+    | problems.documented(public=True),
 )
 async def readyz(request: Request) -> Response:
     """Returns 200 if the service can serve acts, 503 with a `reason` if not. Use it as a readiness probe."""
@@ -46,7 +47,7 @@ async def readyz(request: Request) -> Response:
     return json_answer({"status": "ready"})
 
 
-@router.get("/version", summary="Version", response_model=Version)
+@router.get("/version", summary="Version", response_model=Version, responses=problems.documented())
 async def version(request: Request) -> Response:
     """Returns the versions of the service and of the policy, and how the policy's chat template behaves.
 
@@ -63,10 +64,10 @@ async def version(request: Request) -> Response:
             "max_model_len": info.max_model_len,
             "template": engine.template and dataclasses.asdict(engine.template),
         }
-    return json_answer({"version": _VERSION, **policy})
+    return json_answer({"version": VERSION, **policy})
 
 
-@router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
+@router.get("/metrics", summary="Metrics", response_class=PlainTextResponse, responses=problems.documented())
 async def metrics(request: Request) -> Response:
     """Returns metrics in Prometheus text format: `agent_*` of the service, `vllm:*` of the engine."""
     behind = services(request)
@@ -79,7 +80,7 @@ async def metrics(request: Request) -> Response:
     ACTIVE_EPISODES.set(num_active)
     engine = _engine(request)
     info = None if engine is None else engine.info
-    set_state(reason, _VERSION, info and info.model, info and info.version)
+    set_state(reason, VERSION, info and info.model, info and info.version)
     TASKS.set(len(asyncio.all_tasks()))
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -98,6 +98,23 @@ class CheckedClient:
                 yield output
 
 
+class PlainTextClient:
+    """Wraps vLLM's engine for /v1/completions, whose prompts open no thought.
+
+    With a reasoning parser, vLLM enforces a constraint only after the end of a thought. A completion has none, so the
+    constraint would never be enforced.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        return self._llm.generate(*args, **{**options, "reasoning_ended": True})
+
+
 def _constraint(wanted: Any) -> Constraint:
     """Converts vLLM's StructuredOutputsParams in the same way as vLLM's xgrammar backend. Raises ValueError."""
     from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
@@ -176,6 +193,8 @@ async def _build(llm: Any, served: Served, check: Check) -> Any:
 
     client: Any = SaltedClient(CheckedClient(llm, check))
     await init_app_state(client, app.state, app.state.args, served.tasks)
+    if "generate" in served.tasks:
+        app.state.openai_serving_completion.engine_client = PlainTextClient(client)
     return app
 
 
@@ -216,6 +235,16 @@ async def _engine_died(_: Request, __: Exception) -> Response:
     return JSONResponse({"error": error}, 503, {"Retry-After": "5"})
 
 
+async def _model(name: str, request: Request) -> Response:
+    """GET /v1/models/{name}, which vLLM lacks: returns one entry of GET /v1/models."""
+    models = await request.app.state.openai_serving_models.show_available_models()
+    for model in models.data:
+        if model.id == name:
+            return JSONResponse(model.model_dump())
+    known = ", ".join(repr(model.id) for model in models.data)
+    raise HTTPException(404, f"There is no model {name!r}. The models are {known}.")
+
+
 def _add_routes(app: Any, tasks: Any, model_config: Any) -> None:
     from vllm.entrypoints.generate.api_router import register_generate_api_routers
     from vllm.entrypoints.openai.models.api_router import attach_router as add_models
@@ -223,6 +252,7 @@ def _add_routes(app: Any, tasks: Any, model_config: Any) -> None:
     from vllm.entrypoints.serve.tokenize.api_router import attach_router as add_tokenize
 
     add_models(app)
+    app.get("/v1/models/{name:path}")(_model)
     add_tokenize(app)
     if "generate" in tasks:
         register_generate_api_routers(app)

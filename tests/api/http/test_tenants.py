@@ -22,7 +22,7 @@ from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
 
-OPEN = {("get", "/healthz"), ("get", "/readyz")}
+OPEN = {("get", "/"), ("get", "/healthz"), ("get", "/readyz")}
 OPERATIONS = [
     (method, path)
     for path, methods in create_app(Settings(), store=MemoryStore()).openapi()["paths"].items()

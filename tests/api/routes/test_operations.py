@@ -66,7 +66,7 @@ async def test_the_openapi_document_says_what_is_served(tmp_path: Path, tokenize
         *("/act", "/episode", "/episode/{episode_id}", "/episode/{episode_id}/end", "/episode/{episode_id}/trajectory"),
         *("/act/batch", "/export", "/profile", "/policy", "/policy/{name}"),
         *(f"/episode/{{episode_id}}/{name}" for name in ("action", "fork", "feedback")),
-        *("/healthz", "/readyz", "/version", "/metrics"),
+        *("/", "/healthz", "/readyz", "/version", "/metrics"),
     }
     _assert_references_resolve(document, document)
 
