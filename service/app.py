@@ -46,7 +46,7 @@ def create_app(
     engine: replaces the engine of the settings. It is an engine, or a function that loads one at each (re)start.
     store: replaces the store of the settings.
     on_ready: called each time an engine is ready.
-    on_fatal: called when the supervisor gives up, so that the process can exit with an error.
+    on_fatal: called when the supervisor gives up or fails, so that the process can exit with an error.
     """
     used_store = store or SQLStore(settings.store_url, metrics.count_commit)
     services = _services(settings, used_store)
@@ -58,7 +58,8 @@ def create_app(
         async with AsyncExitStack() as stack:
             await used_store.open()
             stack.push_async_callback(used_store.close)
-            running = asyncio.create_task(supervisor.run(), name="engine")
+            running = asyncio.create_task(supervisor.run(), name="supervisor")
+            running.add_done_callback(partial(_end_if_failed, on_fatal))
             stack.push_async_callback(stop, running)
             yield
 
@@ -116,6 +117,17 @@ async def _serving(services: Services, on_ready: Callback, engine: Engine) -> As
         yield
     finally:
         await stop(expiring)
+
+
+def _end_if_failed(on_fatal: Callback, task: "asyncio.Task[None]") -> None:
+    """Ends the process if a task that the service cannot do without has ended by an exception."""
+    if task.cancelling():  # by the shutdown
+        return
+    if task.cancelled() or task.exception():
+        failure = None if task.cancelled() else task.exception()
+        _log.critical("background_task_failed", task=task.get_name(), exc_info=failure)
+        metrics.UNEXPECTED_FAILURES.inc()
+        on_fatal()
 
 
 def _log_ready(info: EngineInfo, template: TemplateReport | None) -> None:

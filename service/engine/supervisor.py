@@ -69,23 +69,27 @@ class Supervisor:
 
     async def _run_engine(self) -> None:
         """Loads one engine and serves it until it dies or fails."""
-        # It remains true if this is cancelled, because the thread continues to load.
         self._lifecycle.is_loading_engine = True
-        try:
-            engine = await self._load()
-        except EngineRefused as refusal:
-            _log.critical("engine_load_failed", model=self._settings.model, reason=str(refusal))
+        engine = await self._loaded()
+        self._lifecycle.is_loading_engine = False  # not if this is cancelled, because the thread continues to load
+        if engine is None:
             return
-        except Exception:  # noqa: BLE001 - `run` handles every failure: it retries or gives up
-            _log.exception("engine_load_failed", model=self._settings.model)
-            return
-        self._lifecycle.is_loading_engine = False
         try:
             await self._serve(engine)
         except Exception:  # noqa: BLE001 - `run` handles every failure
             _log.exception("engine_serve_failed", model=self._settings.model)
         finally:
             await engine.close()
+
+    async def _loaded(self) -> Engine | None:
+        """Loads an engine. Returns None if that fails."""
+        try:
+            return await self._load()
+        except EngineRefused as refusal:
+            _log.critical("engine_load_failed", model=self._settings.model, reason=str(refusal))
+        except Exception:  # noqa: BLE001 - `run` handles every failure: it retries or gives up
+            _log.exception("engine_load_failed", model=self._settings.model)
+        return None
 
     async def _serve(self, engine: Engine) -> None:
         """Serves the engine until it dies."""
@@ -97,14 +101,16 @@ class Supervisor:
             await stop(watching)
 
     async def _watch(self, engine: Engine) -> None:
-        """Waits until the engine has died. Kills an engine that hangs."""
+        """Waits until the engine has died. Kills an engine that hangs. Raises what prevents it from being watched."""
         dying = asyncio.create_task(engine.watch(), name="death")
         hanging = asyncio.create_task(watchdog.hung(engine, self._settings.engine_canary_s), name="hang")
         try:
             await asyncio.wait([dying, hanging], return_when=asyncio.FIRST_COMPLETED)
             if dying.done():
+                dying.result()
                 _log.critical("engine_died")
                 return
+            hanging.result()
             _log.critical("engine_hung", silent_s=self._settings.engine_canary_s)
             engine.kill()
         finally:

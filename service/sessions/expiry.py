@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from service.errors import Conflict
-from service.observability import logs
+from service.observability import logs, metrics
 from service.store.base import Store, StoreUnavailable
 
 _log = logs.get(__name__)
@@ -49,6 +49,11 @@ class Expiry:
                     continue
             except StoreUnavailable as error:
                 _log.warning("expiry_delayed", reason=str(error))
+                await asyncio.sleep(_RETRY_S)
+                continue
+            except Exception:  # noqa: BLE001 - this task must not end while the service runs
+                _log.exception("expiry_failed")
+                metrics.UNEXPECTED_FAILURES.inc()
                 await asyncio.sleep(_RETRY_S)
                 continue
             wait_s = min(self._next - time.time(), _LONGEST_SLEEP_S)

@@ -265,8 +265,10 @@ async def test_drain_timeout_aborts_uncommitted_acts(tmp_path: Path, tokenizer: 
         await until(lambda: engine.num_held == 2)
         api.app.state.services.lifecycle.enter(Phase.DRAINING)
         assert await api.app.state.services.sessions.abort_acts() == 2
-        for call in calls:
+        for call in calls[:2]:
             assert _status_and_code(await call) == (503, "draining")
+        streamed = await calls[2]  # its headers were sent when the act began to wait for the engine
+        assert (streamed.status_code, '"code":"draining"' in streamed.text) == (200, True)
         assert engine.num_aborted == 2
         assert [(await api.get(name))["step"] for name in ("e", "f")] == [0, 0]
 
@@ -304,14 +306,67 @@ def _status_and_code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["code"]
 
 
-@pytest.mark.xfail(strict=True, raises=TimeoutError, reason="known fault: the supervisor can end silently")
-async def test_a_failure_of_the_supervisor_itself_ends_the_process(tmp_path: Path, loader: Loader, monkeypatch: Any):
+@pytest.mark.parametrize("failure", [RuntimeError("cannot be closed"), asyncio.CancelledError()])
+async def test_a_failure_of_the_supervisor_itself_ends_the_process(
+    tmp_path: Path, loader: Loader, monkeypatch: Any, failure: BaseException
+):
     async with served(tmp_path, loader) as (_, gave_up):
 
         async def broken() -> None:
-            raise RuntimeError("cannot be closed")
+            raise failure
 
         monkeypatch.setattr(loader.engine, "close", broken)
         loader.engine.die()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(5):
             await gave_up.wait()
+
+
+async def test_an_engine_that_cannot_be_watched_is_loaded_again(tmp_path: Path, loader: Loader, monkeypatch: Any):
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("cannot be watched")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ScriptedEngine, "watch", broken)
+        async with served(tmp_path, loader, engine_max_failures=4) as (_, gave_up):
+            await until(gave_up.is_set)
+            assert loader.num_loads == 4
+    with monkeypatch.context() as patched:
+        patched.setattr("service.engine.watchdog.hung", broken)
+        killed: list[ScriptedEngine] = []
+        patched.setattr(ScriptedEngine, "kill", lambda engine: (killed.append(engine), engine.die()))
+        async with served(tmp_path, loader, engine_max_failures=4) as (_, gave_up):
+            await until(gave_up.is_set)
+            assert (loader.num_loads, killed) == (8, [])
+
+
+@pytest.mark.parametrize("failure", [EngineRefused("no"), RuntimeError("no"), None])
+async def test_the_lifecycle_knows_whether_an_engine_is_being_loaded(
+    tmp_path: Path, loader: Loader, failure: Exception | None
+):
+    gave_up, loading = asyncio.Event(), []
+
+    async def load() -> ScriptedEngine:
+        loading.append(app.state.services.lifecycle.is_loading_engine)
+        if failure:
+            raise failure
+        return await loader()
+
+    app = create_app(
+        Settings(data=tmp_path, **SOON),
+        engine=load,
+        store=MemoryStore(),
+        on_fatal=gave_up.set,
+        on_ready=gave_up.set,
+    )
+    async with app.router.lifespan_context(app):
+        await until(gave_up.is_set)
+        assert loading == [True]
+        assert not app.state.services.lifecycle.is_loading_engine
+
+
+async def test_a_load_that_the_shutdown_interrupts_still_runs(tmp_path: Path, loader: Loader):
+    loader.may_load.clear()
+    app = create_app(Settings(data=tmp_path, **SOON), engine=loader, store=MemoryStore())
+    async with app.router.lifespan_context(app):
+        await until(lambda: loader.num_loads)
+    assert app.state.services.lifecycle.is_loading_engine

@@ -102,3 +102,13 @@ async def test_what_cannot_end_keeps_no_other_from_it(expiries: Expiries, monkey
         again = await expiries.queries.get()
     assert expiries.ended == ["fine"]
     again.cancel()
+
+
+async def test_a_bug_does_not_end_the_expiry(expiries: Expiries, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.sessions.expiry._RETRY_S", 0.01)
+    (await expiries.queries.get()).set_exception(TypeError("a bug"))
+    expiries.due = ["over"]
+    async with asyncio.timeout(5):
+        (await expiries.queries.get()).set_result(time.time() - 1)
+        (await expiries.queries.get()).cancel()
+    assert expiries.ended == ["over"]

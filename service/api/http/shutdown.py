@@ -63,6 +63,12 @@ class DrainingServer(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:
+        try:
+            await self._finish_requests()
+        finally:
+            self.should_exit = True
+
+    async def _finish_requests(self) -> None:
         services: Services = self._app.state.services
         services.lifecycle.enter(Phase.LEAVING)
         if services.lifecycle.unready_reason is None:
@@ -77,7 +83,6 @@ class DrainingServer(uvicorn.Server):
             _log.warning("drain_timeout_reached", num_acts=num_aborted)
         if in_flight:
             await asyncio.wait(in_flight, timeout=FINAL_RESPONSES_S)
-        self.should_exit = True
 
 
 def end(code: int) -> None:
