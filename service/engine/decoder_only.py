@@ -8,7 +8,7 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -52,6 +52,9 @@ class _Reply:
 class DecoderOnlyEngine(ABC):
     """Base class of engines whose model is decoder-only. A subclass implements the requests to the model."""
 
+    max_candidates: int | None = None
+    """Maximum number of candidates of one call of `score`; None for no limit."""
+
     def __init__(self, info: EngineInfo, tokenizer: Tokenizer) -> None:
         """If the chat template is not usable for episodes, `info.no_episodes` says why."""
         self.info = info
@@ -90,7 +93,8 @@ class DecoderOnlyEngine(ABC):
         adapter: Adapter | None = None,
         cache_salt: str | None = None,
     ) -> Scores:
-        """Scores each candidate for the next token, in one forward pass. Raises EngineUnavailable."""
+        """Scores at most `max_candidates` candidates for the next token, in one forward pass. Raises
+        EngineUnavailable."""
 
     @abstractmethod
     async def check_constraint(self, constraint: Constraint) -> None:
@@ -178,7 +182,7 @@ class DecoderOnlyEngine(ABC):
         """
         trie = self.trie(choices)
         passes = [self._score_branch([*prompt, *branch.path], branch.children, wanted) for branch in trie.branches]
-        scores = [await passes[0]] if len(passes) == 1 else await _gather(passes)
+        scores = await _gather(passes)
         # -inf is allowed: such an action has the probability 0.
         if any(math.isnan(value) or value == math.inf for score in scores for value in score.logprobs):
             raise PolicyFailed
@@ -196,8 +200,14 @@ class DecoderOnlyEngine(ABC):
         )
 
     async def _score_branch(self, prompt: list[int], children: Sequence[int], wanted: Wanted) -> Scores:
+        size = self.max_candidates or len(children)
+        parts = [children[start : start + size] for start in range(0, len(children), size)]
+        scores = await _gather([self._score(prompt, part, wanted) for part in parts])
+        return Scores(tuple(value for score in scores for value in score.logprobs), scores[0].cached_tokens)
+
+    async def _score(self, prompt: list[int], candidates: Sequence[int], wanted: Wanted) -> Scores:
         async with wanted.slot():
-            return await self.score(prompt, children, adapter=wanted.adapter, cache_salt=wanted.cache_salt)
+            return await self.score(prompt, candidates, adapter=wanted.adapter, cache_salt=wanted.cache_salt)
 
     async def _write(self, prompt: list[int], space: ActionSpace, wanted: Wanted) -> _Reply:
         """Draws an action that is text, with or without a constraint.
@@ -286,8 +296,10 @@ def _check_finite(drawn: Completion) -> None:
         raise PolicyFailed
 
 
-async def _gather(calls: Iterable[Coroutine[None, None, Scores]]) -> list[Scores]:
+async def _gather(calls: Sequence[Coroutine[None, None, Scores]]) -> list[Scores]:
     """Like asyncio.gather, but if a call fails, the others are cancelled."""
+    if len(calls) == 1:  # by far the most frequent case, and faster without a task
+        return [await calls[0]]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call) for call in calls]

@@ -26,12 +26,12 @@ from service.engine.tokenizer import HFTokenizer
 from service.engine.vllm import openai_app
 from service.engine.vllm.loading import Heartbeat, build, in_daemon_thread, model_info
 from service.engine.vllm.openai_app import OpenAIApp
+from service.observability import logs
 from service.trajectory import Sampling
 
-T = TypeVar("T")
+_log = logs.get(__name__)
 
-MAX_CANDIDATES_A_CALL = 128
-"""vLLM's limit on the length of `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
+T = TypeVar("T")
 
 _STATS_INTERVAL_S = 10.0
 _POLL_INTERVAL_S = 0.5
@@ -39,6 +39,9 @@ _POLL_INTERVAL_S = 0.5
 
 class VLLMEngine(DecoderOnlyEngine):
     """An engine that runs a decoder-only model with vLLM. `VLLMEngine.load` creates it."""
+
+    max_candidates = 128
+    """vLLM's limit on the length of `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
 
     def __init__(
         self, llm: Any, info: EngineInfo, heartbeat: Heartbeat, grammar: GrammarChecker, openai: OpenAIApp
@@ -155,20 +158,19 @@ class VLLMEngine(DecoderOnlyEngine):
         adapter: Adapter | None = None,
         cache_salt: str | None = None,
     ) -> Scores:
-        chunks = [
-            candidates[start : start + MAX_CANDIDATES_A_CALL]
-            for start in range(0, len(candidates), MAX_CANDIDATES_A_CALL)
-        ]
-        if len(chunks) == 1:
-            return await self._score_chunk(prompt_token_ids, candidates, adapter, cache_salt)
-        try:
-            async with asyncio.TaskGroup() as group:
-                calls = [self._score_chunk(prompt_token_ids, chunk, adapter, cache_salt) for chunk in chunks]
-                tasks = [group.create_task(call) for call in calls]
-        except ExceptionGroup as failures:  # all chunks fail for the same reason, so the first one is enough
-            raise failures.exceptions[0] from failures
-        parts = [task.result() for task in tasks]
-        return Scores(tuple(value for part in parts for value in part.logprobs), parts[0].cached_tokens)
+        params = self._params(
+            temperature=0.0,
+            max_tokens=1,
+            logprob_token_ids=list(candidates),
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=self._final,
+            skip_clone=True,
+        )
+        output = await self._run(prompt_token_ids, params, adapter, cache_salt)
+        found = output.outputs[0].logprobs
+        by_token = dict(zip(found.token_ids, found.logprobs, strict=True))
+        return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
 
     async def check_constraint(self, constraint: Constraint) -> None:
         from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
@@ -189,8 +191,14 @@ class VLLMEngine(DecoderOnlyEngine):
             await asyncio.sleep(_POLL_INTERVAL_S)
             elapsed_s += _POLL_INTERVAL_S
             if elapsed_s >= _STATS_INTERVAL_S and self.healthy:
-                await self._llm.do_log_stats()
+                await self._log_stats()
                 elapsed_s = 0.0
+
+    async def _log_stats(self) -> None:
+        try:
+            await self._llm.do_log_stats()
+        except Exception as failure:  # noqa: BLE001 - the engine works without statistics
+            _log.warning("engine_stats_failed", reason=repr(failure))
 
     async def probe(self) -> None:
         if self.info.generates:
@@ -249,27 +257,6 @@ class VLLMEngine(DecoderOnlyEngine):
     def _structure(self, constraint: Constraint) -> Any:
         spec: dict[str, Any] = {constraint.kind: constraint.spec}
         return self._structured(**spec)
-
-    async def _score_chunk(
-        self,
-        prompt_token_ids: list[int],
-        candidates: Sequence[int],
-        adapter: Adapter | None,
-        cache_salt: str | None,
-    ) -> Scores:
-        params = self._params(
-            temperature=0.0,
-            max_tokens=1,
-            logprob_token_ids=list(candidates),
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=self._final,
-            skip_clone=True,
-        )
-        output = await self._run(prompt_token_ids, params, adapter, cache_salt)
-        found = output.outputs[0].logprobs
-        by_token = dict(zip(found.token_ids, found.logprobs, strict=True))
-        return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
 
     async def _run(
         self,
