@@ -12,6 +12,7 @@ disable_created_metrics()  # otherwise each counter and histogram gets a second 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _RETURN = (-1000, -100, -10, -1, 0, 0.5, 1, 10, 100, 1000)
+MAX_RETURN = 1e9
 _STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 ACTS = Counter("agent_acts", "Acts by outcome: acted, done, replayed, or an error code.", ["outcome"])
@@ -55,7 +56,9 @@ EPISODE_STEPS = Histogram(
 # The mean return needs the sum of the returns. prometheus_client writes no sum for a histogram with negative buckets,
 # and a counter must not decrease. Therefore positive and negative returns are summed in two counters.
 RETURNS = Counter(
-    "agent_returns", "Sum of the absolute returns of ended episodes, by profile and sign.", ["profile", "sign"]
+    "agent_returns",
+    "Sum of the absolute returns of ended episodes, each at most 1e9, by profile and sign.",
+    ["profile", "sign"],
 )
 HTTP_REQUESTS = Counter(
     "agent_http_requests", "HTTP requests by route (- if no route matched) and status.", ["route", "status"]
@@ -102,8 +105,13 @@ def count_commit(num_acts: int, seconds: float) -> None:
 
 
 def count_end(stop_reason: StopReason, profile: str | None, episode_return: float, num_steps: int) -> None:
-    """Counts an ended episode. `profile` must be a known profile's name, so that the number of series is bounded."""
+    """Counts an ended episode. `profile` must be a known profile's name, so that the number of series is bounded.
+
+    A return beyond MAX_RETURN counts as MAX_RETURN: no episode may make the sum of all returns infinite, or so large
+    that the returns of others are lost in rounding.
+    """
     name = profile or "none"
+    episode_return = min(max(episode_return, -MAX_RETURN), MAX_RETURN)
     EPISODES_ENDED.labels(stop_reason).inc()
     EPISODE_RETURN.labels(name).observe(episode_return)
     EPISODE_STEPS.labels(name).observe(num_steps)
