@@ -129,7 +129,8 @@ class Settings(BaseSettings):
     max_queued_acts: int | None = Field(
         None,
         ge=0,
-        description="Size of the act queue. When it is full, further acts get 429. Default: a quarter of the slots.",
+        description="Size of the act queue. When it is full, further acts get 429. Default: four times the slots, at "
+        "least 1024.",
     )
     quota: Quota = Field(
         Quota(),

@@ -2,9 +2,12 @@
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from service.engine.base import TextSink
+from service.errors import DeadlineExceeded
 from service.trajectory import JsonValue, Message, Step
 
 
@@ -24,7 +27,8 @@ class ActRequest:
     timeout_s: seconds after which the caller gives up; None for no timeout.
     recorded: an action that the caller chose; None if the policy decides.
     sink: receives streamed text. A retry that joins an act in flight receives only the result.
-    arrived: value of `time.perf_counter()` when the request arrived.
+    on_wait: called when the act begins to wait for the engine. What could be wrong with the request is known then.
+    arrived: value of `time.perf_counter()` when the request arrived. The timeout starts then.
     """
 
     message: Message
@@ -34,7 +38,23 @@ class ActRequest:
     timeout_s: float | None = None
     recorded: RecordedAction | None = None
     sink: TextSink | None = None
+    on_wait: Callable[[], None] = lambda: None
     arrived: float = field(default_factory=time.perf_counter)
+
+
+@asynccontextmanager
+async def before_deadline(request: ActRequest) -> AsyncGenerator[asyncio.Timeout]:
+    """Cancels the block at the deadline of the request. Raises DeadlineExceeded then."""
+    left_s = request.timeout_s and request.timeout_s - (time.perf_counter() - request.arrived)
+    limit = asyncio.timeout(left_s)
+    try:
+        async with limit:
+            yield limit
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        detail = f"The timeout of {request.timeout_s:g} s expired before the commit. Retry with a larger timeout_s."
+        raise DeadlineExceeded("deadline_exceeded", detail) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +82,13 @@ class InFlightAct:
     num_waiters: int = 0
     is_committing: bool = False
 
-    async def join(self, timeout_s: float | None) -> ActResult:
-        """Waits for the result. Raises TimeoutError if the timeout expires before the commit has begun."""
+    async def join(self, limit: asyncio.Timeout) -> ActResult:
+        """Waits for the result. If the limit expires after the commit has begun, continues to wait."""
         self.num_waiters += 1
         try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(self.task)
-        except TimeoutError:
-            if self.is_committing:
+            return await asyncio.shield(self.task)
+        except asyncio.CancelledError:
+            if self.is_committing and limit.expired():
                 return await asyncio.shield(self.task)
             raise
         finally:

@@ -2,14 +2,15 @@
 
 from service.errors import Conflict
 from service.observability import metrics
-from service.sessions.episode import Episode
+from service.sessions.acts import ActRequest
+from service.sessions.episode import Episode, closing_step, ended_state
 from service.sessions.episode_cache import EpisodeCache
 from service.store.base import Commit, StepTaken, Store, StoreUnavailable
-from service.trajectory import Step, StopReason
+from service.trajectory import EpisodeConfig, EpisodeState, Step, StopReason, StoredEpisode
 
 
 class Commits:
-    """Commits the steps of cached episodes. No other class writes them to the store."""
+    """Commits steps. No other class writes them to the store."""
 
     def __init__(self, store: Store, cache: EpisodeCache) -> None:
         self._store = store
@@ -19,7 +20,7 @@ class Commits:
         """Commits a step. If `stop_reason` is set, the episode ends with this step.
 
         Returns the committed step: `step`, or the step that another replica committed first for the same request.
-        Raises Conflict (step_conflict) if another request took the step, StoreUnavailable.
+        Raises Conflict (step_conflict) if another request took the step, Gone, Unprocessable, StoreUnavailable.
         """
         state = episode.state_after(step, stop_reason)
         act = episode.in_flight
@@ -38,9 +39,28 @@ class Commits:
         except BaseException:
             self._cache.drop(episode.episode_id)  # the result is unknown: the next call must read the store
             raise
-        if stop_reason:
-            metrics.count_end(stop_reason, episode.config.request.get("profile"), state.episode_return, state.step)
+        _count_end(episode.config, state)
         return step
+
+    async def end(self, stored: StoredEpisode, request: ActRequest, stop_reason: StopReason) -> StoredEpisode | None:
+        """Ends an episode, without its steps in memory.
+
+        Returns None if another call committed a step or ended the episode meanwhile. Raises Unprocessable,
+        StoreUnavailable.
+        """
+        step = closing_step(stored.config, stored.state, request)
+        state = ended_state(stored.state, step, stop_reason)
+        try:
+            await self._store.commit(Commit(step, state))
+        except StepTaken:
+            return None
+        except StoreUnavailable:
+            if not await self._is_stored(step):
+                raise
+        finally:
+            self._cache.drop_idle(step.episode_id)
+        _count_end(stored.config, state)
+        return StoredEpisode(stored.config, state)
 
     async def _is_stored(self, step: Step) -> bool:
         """Re-reads a step to find out whether a commit with an unknown result was stored. Raises StoreUnavailable."""
@@ -59,3 +79,8 @@ class Commits:
         state = (await self._cache.stored(step.episode_id)).state
         detail = f"Another act was committed as step {step.index}. The next step is {state.step}."
         raise Conflict("step_conflict", detail, expected_step=state.step)
+
+
+def _count_end(config: EpisodeConfig, state: EpisodeState) -> None:
+    if state.stop_reason:
+        metrics.count_end(state.stop_reason, config.request.get("profile"), state.episode_return, state.step)

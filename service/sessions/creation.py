@@ -9,7 +9,7 @@ from typing import Any
 
 from service.access.admission import Admission
 from service.agent.agent import Agent
-from service.agent.options import Options, checked
+from service.agent.options import Options, checked, restored
 from service.engine.base import ActionSpaceRefused
 from service.errors import Conflict, Gone, TooManyRequests, Unprocessable, episode_deleted
 from service.observability import metrics
@@ -95,11 +95,15 @@ class Creation:
         try:
             forks = await self._create_forks(parent_id, at_step, episode_ids, group, digest)
         except (EpisodeExists, Gone, TooManyRequests) as error:
-            known = [await self.opened(episode_id, digest) for episode_id in episode_ids]
-            if all(known):
-                return [stored for stored in known if stored], False
+            records = [await self._store.episode(episode_id) for episode_id in episode_ids]
+            known = [record for record in records if record and not record.deleted and record.config.digest == digest]
+            if len(known) == len(records):
+                return known, False
             if not isinstance(error, EpisodeExists):
                 raise
+            for record in records:
+                if record and record.deleted:
+                    raise episode_deleted(public_id(record.config.episode_id)) from error
             detail = "One of these episodes already exists. Use other episode_ids."
             raise Conflict("idempotency_mismatch", detail) from error
         self._add_to_cache(forks)
@@ -108,16 +112,19 @@ class Creation:
     async def _create_forks(
         self, parent_id: str, at_step: int | None, episode_ids: Sequence[str], group: str | None, digest: bytes
     ) -> list[Episode]:
-        parent = await self._cache.find(parent_id)
-        rows = [row for row in await self._store.steps(parent_id) if not row.closing]
+        engine = self._agent().engine
+        stored, rows = await self._cache.trajectory(parent_id)
+        rows = [row for row in rows if not row.closing]
         step = len(rows) if at_step is None else at_step
         if step > len(rows):
             raise Unprocessable(f"at_step must be at most {len(rows)}, the episode's number of steps", "at_step")
-        shared_group: str = group or parent.config.request.get("group") or public_id(parent_id)
-        history = self._agent().engine.history()
-        forks = parent.forks(rows[:step], episode_ids, shared_group, digest, history)
+        cached = self._cache.peek(parent_id)
+        options = cached.options if cached else await restored(stored.config.request, engine.info)
+        parent = Episode(stored, options, engine.history())
+        shared_group: str = group or stored.config.request.get("group") or public_id(parent_id)
+        forks = parent.forks(rows[:step], episode_ids, shared_group, digest, engine.history())
         try:
-            async with self._within_quota(parent.config.tenant, len(forks)):
+            async with self._within_quota(stored.config.tenant, len(forks)):
                 await self._store.fork([StoredEpisode(fork.config, fork.state) for fork in forks])
         except EpisodeGone as error:
             raise episode_deleted(public_id(parent_id)) from error

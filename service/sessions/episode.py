@@ -40,9 +40,7 @@ class Episode:
         self.state: EpisodeState = stored.state
         self.options = options
         self.history = _filled(history, steps)
-        # A fork ignores the idempotency keys of inherited steps: they belong to requests to its ancestors.
-        own = [step for step in steps if step.episode_id == self.episode_id]
-        self.keys: dict[str, int] = {step.idempotency_key: step.index for step in own if step.idempotency_key}
+        self.keys: dict[str, int] = keys_of(self.episode_id, steps)
         self._in_flight: InFlightAct | None = None
 
     @property
@@ -104,8 +102,7 @@ class Episode:
             raise Unprocessable("observation is required unless terminated or truncated is true", "observation")
         if message.success is not None and message.ends is None:
             raise Unprocessable("success is only allowed with terminated or truncated", "success")
-        if message.reward is not None and not math.isfinite(self.state.episode_return + message.reward):
-            raise Unprocessable("the sum of the episode's rewards is too large for a 64-bit float", "reward")
+        return_after(self.state, message)
         if message.ends is None or message.legal_actions is not None:
             try:
                 self.options.action_space.narrowed(message.legal_actions)
@@ -129,42 +126,24 @@ class Episode:
     def next_step(self, request: ActRequest, decision: Decision) -> Step:
         """Returns the step for a decision."""
         answer = _answer(self.episode_id, self.state.step, decision.policy_version, decision)
-        step = self._step(request, answer, decision.span, decision.window_start)
-        return step if decision.dropped == (0, 0) else replace(step, dropped=decision.dropped)
+        step = _step(self.config, self.state, request, answer, decision.span)
+        return replace(step, window_start=decision.window_start, dropped=decision.dropped)
 
     def closing_step(self, request: ActRequest) -> Step:
         """Returns the closing step, for a message that ends the episode. It has no action."""
-        answer = _answer(self.episode_id, self.state.step, self.config.policy_version, None)
-        return replace(self._step(request, answer, EMPTY_SPAN, 0), closing=True)
-
-    def _step(self, request: ActRequest, answer: dict[str, JsonValue], span: Span, window_start: int) -> Step:
-        return Step(
-            episode_id=self.episode_id,
-            index=self.state.step,
-            message=request.message,
-            closing=False,
-            span=span,
-            window_start=window_start,
-            answer=answer,
-            digest=request.digest,
-            created_at=time.time(),
-            idempotency_key=request.idempotency_key,
-        )
+        return closing_step(self.config, self.state, request)
 
     def state_after(self, step: Step, stop_reason: StopReason | None) -> EpisodeState:
-        """Returns the state after the commit of `step`."""
-        state, message = self.state, step.message
+        """Returns the state after the commit of `step`. Raises Unprocessable."""
+        if stop_reason:
+            return ended_state(self.state, step, stop_reason)
         return replace(
-            state,
-            step=state.step + (not step.closing),
-            status="ended" if stop_reason else "active",
-            stop_reason=stop_reason,
-            success=message.success if stop_reason else None,
-            episode_return=state.episode_return + (message.reward or 0.0),
-            num_tokens=state.num_tokens + len(step.span.token_ids),
+            self.state,
+            step=self.state.step + 1,
+            episode_return=return_after(self.state, step.message),
+            num_tokens=self.state.num_tokens + len(step.span.token_ids),
             updated_at=step.created_at,
-            ended_at=step.created_at if stop_reason else None,
-            expires_at=None if stop_reason else self.options.expires_at(step.created_at),
+            expires_at=self.options.expires_at(step.created_at),
         )
 
     def advance(self, step: Step, state: EpisodeState) -> None:
@@ -185,7 +164,7 @@ class Episode:
         now = time.time()
         state = EpisodeState(
             step=len(rows),
-            episode_return=sum(row.message.reward or 0.0 for row in rows),
+            episode_return=_sum_of_rewards(rows),
             num_tokens=sum(len(row.span.token_ids) for row in rows),
             updated_at=now,
             expires_at=self.options.expires_at(now),
@@ -214,6 +193,68 @@ class Episode:
             parent=(self.episode_id, state.step),
         )
         return Episode(StoredEpisode(config, state), options, history)
+
+
+def keys_of(episode_id: str, steps: Sequence[Step]) -> dict[str, int]:
+    """Returns the indices of the steps by their idempotency keys.
+
+    A fork ignores the keys of inherited steps: they belong to requests to its ancestors.
+    """
+    own = [step for step in steps if step.episode_id == episode_id]
+    return {step.idempotency_key: step.index for step in own if step.idempotency_key}
+
+
+def closing_step(config: EpisodeConfig, state: EpisodeState, request: ActRequest) -> Step:
+    """Returns the step that ends an episode in this state. It has no action."""
+    answer = _answer(config.episode_id, state.step, config.policy_version, None)
+    return replace(_step(config, state, request, answer, EMPTY_SPAN), closing=True)
+
+
+def ended_state(state: EpisodeState, step: Step, stop_reason: StopReason) -> EpisodeState:
+    """Returns the state of an episode that ends with the closing step `step`. Raises Unprocessable."""
+    return replace(
+        state,
+        status="ended",
+        stop_reason=stop_reason,
+        success=step.message.success,
+        episode_return=return_after(state, step.message),
+        updated_at=step.created_at,
+        ended_at=step.created_at,
+        expires_at=None,
+    )
+
+
+def return_after(state: EpisodeState, message: Message) -> float:
+    """Returns the episode's return after the reward of this message. Raises Unprocessable if it is not finite."""
+    total = state.episode_return + (message.reward or 0.0)
+    if not math.isfinite(total):
+        raise Unprocessable("the sum of the episode's rewards is too large for a 64-bit float", "reward")
+    return total
+
+
+def _sum_of_rewards(steps: Sequence[Step]) -> float:
+    """Adds the rewards in the order in which `return_after` added them. `sum` rounds differently and may overflow."""
+    total = 0.0
+    for step in steps:
+        total += step.message.reward or 0.0
+    return total
+
+
+def _step(
+    config: EpisodeConfig, state: EpisodeState, request: ActRequest, answer: dict[str, JsonValue], span: Span
+) -> Step:
+    return Step(
+        episode_id=config.episode_id,
+        index=state.step,
+        message=request.message,
+        closing=False,
+        span=span,
+        window_start=0,
+        answer=answer,
+        digest=request.digest,
+        created_at=time.time(),
+        idempotency_key=request.idempotency_key,
+    )
 
 
 def _filled(history: History, steps: Sequence[Step]) -> History:

@@ -72,23 +72,28 @@ class EpisodeCache:
         self._episodes.pop(episode_id, None)
         metrics.CACHED_EPISODES.set(len(self._episodes))
 
+    def drop_idle(self, episode_id: str) -> None:
+        """Removes the episode from the cache, unless an act is in flight, which drops it if its commit fails."""
+        episode = self._episodes.get(episode_id)
+        if episode and episode.in_flight is None:
+            self.drop(episode_id)
+
     async def stored(self, episode_id: str) -> StoredEpisode:
         """Reads the episode from the store, without its steps. Raises NotFound, Gone, StoreUnavailable."""
-        stored = await self._store.episode(episode_id)
-        if stored is None:
-            raise episode_not_found(public_id(episode_id))
-        if stored.deleted:
-            raise episode_deleted(public_id(episode_id))
-        return stored
+        return self._existing(episode_id, await self._store.episode(episode_id))
 
     async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]]:
         """Reads the episode and its steps from the store. Raises NotFound, Gone, StoreUnavailable."""
-        found = await self._store.trajectory(episode_id)
-        if found is None:
+        stored, steps = await self._store.trajectory(episode_id) or (None, [])
+        return self._existing(episode_id, stored), steps
+
+    def _existing(self, episode_id: str, stored: StoredEpisode | None) -> StoredEpisode:
+        if stored is None:
             raise episode_not_found(public_id(episode_id))
-        if found[0].deleted:
+        if stored.deleted:
+            self.drop_idle(episode_id)
             raise episode_deleted(public_id(episode_id))
-        return found
+        return stored
 
     async def _load(self, episode_id: str) -> Episode:
         engine = self._engine()

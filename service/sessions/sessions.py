@@ -6,7 +6,7 @@ by the agent and committed before it is answered.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -14,23 +14,35 @@ from service.access.admission import Admission
 from service.agent.agent import Agent
 from service.agent.policies import Policies
 from service.engine.base import ActionSpaceRefused, Engine, EngineUnavailable, Overflow, Recorded
-from service.errors import Conflict, DeadlineExceeded, Unavailable, Unprocessable, episode_deleted
+from service.errors import Conflict, Unavailable, Unprocessable, episode_deleted
 from service.filters import EpisodeFilter
 from service.lifecycle import Lifecycle, Phase
 from service.observability import metrics
-from service.sessions.acts import ActRequest, ActResult, InFlightAct
+from service.sessions.acts import ActRequest, ActResult, InFlightAct, before_deadline
 from service.sessions.commits import Commits
 from service.sessions.creation import Creation
 from service.sessions.episode import Episode
 from service.sessions.episode_cache import EpisodeCache
 from service.sessions.expiry import Expiry
-from service.sessions.retries import act_in_flight, busy, committed_step
+from service.sessions.retries import act_in_flight, busy, committed_step, stored_step
 from service.store.base import EpisodeGone, Store
-from service.trajectory import Feedback, JsonValue, Message, Step, StopReason, StoredEpisode, public_id
+from service.trajectory import (
+    EpisodeState,
+    Feedback,
+    JsonValue,
+    Message,
+    Step,
+    StopReason,
+    StoredEpisode,
+    public_id,
+)
 
 Answer = dict[str, JsonValue]
 
 _NONE: Mapping[str, JsonValue] = {}
+_MAX_RACES = 3
+"""How often ending an episode is tried again because another call has committed a step meanwhile."""
+_LOADING = "the model is still loading; retry later"
 _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0)
 
 
@@ -66,8 +78,14 @@ class Sessions:
     def agent(self) -> Agent:
         """The current agent. Raises EngineUnavailable while the first engine is loading."""
         if self._agent is None:
-            raise EngineUnavailable("the model is still loading; retry later")
+            raise EngineUnavailable(_LOADING)
         return self._agent
+
+    def refuse_acts_while_draining(self) -> None:
+        """Raises Unavailable (draining) if new acts are refused. An act must pass this once, when it arrives."""
+        if self.lifecycle.is_draining:
+            metrics.ACTS.labels("draining").inc()
+            raise _draining()
 
     async def create(self, episode_id: str, request: dict[str, Any], digest: bytes) -> tuple[StoredEpisode, bool]:
         """Opens an episode; see `Creation.open`."""
@@ -124,19 +142,26 @@ class Sessions:
     async def act(self, episode_id: str, request: ActRequest) -> Answer:
         """Performs an act. Returns the answer once the step is committed.
 
+        The timeout of the request limits everything before the commit.
+
         Raises EpisodicError, EngineUnavailable, StoreUnavailable. No step was committed then, with one exception: after
         StoreUnavailable the result of the commit may be unknown. A retry then returns the step or repeats the act.
         """
         with _count_act():
-            self._refuse_while_draining()
-            episode = await self._cache.find(episode_id)
-            try:
-                return await self._answer(episode, request)
-            except Conflict as conflict:
-                if request.sink and request.sink.has_emitted:
-                    raise
-                episode = await self._reloaded(episode, conflict)
-            return await self._answer(episode, request)
+            async with before_deadline(request) as limit:
+                try:
+                    episode = await self._cache.find(episode_id)
+                except EngineUnavailable:
+                    return await self._replay_without_engine(episode_id, request)
+                try:
+                    return await self._answer(episode, request, limit)
+                except (Conflict, Unprocessable) as refusal:
+                    if request.sink and request.sink.has_emitted:
+                        raise
+                    if limit.expired():  # while the commit was awaited, which has failed
+                        raise TimeoutError from refusal
+                    episode = await self._reloaded(episode, refusal)
+                return await self._answer(episode, request, limit)
 
     async def record_action(self, episode_id: str, request: ActRequest) -> Answer:
         """Performs an act with an action that the caller chose; otherwise as `act`."""
@@ -152,34 +177,36 @@ class Sessions:
         return await self.act(episode_id, request)
 
     async def end(self, episode_id: str, request: ActRequest, stop_reason: StopReason) -> StoredEpisode:
-        """Ends an episode. One that has ended is not changed. Raises NotFound, Gone, Conflict (episode_busy)."""
-        episode = await self._cache.find(episode_id)
-        try:
-            await self._end(episode, request, stop_reason)
-        except Conflict as conflict:
-            await self._end(await self._reloaded(episode, conflict), request, stop_reason)
-        return await self.get(episode_id)
+        """Ends an episode. One that has ended is not changed.
+
+        Raises NotFound, Gone, Conflict (episode_busy), Unprocessable.
+        """
+        for _ in range(_MAX_RACES):
+            stored = await self._cache.stored(episode_id)
+            if stored.state.status == "ended":
+                return stored
+            self._check_idle(stored)
+            if ended := await self._commits.end(stored, request, stop_reason):
+                return ended
+        raise busy()
 
     async def expire(self, episode_id: str) -> None:
-        """Ends an episode if its idle timeout has expired.
+        """Ends an episode if its idle timeout has expired. Reads only its head, so that it displaces no cached episode.
 
         Raises Conflict (episode_busy) while an act is in flight, because its commit restarts the timeout.
         """
-        episode = await self._cache.find(episode_id)
-        try:
-            await self._expire(episode)
-        except Conflict as conflict:
-            await self._expire(await self._reloaded(episode, conflict))
+        stored = await self.store.episode(episode_id)
+        expires_at = stored and stored.state.expires_at
+        if stored and expires_at is not None and expires_at <= time.time():
+            self._check_idle(stored)
+            await self._commits.end(stored, ActRequest(Message(), digest=b"idle_ttl"), StopReason.IDLE_TTL)
 
     async def delete(self, episode_id: str) -> None:
         """Deletes an episode. Raises NotFound, Gone, Conflict (episode_busy)."""
-        episode = self._cache.peek(episode_id)
-        if episode and episode.in_flight:
-            raise busy()
-        await self._cache.stored(episode_id)
+        self._check_idle(await self._cache.stored(episode_id))
         if not await self.store.delete(episode_id):
             raise episode_deleted(public_id(episode_id))
-        self._cache.drop(episode_id)
+        self._cache.drop_idle(episode_id)
 
     async def abort_acts(self) -> int:
         """Aborts the acts whose commit has not begun, and all later ones. Their callers receive 503 `draining`.
@@ -191,44 +218,45 @@ class Sessions:
         await asyncio.sleep(0)  # lets new tasks start: one that is cancelled before it starts cannot raise `draining`
         return sum(act.task.cancel() for act in acts if act and not act.is_committing)
 
-    async def _reloaded(self, episode: Episode, conflict: Conflict) -> Episode:
+    def _check_idle(self, stored: StoredEpisode) -> None:
+        """Raises Conflict (episode_busy) if an act is in flight, unless it ends the episode or can no longer be
+        committed."""
+        episode = self._cache.peek(stored.config.episode_id)
+        act = episode and episode.in_flight
+        if episode and act and not act.request.message.ends and stored.state.step <= episode.state.step:
+            raise busy()
+
+    async def _reloaded(self, episode: Episode, refusal: Conflict | Unprocessable) -> Episode:
         """Loads the episode again if it is stale, because another replica has committed steps. Otherwise raises the
-        conflict."""
-        is_stale = conflict.code == "step_conflict" or (
-            conflict.code == "episode_busy" and await self._was_overtaken(episode)
-        )
-        if not is_stale:
-            raise conflict
-        if self._cache.peek(episode.episode_id) is episode and not episode.in_flight:
-            self._cache.drop(episode.episode_id)
-        return await self._cache.find(episode.episode_id)
+        refusal.
 
-    async def _was_overtaken(self, episode: Episode) -> bool:
-        """Returns whether another replica has committed the step that is in flight here.
-
-        If so, waits until the act in flight has ended.
+        Waits until an act that another replica has overtaken has ended. Raises Gone.
         """
-        stored = await self.store.episode(episode.episode_id)
-        if stored is None or stored.state.step <= episode.state.step:
-            return False
+        head = (await self._cache.stored(episode.episode_id)).state
+        if _is_current(episode, head):
+            raise refusal
         if act := episode.in_flight:
             await asyncio.wait({act.task})
-        return True
+        if self._cache.peek(episode.episode_id) is episode and not _is_current(episode, head):
+            self._cache.drop_idle(episode.episode_id)
+        return await self._cache.find(episode.episode_id)
 
-    async def _answer(self, episode: Episode, request: ActRequest) -> Answer:
+    async def _answer(self, episode: Episode, request: ActRequest, limit: asyncio.Timeout) -> Answer:
         if step := await committed_step(self.store, episode, request):
-            metrics.ACTS.labels("replayed").inc()
-            own = {"episode_id": public_id(episode.episode_id)}  # a fork inherits steps that have its parent's id
-            return {**step.answer, **own, "replayed": True, "timing": dict(_NO_TIME)}
+            await self._cache.stored(episode.episode_id)  # raises Gone: forks keep the steps of a deleted episode
+            return _replay(episode.episode_id, step)
         act, is_joined = self._act_for(episode, request)
-        try:
-            result = await act.join(request.timeout_s)
-        except TimeoutError as error:
-            if request.timeout_s is None:
-                raise
-            detail = f"The timeout of {request.timeout_s:g} s expired before the commit. Retry with a larger timeout_s."
-            raise DeadlineExceeded("deadline_exceeded", detail) from error
+        if is_joined:
+            request.on_wait()
+        result = await act.join(limit)
         return {**result.step.answer, "replayed": is_joined or result.replayed, "timing": result.timing}
+
+    async def _replay_without_engine(self, episode_id: str, request: ActRequest) -> Answer:
+        """Answers a retry of a committed step from the store alone. Raises EngineUnavailable for any other act."""
+        is_named = request.step is not None or request.idempotency_key is not None
+        if is_named and (step := await stored_step(self._cache, episode_id, request)):
+            return _replay(episode_id, step)
+        raise EngineUnavailable(_LOADING)
 
     def _act_for(self, episode: Episode, request: ActRequest) -> tuple[InFlightAct, bool]:
         """Returns the act in flight that the request repeats, or starts one; and whether the request joined it."""
@@ -243,7 +271,7 @@ class Sessions:
         return episode.start(request, self._decide_and_commit(episode, request, recorded)), False
 
     async def _decide_and_commit(self, episode: Episode, request: ActRequest, recorded: Recorded | None) -> ActResult:
-        slots = _Slots(self.admission, episode.config.tenant)
+        slots = _Slots(self.admission, episode.config.tenant, request.on_wait)
         try:
             if self.lifecycle.is_aborting:
                 raise _draining()
@@ -280,30 +308,21 @@ class Sessions:
             return episode.closing_step(request), episode.overflow()
         return episode.next_step(request, decision), None
 
-    async def _expire(self, episode: Episode) -> None:
-        expires_at = episode.state.expires_at
-        if expires_at is None or expires_at > time.time():
-            return
-        if episode.in_flight:
-            raise busy()
-        await self._end(episode, ActRequest(Message(), digest=b"idle_ttl"), StopReason.IDLE_TTL)
-
-    async def _end(self, episode: Episode, request: ActRequest, stop_reason: StopReason) -> None:
-        act = episode.in_flight
-        if act is None and episode.state.status == "active":
-            act = episode.start(request, self._close(episode, request, stop_reason))
-        elif act and act.request.digest != request.digest:
-            raise busy()
-        if act:
-            await act.join(None)
-
-    async def _close(self, episode: Episode, request: ActRequest, stop_reason: StopReason) -> ActResult:
-        step = await self._commits.commit(episode, episode.closing_step(request), stop_reason)
-        return ActResult(step, dict(_NO_TIME))
-
     def _refuse_while_draining(self) -> None:
         if self.lifecycle.is_draining:
             raise _draining()
+
+
+def _replay(episode_id: str, step: Step) -> Answer:
+    """Returns the stored answer of a committed step."""
+    metrics.ACTS.labels("replayed").inc()
+    own = {"episode_id": public_id(episode_id)}  # a fork inherits steps that have its parent's id
+    return {**step.answer, **own, "replayed": True, "timing": dict(_NO_TIME)}
+
+
+def _is_current(episode: Episode, head: EpisodeState) -> bool:
+    """Returns whether the cached episode has all steps of the store's."""
+    return (episode.state.step, episode.state.status) == (head.step, head.status)
 
 
 @contextmanager
@@ -323,14 +342,17 @@ class _Slots:
     `first_at` is the `time.perf_counter()` at which the act got its first slot, or began if it needs none.
     """
 
-    def __init__(self, admission: Admission, tenant: str) -> None:
+    def __init__(self, admission: Admission, tenant: str, on_wait: Callable[[], None]) -> None:
         self._admission = admission
         self._tenant = tenant
+        self._on_wait = on_wait
         self._has_begun = False
         self.first_at = time.perf_counter()
 
     @asynccontextmanager
     async def slot(self) -> AsyncGenerator[None]:
+        if not self._has_begun:
+            self._on_wait()
         async with self._admission.slot(self._tenant):
             if not self._has_begun:
                 self._has_begun = True

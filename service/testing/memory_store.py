@@ -37,8 +37,7 @@ class MemoryStore:
         for record in records:
             assert record.config.parent is not None
             parent_id, at_step = record.config.parent
-            if self._episodes[parent_id].deleted:
-                raise EpisodeGone
+            self._check_alive(parent_id)
             await self.create(record)
             self._steps[record.config.episode_id] = self._steps[parent_id][:at_step]
 
@@ -81,12 +80,16 @@ class MemoryStore:
         return [name for at, name in sorted(due) if at <= now][:limit]
 
     async def add_feedback(self, feedback: Feedback) -> None:
-        if self._episodes[feedback.episode_id].deleted:
-            raise EpisodeGone
+        self._check_alive(feedback.episode_id)
         ratings = self._feedback[feedback.episode_id]
         if feedback.rater is not None:
             ratings[:] = [old for old in ratings if (old.step, old.rater) != (feedback.step, feedback.rater)]
         ratings.append(feedback)
+
+    def _check_alive(self, episode_id: str) -> None:
+        record = self._episodes.get(episode_id)
+        if record is None or record.deleted:
+            raise EpisodeGone
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         return list(self._feedback.get(episode_id, ()))

@@ -1,7 +1,7 @@
 """Tests of admission control: quotas, the bound on the act queue, fairness, and the release of slots."""
 
 import asyncio
-from contextlib import ExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 
 import pytest
 
@@ -10,10 +10,10 @@ from service.errors import TooManyRequests
 from service.settings import Quota
 
 
-def refusal(admission: Admission, tenant: str = "a", num_acts: int = 1) -> str | None:
-    """Returns the code with which these acts would be refused now; None if they would be admitted."""
+def refusal(admission: Admission, tenant: str = "a") -> str | None:
+    """Returns the code with which an act would be refused now; None if it would be admitted."""
     try:
-        with admission.admitted(tenant, num_acts):
+        with admission.admitted(tenant):
             return None
     except TooManyRequests as error:
         return error.code
@@ -72,7 +72,9 @@ async def test_the_queue_is_bounded():
 async def test_unset_bounds_come_from_the_engine():
     admission = Admission()
     admission.set_num_slots(8)
-    assert admission.limit == 10
+    assert admission.limit == 8 + 1024
+    admission.set_num_slots(512)
+    assert admission.limit == 512 + 4 * 512
     admission = Admission(max_running=2, max_queued=0)
     admission.set_num_slots(8)
     assert admission.limit == 2
@@ -131,16 +133,17 @@ async def test_concurrent_acts_quota():
     admission = Admission(lambda tenant: Quota(concurrent_acts=2) if tenant == "a" else Quota(), max_running=8)
     with ExitStack() as stack:
         stack.enter_context(admission.admitted("a"))
-        assert refusal(admission, "a", 2) == "quota_exceeded"
         stack.enter_context(admission.admitted("a"))
         assert refusal(admission, "a") == "quota_exceeded"
         assert refusal(admission, "b") is None
-    assert refusal(admission, "a", 2) is None
+    assert refusal(admission, "a") is None
 
 
 async def test_batch_is_admitted_if_its_first_act_fits():
     admission = Admission(max_running=2, max_queued=2)
-    with admission.admitted("a", 100):
+    async with AsyncExitStack() as batch:
+        for _ in range(100):
+            await batch.enter_async_context(admission.admitted_in_turn("a"))
         assert refusal(admission, "a") == "overloaded"
     assert refusal(admission, "a") is None
 
@@ -149,23 +152,24 @@ async def test_calls_per_second_limit(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr("service.access.admission.time.monotonic", lambda: now)
     admission = Admission(lambda _: Quota(calls_per_s=2.0))
-    admission.count_calls("a")
-    admission.count_calls("a")
+    admission.count_call("a")
+    admission.count_call("a")
     with pytest.raises(TooManyRequests, match="2 calls per second") as refused:
-        admission.count_calls("a")
+        admission.count_call("a")
     assert (refused.value.code, refused.value.headers["Retry-After"]) == ("rate_limited", "1")
-    admission.count_calls("b")
+    admission.count_call("b")
     now += 0.5
-    admission.count_calls("a")
+    admission.count_call("a")
     with suppress(TooManyRequests):
-        admission.count_calls("a")
+        admission.count_call("a")
     now += 10.0
-    admission.count_calls("a", 8)  # a batch may exceed the allowance, which becomes negative
+    admission.count_call("a")
+    admission.count_rest("a", 7)  # a batch may exceed the allowance, which becomes negative
     now += 2.0
     with pytest.raises(TooManyRequests):
-        admission.count_calls("a")
+        admission.count_call("a")
     now += 2.0
-    admission.count_calls("a")
+    admission.count_call("a")
 
 
 async def test_retry_after_is_estimated_from_the_measured_rate(monkeypatch: pytest.MonkeyPatch):
@@ -175,6 +179,9 @@ async def test_retry_after_is_estimated_from_the_measured_rate(monkeypatch: pyte
     for _ in range(11):
         async with admission.slot("a"):
             now += 0.5
-    with admission.admitted("a", 13), pytest.raises(TooManyRequests) as refused, admission.admitted("a"):
-        pass
+    with ExitStack() as stack:
+        for _ in range(13):
+            stack.enter_context(admission.admitted("a"))
+        with pytest.raises(TooManyRequests) as refused:
+            stack.enter_context(admission.admitted("a"))
     assert refused.value.headers["Retry-After"] == "6"

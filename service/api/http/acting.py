@@ -1,8 +1,8 @@
 """Admits acts, and cancels them when the caller disconnects."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -16,14 +16,22 @@ class ClientClosed(Exception):
 
 
 @asynccontextmanager
-async def acting(request: Request, num_acts: int = 1) -> AsyncGenerator[None]:
-    """Admits the caller's acts and counts them while the block runs. Cancels the block when the caller disconnects.
+async def acting(request: Request) -> AsyncGenerator[None]:
+    """Admits the caller's act and counts it while the block runs. Cancels the block when the caller disconnects.
 
-    Raises TooManyRequests if the acts are not admitted, ClientClosed if the caller disconnected.
+    Raises Unavailable (draining), TooManyRequests, and ClientClosed if the caller disconnected.
     """
     async with while_connected(request):
-        with services(request).admission.admitted(caller(request).tenant, num_acts):
+        with admitted(request):
             yield
+
+
+@contextmanager
+def admitted(request: Request) -> Generator[None]:
+    """Admits the caller's act and counts it while the block runs. Raises Unavailable (draining), TooManyRequests."""
+    services(request).sessions.refuse_acts_while_draining()
+    with services(request).admission.admitted(caller(request).tenant):
+        yield
 
 
 @asynccontextmanager

@@ -55,7 +55,7 @@ class Security:
         try:
             found = await self._caller(request, needed)
             admission = services(request).admission
-            admission.count_calls(found.tenant)
+            admission.count_call(found.tenant)
             if scope["path"] in _ACTS:
                 admission.check(found.tenant)  # before the body is read, so that refusing an overload is cheap
         except (EpisodicError, StoreUnavailable) as error:

@@ -1,6 +1,9 @@
 """POST /act, answered as JSON or as a stream of events, and POST /act/batch."""
 
 import asyncio
+import time
+from collections import Counter
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter
@@ -8,16 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.http import body, problems, schemas
-from service.api.http.acting import acting
+from service.api.http.acting import acting, while_connected
 from service.api.http.answers import json_answer
 from service.api.http.caller import caller, own
 from service.api.http.media_types import accepts
 from service.api.http.openapi import IDEMPOTENCY_KEY, request_body
 from service.api.http.routing import StrictRoute
 from service.api.http.services import services
-from service.api.routes.act_streams import EVENTS, stream
+from service.api.routes.act_streams import EVENTS, ActStream
 from service.errors import Unprocessable
-from service.sessions.acts import ActRequest
+from service.sessions.acts import ActRequest, before_deadline
 from service.sessions.sessions import Answer
 
 router = APIRouter(tags=["acts"], route_class=StrictRoute)
@@ -41,7 +44,7 @@ async def act(request: Request) -> Response:
     act_request = ActRequest(parsed.message(), digest, parsed.step, body.idempotency_key(request), parsed.timeout_s)
     episode_id = own(request, parsed.episode_id)
     if accepts(request, "text/event-stream"):
-        return await stream(request, episode_id, act_request)
+        return ActStream(request, episode_id, act_request)
     async with acting(request):
         answer = await services(request).sessions.act(episode_id, act_request)
     return json_answer(answer)
@@ -55,26 +58,36 @@ async def act(request: Request) -> Response:
     openapi_extra={"requestBody": request_body(schemas.BatchRequest)},
 )
 async def batch(request: Request) -> Response:
-    """Acts in many episodes with one call, for vectorized environments. The acts run concurrently.
+    """Acts in many episodes with one call, for vectorized environments. The acts run concurrently, as far as the quota
+    of concurrent acts allows; the others follow in turn.
 
     The answer has one result for each act, in the same order. If an act fails, its result is a problem document; the
     other acts are not affected.
     """
     acts = body.validated(await body.read_document(request), schemas.BatchRequest).acts
-    names = [item.get("episode_id") for item in acts]
-    if repeated := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
+    counts = Counter(name for item in acts if isinstance(name := item.get("episode_id"), str))
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
         raise Unprocessable(f"acts: episode {repeated[0]!r} appears more than once. Send one act per episode.", "acts")
-    if len(acts) > 1:
-        services(request).admission.count_calls(caller(request).tenant, len(acts) - 1)
-    async with acting(request, len(acts)):
-        results = await asyncio.gather(*(_act_or_problem(request, item) for item in acts))
+    behind, tenant = services(request), caller(request).tenant
+    behind.sessions.refuse_acts_while_draining()
+    behind.admission.check(tenant)
+    behind.admission.count_rest(tenant, len(acts) - 1)
+    arrived = time.perf_counter()
+    async with while_connected(request):
+        results = await asyncio.gather(*(_act_or_problem(request, item, arrived) for item in acts))
     return json_answer({"results": results})
 
 
-async def _act_or_problem(request: Request, item: dict[str, Any]) -> Answer:
+async def _act_or_problem(request: Request, item: dict[str, Any], arrived: float) -> Answer:
+    behind, tenant = services(request), caller(request).tenant
     try:
         parsed = body.validated(item, schemas.ActRequest)
-        act_request = ActRequest(parsed.message(), body.digest(item), parsed.step, timeout_s=parsed.timeout_s)
-        return await services(request).sessions.act(own(request, parsed.episode_id), act_request)
+        act_request = ActRequest(
+            parsed.message(), body.digest(item), parsed.step, timeout_s=parsed.timeout_s, arrived=arrived
+        )
+        async with AsyncExitStack() as admitted:
+            async with before_deadline(act_request):
+                await admitted.enter_async_context(behind.admission.admitted_in_turn(tenant))
+            return await behind.sessions.act(own(request, parsed.episode_id), act_request)
     except Exception as error:  # noqa: BLE001 - an error of one act must not fail the batch
         return problems.document(request, problems.expected(error))

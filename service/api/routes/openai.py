@@ -1,6 +1,6 @@
 """/v1 and related paths: forwards requests to the engine's own OpenAI-compatible app, within the service's limits."""
 
-from contextlib import nullcontext
+from contextlib import AsyncExitStack
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -8,6 +8,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from service.api.http import body
+from service.api.http.acting import while_connected
 from service.api.http.caller import caller
 from service.api.http.media_types import content_type
 from service.api.http.openai_errors import ROOTS, openai_error, refusal
@@ -47,9 +48,12 @@ class _OpenAI:
         CACHE_SALT.set(cache_salt(tenant))
         admission = behind.admission
         try:
-            with admission.admitted(tenant):
-                async with admission.slot(tenant) if scope["method"] == "POST" else nullcontext():
-                    await app(scope, _with_body(content, receive), send)
+            async with AsyncExitStack() as held:
+                held.enter_context(admission.admitted(tenant))
+                if scope["method"] == "POST":
+                    async with while_connected(request):  # a caller that leaves the queue frees its place
+                        await held.enter_async_context(admission.slot(tenant))
+                await app(scope, _with_body(content, receive), send)
         except TooManyRequests as error:
             await refusal(request, error)(scope, receive, send)
 

@@ -1,14 +1,20 @@
 """Overload over real HTTP: which acts are refused, that they leave nothing behind, and who gets the next slot."""
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from starlette.responses import JSONResponse
 
 from service.access.keys import SCOPES, new_key
 from service.engine.tokenizer import HFTokenizer
+from service.lifecycle import Phase
+from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import HeldEngine, Served, serve, until
 
 RUNNING, QUEUED = 2, 3
@@ -122,3 +128,169 @@ async def test_overload_by_one_tenant_does_not_block_another(api: Served, monkey
     assert (await calm).status_code == 200
     await asyncio.gather(*flooding, return_exceptions=True)
     assert api.engine.cache_salts[RUNNING - 1] != api.engine.cache_salts[0], "the calm tenant did not get the next slot"
+
+
+# What an act costs the engine
+
+
+class CountingEngine(ScriptedEngine):
+    """Counts its requests in flight, in all and by tenant (cache salt). Each request takes a few milliseconds."""
+
+    def __init__(self, tokenizer: HFTokenizer) -> None:
+        super().__init__(tokenizer, latency_s=0.002)
+        self.num_running: Counter[str | None] = Counter()
+        self.most_running: Counter[str | None] = Counter()
+        self.num_ended = 0
+
+    async def _call(self, prompt_token_ids: list[int], cache_salt: str | None) -> None:
+        for tenant in ("all", cache_salt):
+            self.num_running[tenant] += 1
+            self.most_running[tenant] = max(self.most_running[tenant], self.num_running[tenant])
+        try:
+            await super()._call(prompt_token_ids, cache_salt)
+        finally:
+            self.num_ended += 1
+            for tenant in ("all", cache_salt):
+                self.num_running[tenant] -= 1
+
+
+async def key_of(api: Served, tenant: str) -> dict[str, str]:
+    """Creates an API key. Returns the header that authenticates the tenant."""
+    key, record = new_key(tenant, SCOPES, 1.0)
+    await api.app.state.services.sessions.store.add_key(record)
+    return {"Authorization": f"Bearer {key}"}
+
+
+def random_actions(num_actions: int) -> dict[str, Any]:
+    generator = random.Random(1)
+    return {"type": "discrete", "actions": [f"{generator.getrandbits(32):08x}" for _ in range(num_actions)]}
+
+
+@pytest.mark.parametrize("max_candidates", [None, 4])
+async def test_each_request_of_a_discrete_act_takes_a_slot(
+    tmp_path: Path, tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch, max_candidates: int | None
+):
+    monkeypatch.setattr("service.access.keys._FRESH_S", 0.0)
+    engine = CountingEngine(tokenizer)
+    engine.max_candidates = max_candidates
+    async with serve(tmp_path, engine, max_running_acts=8) as api:
+        large, small = await key_of(api, "large"), await key_of(api, "small")
+        await api.client.post("/episode", json={"episode_id": "l", "action_space": random_actions(1024)}, headers=large)
+        await api.client.post("/episode", json={"episode_id": "s"}, headers=small)
+        acting = asyncio.create_task(api.post_act("l", headers=large))
+        await until(lambda: engine.num_running["all"] == 8)
+        for step in range(3):
+            assert (await api.post_act("s", headers=small)).json()["step"] == step
+            assert not acting.done(), "the small acts waited for all requests of the large one"
+        assert (await acting).status_code == 200
+        assert engine.num_calls > 100
+        assert engine.most_running["all"] == 8
+
+
+async def test_the_quota_of_concurrent_acts_holds_for_the_requests_of_an_act(tmp_path: Path, tokenizer: HFTokenizer):
+    engine = CountingEngine(tokenizer)
+    async with serve(tmp_path, engine, max_running_acts=64, quota={"concurrent_acts": 3}) as api:
+        for name in ("a", "b"):
+            await api.open(name, action_space=random_actions(256))
+        assert [answer["step"] for answer in await asyncio.gather(api.act("a"), api.act("b"))] == [0, 0]
+        assert engine.most_running["all"] == 3
+
+
+async def test_a_batch_larger_than_the_quota_runs_in_waves(tmp_path: Path, tokenizer: HFTokenizer):
+    async with serve(tmp_path, HeldEngine(tokenizer), quota={"concurrent_acts": 3}) as api:
+        names = [f"e{number}" for number in range(10)]
+        for name in (*names, "single"):
+            await api.open(name)
+        admission = api.app.state.services.sessions.admission
+        acts = [{"episode_id": name, "observation": "look"} for name in names]
+        acts[2]["step"] = 7
+        acts[8]["timeout_s"] = 0.05
+        batch = asyncio.create_task(api.client.post("/act/batch", json={"acts": acts}))
+        await until(lambda: api.engine.num_held == 3)
+        await asyncio.sleep(0.1)
+        assert (api.engine.num_held, admission._num_acts) == (3, 3)
+        refused = await api.post_act("single")
+        assert (refused.status_code, refused.json()["code"]) == (429, "quota_exceeded")
+        api.engine.release.set()
+        results = (await batch).json()["results"]
+        codes = ["step_conflict" if n == 2 else "deadline_exceeded" if n == 8 else None for n in range(10)]
+        assert [result.get("code") for result in results] == codes
+        assert (await api.act("single"))["step"] == 0
+        assert admission._num_acts == 0
+
+
+async def test_a_batch_whose_caller_leaves_keeps_no_places(tmp_path: Path, tokenizer: HFTokenizer):
+    async with serve(tmp_path, HeldEngine(tokenizer), quota={"concurrent_acts": 2}) as api:
+        names = [f"e{number}" for number in range(6)]
+        for name in names:
+            await api.open(name)
+        acts = [{"episode_id": name, "observation": "look"} for name in names]
+        batch = asyncio.create_task(api.client.post("/act/batch", json={"acts": acts}))
+        await until(lambda: api.engine.num_held == 2)
+        batch.cancel()
+        await asyncio.gather(batch, return_exceptions=True)
+        admission = api.app.state.services.sessions.admission
+        await until(lambda: api.engine.num_aborted == 2 and admission._num_acts == 0 and not admission._accounts)
+        api.engine.release.set()
+        assert [(await api.act(name))["step"] for name in names] == [0] * 6
+
+
+async def test_a_batch_in_waves_is_completed_by_a_drain_and_aborted_by_its_timeout(
+    tmp_path: Path, tokenizer: HFTokenizer
+):
+    async with serve(tmp_path, HeldEngine(tokenizer), quota={"concurrent_acts": 1}) as api:
+        for name in "abc":
+            await api.open(name)
+        acts = [{"episode_id": name, "observation": "look"} for name in "abc"]
+        services = api.app.state.services
+        batch = asyncio.create_task(api.client.post("/act/batch", json={"acts": acts}))
+        await until(lambda: api.engine.num_held == 1)
+        services.lifecycle.enter(Phase.DRAINING)
+        api.engine.release.set()
+        api.engine.release.clear()  # only the act in flight goes on
+        await until(lambda: api.engine.num_held == 2)
+        await services.sessions.abort_acts()
+        first, *others = (await batch).json()["results"]
+        assert (first["step"], [other["code"] for other in others]) == (0, ["draining", "draining"])
+
+
+async def test_the_default_queue_holds_the_acts_of_hundreds_of_workers(tmp_path: Path, tokenizer: HFTokenizer):
+    async with serve(tmp_path, HeldEngine(tokenizer), max_running_acts=4) as api:
+        names = [f"e{number}" for number in range(256)]
+        await asyncio.gather(*(api.open(name) for name in names))
+        acting = [asyncio.create_task(api.post_act(name)) for name in names]
+        await until(lambda: api.app.state.services.sessions.admission._num_acts == 256)
+        api.engine.release.set()
+        assert {answer.status_code for answer in await asyncio.gather(*acting)} == {200}
+
+
+class InferenceEngine(HeldEngine):
+    """An engine whose app of /v1 answers only after `release` is set."""
+
+    async def openai_app(self) -> Any:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await self._hold()
+            await JSONResponse({})(scope, receive, send)
+
+        return app
+
+
+async def test_a_caller_of_v1_that_leaves_the_queue_frees_its_place(tmp_path: Path, tokenizer: HFTokenizer):
+    async with serve(tmp_path, InferenceEngine(tokenizer), max_running_acts=1, max_queued_acts=1) as api:
+        admission = api.app.state.services.sessions.admission
+
+        def post() -> "asyncio.Task[httpx.Response]":
+            return asyncio.create_task(api.client.post("/v1/completions", json={}))
+
+        running = post()
+        await until(lambda: api.engine.num_held == 1)
+        for _ in range(3):
+            waiting = post()
+            await until(lambda: admission._num_acts == 2)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            await until(lambda: admission._num_acts == 1)
+        waiting = post()
+        await until(lambda: admission._num_acts == 2)
+        api.engine.release.set()
+        assert [(await call).status_code for call in (running, waiting)] == [200, 200]

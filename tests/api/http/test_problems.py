@@ -465,7 +465,6 @@ async def test_while_the_policy_loads(tmp_path: Path):
         assert (await api.client.get("/healthz")).status_code == 200
         assert_problem(await api.client.post("/episode", json={}), 503, "engine_unavailable")
         assert_problem(await api.post_act(), 503, "engine_unavailable")
-        assert_problem(await api.client.post("/episode/e/end", json={}), 503, "engine_unavailable")
 
 
 @pytest.mark.parametrize("space", [{"type": "text"}, DISCRETE], ids=["text", "discrete, several passes"])

@@ -55,9 +55,6 @@ async def test_large_batch_delays_the_next_call(tmp_path: Path, tokenizer: HFTok
         assert (await batch(api, *names)).status_code == 200
 
 
-@pytest.mark.xfail(
-    strict=True, reason="known fault: a batch is charged twice, so it never succeeds below two calls a second"
-)
 async def test_a_batch_succeeds_at_a_low_rate(tmp_path: Path, tokenizer: HFTokenizer, now: list[float]):
     async with serve(tmp_path, ScriptedEngine(tokenizer), quota={"calls_per_s": 1}) as api:
         await opened(api, "a", "b", now=now)

@@ -342,8 +342,8 @@ async def test_an_idle_episode_ends_and_an_active_one_does_not(api: Served):
     await api.open("idle", idle_ttl_s=0.2)
     await api.open("busy", idle_ttl_s=30.0)
     await api.open("free")
-    idle = api.app.state.services.sessions._cache.peek("idle")
-    await until(lambda: idle.state.status == "ended")
+    await has_ended(api, "idle")
+    idle = await api.app.state.services.sessions.store.episode("idle")
     assert idle.state.ended_at - idle.config.created_at >= 0.2
     ended = await api.get("idle")
     assert (ended["status"], ended["stop_reason"], ended["success"]) == ("ended", "idle_ttl", None)
@@ -587,12 +587,11 @@ async def test_an_act_in_flight_keeps_no_other_episode_from_its_end(tmp_path: Pa
         acting = asyncio.create_task(api.post_act("busy"))
         await until(lambda: api.engine.num_held)
         await api.open("idle", idle_ttl_s=1.0)
-        cache = api.app.state.services.sessions._cache
-        await until(lambda: cache.peek("idle").state.status == "ended")
-        assert cache.peek("busy").state.status == "active"
+        await has_ended(api, "idle")
+        assert (await api.get("busy"))["status"] == "active"
         api.engine.release.set()
         assert (await acting).status_code == 200
-        await until(lambda: cache.peek("busy").state.status == "ended")
+        await has_ended(api, "busy")
 
 
 async def test_an_episode_that_is_not_accepted_any_more_ends_all_the_same(tmp_path: Path, tokenizer: HFTokenizer):

@@ -11,6 +11,7 @@ import pytest
 
 from service.api.http.acting import while_connected
 from service.engine.tokenizer import HFTokenizer
+from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
 
@@ -180,3 +181,119 @@ async def test_aborted_acts_leave_nothing_behind(held: Served):
         await asyncio.gather(call, return_exceptions=True)
         await until(lambda number=number: held.engine.num_aborted == number + 1)
     await until(lambda: len(asyncio.all_tasks()) <= before + 2)
+
+
+# Before the first token
+
+
+async def test_headers_arrive_before_the_first_token_and_comments_while_waiting(
+    held: Served, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("service.api.routes.act_streams.HEARTBEAT_S", 0.05)
+    await held.open()
+    body = {"episode_id": "e", "observation": "look", "step": 0}
+    async with held.client.stream("POST", "/act", json=body, headers=STREAM) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-accel-buffering"] == "no"
+        assert answer.headers["cache-control"] == "no-store, no-transform"
+        assert "content-length" not in answer.headers
+        lines = answer.aiter_lines()
+        assert [await anext(lines) for _ in range(4)] == [": waiting", ""] * 2
+        held.engine.release.set()
+        rest = [line async for line in lines if line and not line.startswith(":")]
+    assert rest[0] == "event: text"
+    assert rest[-2] == "event: act"
+
+
+@pytest.mark.store("sqlite")
+async def test_headers_arrive_while_the_store_does_not_respond(
+    tmp_path: Path, tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("service.api.routes.act_streams.HEARTBEAT_S", 0.05)
+    store, release = MemoryStore(), asyncio.Event()
+    async with serve(tmp_path, ScriptedEngine(tokenizer), store=store, max_live_episodes=1) as api:
+        await api.open()
+        await api.open("another")  # evicts e
+        read = store.trajectory
+
+        async def slow(episode_id: str) -> Any:
+            await release.wait()
+            return await read(episode_id)
+
+        monkeypatch.setattr(store, "trajectory", slow)
+        body = {"episode_id": "e", "observation": "look"}
+        async with api.client.stream("POST", "/act", json=body, headers=STREAM) as answer:
+            assert answer.status_code == 200
+            release.set()
+            assert "event: act" in (await answer.aread()).decode()
+
+
+async def test_a_retry_that_joins_an_act_gets_its_headers_at_once(held: Served):
+    await held.open()
+    body = {"episode_id": "e", "observation": "look", "step": 0}
+    first = asyncio.create_task(held.client.post("/act", json=body))
+    await until(lambda: held.engine.num_held == 1)
+    async with held.client.stream("POST", "/act", json=body, headers=STREAM) as answer:
+        assert answer.status_code == 200
+        held.engine.release.set()
+        assert '"replayed":true' in (await answer.aread()).decode()
+    assert (await first).status_code == 200
+
+
+async def test_what_is_wrong_with_the_request_is_a_plain_problem(api: Served):
+    small: dict[str, Any] = {"context": {"overflow": "error", "max_tokens": 16}, "sampling": {"max_tokens": 8}}
+    await api.open("full", **small)
+    await api.open("ended", max_steps=1)
+    await api.act("ended", observation=None, terminated=True)
+    await api.open()
+    for fields, expected in (
+        ({"episode_id": "full", "observation": "too long " * 20}, (409, "context_overflow")),
+        ({"episode_id": "ended", "observation": "x"}, (409, "episode_ended")),
+        ({"episode_id": "e", "observation": "x", "step": 4}, (409, "step_conflict")),
+        ({"episode_id": "e"}, (422, "invalid_request")),
+        ({"episode_id": "e", "observation": "x", "legal_actions": ["y"]}, (422, "invalid_request")),
+    ):
+        answer = await api.client.post("/act", json=fields, headers=STREAM)
+        assert (answer.status_code, answer.json()["code"]) == expected
+
+
+class LeavingCaller:
+    """A caller of the app that leaves at a certain moment: when it has sent its body, or at the start of the answer."""
+
+    def __init__(self, body: dict[str, Any], *, leaves_at_start: bool) -> None:
+        self._messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        self._has_left = asyncio.Event()
+        self._leaves_at_start = leaves_at_start
+
+    async def receive(self) -> Any:
+        if self._messages:
+            if not self._leaves_at_start:
+                self._has_left.set()
+            return self._messages.pop()
+        await self._has_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._has_left.set()
+
+
+@pytest.mark.parametrize("leaves_at_start", [False, True])
+async def test_a_caller_that_leaves_before_the_first_event_aborts_the_act(held: Served, leaves_at_start: bool):
+    await held.open()
+    before = len(asyncio.all_tasks())
+    for _ in range(3):
+        caller = LeavingCaller({"episode_id": "e", "observation": "look"}, leaves_at_start=leaves_at_start)
+        headers = [(b"accept", b"text/event-stream"), (b"host", b"localhost")]
+        scope: Any = {"type": "http", "method": "POST", "path": "/act", "raw_path": b"/act", "query_string": b""}
+        scope |= {"headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "scheme": "http"}
+        scope |= {"http_version": "1.1", "root_path": "", "asgi": {"version": "3.0", "spec_version": "2.4"}}
+        async with asyncio.timeout(5):
+            await held.app(scope, caller.receive, caller.send)
+    services = held.app.state.services
+    await until(lambda: services.sessions._cache.peek("e").in_flight is None)
+    assert held.engine.num_held == held.engine.num_aborted
+    assert services.admission._num_acts == 0
+    assert (await held.get())["step"] == 0
+    await until(lambda: len(asyncio.all_tasks()) <= before + 1)
