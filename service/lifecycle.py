@@ -2,7 +2,7 @@
 
 An engine is loaded, serves, and may die and be loaded again. Independently of this, a signal starts the shutdown:
 
-    serving -> leaving    drain delay: not ready for load balancers, but calls are still accepted
+    serving -> leaving    drain delay: not ready for load balancers, but calls are still served
             -> draining   new acts, episodes and forks are refused, in-flight acts continue
             -> aborting   drain timeout reached: in-flight acts are aborted
 """
@@ -28,6 +28,8 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.phase = Phase.SERVING
+        self.num_calls = 0
+        """Number of requests so far, apart from health checks and metrics."""
         self.is_loading_engine = False
         """Whether a thread is loading an engine now. Only the end of the process can interrupt it."""
         self._is_engine_healthy: Callable[[], bool] | None = None
@@ -39,6 +41,11 @@ class Lifecycle:
     def enter(self, phase: Phase) -> None:
         """Moves the shutdown on to this phase. Does nothing if it is already in a later one."""
         self.phase = max(self.phase, phase)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether load balancers should choose other replicas."""
+        return self.phase >= Phase.LEAVING
 
     @property
     def is_draining(self) -> bool:
@@ -66,4 +73,4 @@ class Lifecycle:
     @property
     def routing_reason(self) -> UnreadyReason | None:
         """Why a load balancer should not choose this replica; None if it may. The store is not checked."""
-        return "draining" if self.phase >= Phase.LEAVING else self.unready_reason
+        return "draining" if self.is_leaving else self.unready_reason

@@ -163,8 +163,9 @@ class Settings(BaseSettings):
     drain_delay_s: float = Field(
         0.0,
         ge=0,
-        description="Seconds after SIGTERM in which /readyz already fails but acts are still accepted, so that load "
-        "balancers stop routing here.",
+        description="Minimum seconds after SIGTERM in which /readyz already fails but calls are still served, so "
+        "that load balancers stop routing here. If calls still arrive then, they are served for up to half of "
+        "EPISODIC_DRAIN_S longer. 0: no delay.",
     )
     drain_s: float = Field(
         30.0,

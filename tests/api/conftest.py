@@ -11,6 +11,7 @@ WITHOUT_A_STORE = (
     "test_hostile",
     "test_openapi",
     "test_queries",
+    "test_shutdown",
 )
 """Modules that test nothing of the store. They run once, on SQLite."""
 

@@ -49,12 +49,17 @@ class RequestContext:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(**context)
         status = 0
+        lifecycle = scope["app"].state.services.lifecycle
+        if scope["path"] not in _PROBES:
+            lifecycle.num_calls += 1
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                if lifecycle.is_leaving:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
