@@ -23,6 +23,7 @@ from service.client.state import (
     BatchItem,
     EpisodeState,
     http_options,
+    keywords,
     new_ids,
     until_ready,
 )
@@ -229,10 +230,12 @@ class AsyncClient:
             await asyncio.sleep(wait_s)
         return batch.results
 
+    @keywords(Filters)
     async def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         """See `Client.list_episodes`."""
         return await self.run(calls.list_episodes(filters))
 
+    @keywords(EpisodeFilter)
     async def episodes(self, **where: Unpack[EpisodeFilter]) -> AsyncGenerator[EpisodeResource]:
         """See `Client.episodes`."""
         page = await self.run(calls.list_episodes(Filters(**where)))
@@ -243,6 +246,7 @@ class AsyncClient:
                 return
             page = await self.run(calls.list_episodes(Filters(**where, cursor=page.next_cursor)))
 
+    @keywords(EpisodeFilter)
     def export(
         self, format: TrajectoryFormat = "steps", **where: Unpack[EpisodeFilter]
     ) -> AsyncGenerator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from service.client.state import (
     BatchItem,
     EpisodeState,
     http_options,
+    keywords,
     new_ids,
     until_ready,
 )
@@ -258,10 +259,12 @@ class Client:
             time.sleep(wait_s)
         return batch.results
 
+    @keywords(Filters)
     def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
         """One page of the episodes that match the filters, newest first."""
         return self.run(calls.list_episodes(filters))
 
+    @keywords(EpisodeFilter)
     def episodes(self, **where: Unpack[EpisodeFilter]) -> Generator[EpisodeResource]:
         """Yields all episodes that match the filters, newest first. Reads them page by page."""
         page = self.run(calls.list_episodes(Filters(**where)))
@@ -271,6 +274,7 @@ class Client:
                 return
             page = self.run(calls.list_episodes(Filters(**where, cursor=page.next_cursor)))
 
+    @keywords(EpisodeFilter)
     def export(self, format: TrajectoryFormat = "steps", **where: Unpack[EpisodeFilter]) -> Generator[dict[str, Any]]:
         """Yields trajectories that match the filters, newest first. Without a `status` filter, of ended episodes only.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import ssl
-from collections.abc import Sequence
-from typing import Any, Generic, TypedDict, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypedDict, TypeVar, get_type_hints
 
 import httpx
 from uuid_utils import uuid7
@@ -17,6 +18,7 @@ from service.client.models import Act, EpisodeResource
 from service.client.retries import Retry
 
 Owner = TypeVar("Owner")
+F = TypeVar("F", bound=Callable[..., Any])
 BatchItem = tuple[Owner, Observation | None] | tuple[Owner, Observation | None, ActFields]
 """An episode, its observation, and further fields of the act, such as {"reward": 1.0}."""
 
@@ -93,6 +95,25 @@ class Batch:
             if isinstance(result, Act):
                 self._episodes[index].advance(result)
         self.pending = [index for index, result in received.items() if isinstance(result, Unavailable)]
+
+
+def keywords(fields: type[Any]) -> Callable[[F], F]:
+    """Shows the keys of a TypedDict as parameters in the signature of a function that takes them as keywords.
+
+    Type checkers know them anyway; this is for help() and for the completion in notebooks.
+    """
+
+    def show(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+            for name, hint in get_type_hints(fields).items()
+        ]
+        setattr(function, "__signature__", signature.replace(parameters=[*own, *named]))  # noqa: B010 - not declared
+        return function
+
+    return show
 
 
 def new_ids(n: int) -> list[str]:

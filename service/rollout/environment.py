@@ -45,6 +45,11 @@ class EnvironmentFactory:
     max_episode_steps: int | None = None
     describe: Describe = describe
 
+    @property
+    def name(self) -> str:
+        """The id under which the environment is registered, without the module."""
+        return self.env_id.rpartition(":")[2]
+
     def make(self) -> TextEnvironment:
         """Creates one instance. Raises UnusableEnvironment with the reason."""
         try:
@@ -57,10 +62,9 @@ class EnvironmentFactory:
         """The limit to pass to Gymnasium. None keeps the environment's own limit."""
         if self.max_episode_steps is not None:
             return self.max_episode_steps
-        module, _, registered_id = self.env_id.rpartition(":")
-        if module:
+        if module := self.env_id.rpartition(":")[0]:
             import_module(module)
-        return None if gymnasium.spec(registered_id).max_episode_steps else STEP_CAP
+        return None if gymnasium.spec(self.name).max_episode_steps else STEP_CAP
 
 
 def load_description(named: str) -> Describe:

@@ -62,14 +62,14 @@ async def rollout(
     first = factory.make()
     random, step_s = await _play_random(first, run, seeds, on_episode)
     workers = [first, *(factory.make() for _ in range(min(concurrency, len(games)) - 1))]
-    players = _Players(client, factory.env_id, run, in_threads=step_s > SLOW_STEP_S)
+    players = _Players(client, factory.name, run, in_threads=step_s > SLOW_STEP_S)
     began = time.perf_counter()
     await _play_all(players, workers, games, on_episode)
     wall_s = time.perf_counter() - began
     for worker in workers:
         worker.env.close()
     return Report(
-        env=factory.env_id,
+        env=factory.name,
         run_id=run.run_id,
         tag=run.tag,
         seed=seed,

@@ -426,6 +426,7 @@ def test_an_environment_of_ones_own_is_named_by_its_module(
     assert episodes[0].acts[0][0]["observation"] == "guess"
     assert episodes[2].acts[0][0]["observation"] == "<guess>"
     assert episodes[2].fields["instructions"] == "Heads or tails?"
+    assert {episode.fields["metadata"]["env"] for episode in episodes} == {env_id}
 
 
 async def test_a_slow_environment_steps_beside_the_loop(fake: FakeService, url: str) -> None:
