@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Retry
+from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Retry, Unavailable
 from service.environments import describe
 from service.rollout.environment import (
     EnvironmentFactory,
@@ -119,6 +119,8 @@ async def _find_service(client: AsyncClient, url: str, api_key: str | None, retr
     try:
         async with AsyncClient(url, api_key, timeout_s=10.0, retry=Retry(total_s=0)) as impatient:
             await impatient.version()
+    except Unavailable:
+        pass  # the service is there, and will be ready
     except ConnectionFailed as error:
         hint = "start one with `episodic serve`, or set --url"
         raise ConnectionFailed(f"no service answers at {url} ({error.__cause__}): {hint}") from error

@@ -100,11 +100,16 @@ class Attempts:
         if isinstance(outcome, httpx.Response):
             header = outcome.headers.get("Retry-After", "")
             after_s = float(header) if header.isascii() and header.isdigit() else 0.0
+            if _is_lost(outcome):
+                return self._after_loss()
             status = _RETRIED_STATUS if self._repeatable else _REFUSED_STATUS
             return self.backoff_s(after_s) if outcome.status_code in status else None
         if isinstance(outcome, _NEVER_ARRIVED):
             return self.backoff_s() if self._link.was_reached or not self._retry.fail_fast else None
-        if not isinstance(outcome, _LOST) or not self._repeatable or self._num_lost >= self._retry.max_retries:
+        return self._after_loss() if isinstance(outcome, _LOST) else None
+
+    def _after_loss(self) -> float | None:
+        if not self._repeatable or self._num_lost >= self._retry.max_retries:
             return None
         self._num_lost += 1
         return self.backoff_s()
@@ -114,3 +119,8 @@ class Attempts:
         wait_s = after_s + random.uniform(0.0, self._retry.backoff_s(self._num_retries))  # noqa: S311 - jitter
         self._num_retries += 1
         return wait_s if time.monotonic() + wait_s < self._give_up_at else None
+
+
+def _is_lost(response: httpx.Response) -> bool:
+    """Whether a proxy gave up waiting for the service. The service's own 504 is a problem document, and is final."""
+    return response.status_code == 504 and "problem+json" not in response.headers.get("Content-Type", "")

@@ -55,16 +55,22 @@ def register() -> None:
 def describe(env: Env[Any, Any]) -> TextDescription:
     """Returns the text description of an environment.
 
-    It is the first that exists of: the environment's own `text_description`, a description written for its id, and a
-    generic description made from its spaces. Raises ValueError if a space is not supported.
+    It is the first that exists of: the environment's own `text_description`, a description written for its id (unless
+    wrappers have changed its spaces), and a generic description made from its spaces. Raises ValueError if a space is
+    not supported.
     """
     own: Any = getattr(env.unwrapped, "text_description", None)
     if own is not None:
         return own if isinstance(getattr(own, "action_space", None), dict) and not isinstance(own, type) else own(env)
-    if env.spec is None:
+    if env.spec is None or not _has_own_spaces(env):
         return GenericText(env)
     namespace, name, _version = registration.parse_env_id(env.spec.id)
     return _DESCRIPTIONS.get((namespace, name), GenericText)(env)
+
+
+def _has_own_spaces(env: Env[Any, Any]) -> bool:
+    inner = env.unwrapped
+    return bool(env.observation_space == inner.observation_space and env.action_space == inner.action_space)
 
 
 register()

@@ -80,10 +80,10 @@ def load_description(named: str) -> Describe:
 
 
 def search_working_folder() -> None:
-    """Lets modules of the working folder be imported, as `python -m` does."""
+    """Lets modules of the working folder be imported. Installed modules take precedence."""
     folder = str(Path.cwd())
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)
 
 
 def finite(reward: Any) -> float:

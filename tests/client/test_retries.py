@@ -33,7 +33,13 @@ def test_a_retry_after_that_is_no_number_of_seconds_is_ignored(header: str) -> N
 
 @pytest.mark.parametrize("status", [200, 204, 400, 401, 404, 409, 410, 413, 422, 500, 504])
 def test_other_answers_are_final(status: int) -> None:
-    assert Attempts(Retry()).wait_s(response(status)) is None
+    assert Attempts(Retry()).wait_s(response(status, Content_Type="application/problem+json")) is None
+
+
+def test_a_timeout_of_a_proxy_is_a_lost_response() -> None:
+    attempts = Attempts(Retry(max_retries=1))
+    assert [attempts.wait_s(response(504)) is None for _ in range(2)] == [False, True]
+    assert Attempts(Retry(), repeatable=False).wait_s(response(504)) is None
 
 
 @pytest.mark.parametrize("kind", [httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.DecodingError])

@@ -3,7 +3,9 @@
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
+from gymnasium.wrappers import FrameStackObservation, RescaleAction, TimeLimit
 
 from service.environments import describe
 from service.environments.generic import GenericText
@@ -52,6 +54,15 @@ def test_an_action_does_what_it_says(env_id: str, action: str, index: int, sign:
     actions = describe(gymnasium.make(env_id)).action_space["actions"]
     other = actions[len(actions) // 2] if len(actions) > 2 else next(one for one in actions if one != action)
     assert (after(action) - after(other)) * sign > 0
+
+
+def test_an_environment_whose_spaces_a_wrapper_changes_is_described_by_its_spaces():
+    env: Any = gymnasium.make("CartPole-v1")
+    assert not isinstance(describe(TimeLimit(env, 5)), GenericText)
+    assert isinstance(describe(FrameStackObservation(env, 2)), GenericText)
+    assert isinstance(
+        describe(RescaleAction(gymnasium.make("Pendulum-v1"), np.float32(-1), np.float32(1))), GenericText
+    )
 
 
 @pytest.mark.parametrize(
