@@ -1,6 +1,7 @@
 """Runs the examples of docs/environments.md in their order, against the service with a scripted engine."""
 
 import asyncio
+import dataclasses
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 from service.engine.tokenizer import HFTokenizer
+from service.rollout import Report, Summary
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import serve
 
@@ -57,3 +59,11 @@ def test_the_page_names_every_option_of_the_command() -> None:
     assert len(options) > 10
     for option in options:
         assert f"{option}" in PAGE, option
+
+
+def test_the_page_names_every_key_of_the_report() -> None:
+    table = PAGE[PAGE.index("### JSON report") : PAGE.index("## Your own environment")]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    shown = [key for cell in cells for key in re.findall(r"`(\w+)`", cell)]
+    keys = {field.name for kind in (Report, Summary) for field in dataclasses.fields(kind)}
+    assert sorted(shown) == sorted(keys - {"policy"} | {"export_command"})
