@@ -29,8 +29,8 @@ class Retry:
     """How often and how long a client retries.
 
     While the service is down, loading or overloaded (no connection, or status 429, 502 or 503), a call is retried for
-    `total_s` seconds, however often. A request that was sent and whose response was lost is retried at most
-    `max_retries` times within this time.
+    `total_s` seconds from its first failure, however often. A request that was sent and whose response was lost is
+    retried at most `max_retries` times within this time.
 
     The delay is the service's Retry-After (RFC 9110, 10.2.3) plus a random part of a backoff that doubles from
     `first_s` to `max_s` seconds ("full jitter": Marc Brooker, "Exponential Backoff And Jitter", AWS, 2015).
@@ -78,7 +78,7 @@ class Link:
 
 
 class Attempts:
-    """Counts the attempts of one call. The time limit starts when this object is created."""
+    """Counts the attempts of one call. The time limit starts when the first of them has failed."""
 
     def __init__(self, retry: Retry, *, repeatable: bool = True, link: Link | None = None) -> None:
         self._retry = retry
@@ -86,7 +86,7 @@ class Attempts:
         self._link = link or Link()
         self._num_retries = 0
         self._num_lost = 0
-        self._give_up_at = time.monotonic() + retry.total_s
+        self._give_up_at: float | None = None
 
     def wait_s(self, outcome: Outcome) -> float | None:
         """Seconds to wait before the next attempt, or None if `outcome` is final."""
@@ -118,7 +118,10 @@ class Attempts:
         """Seconds to wait before the next attempt, at least `after_s`. None if no time is left."""
         wait_s = after_s + random.uniform(0.0, self._retry.backoff_s(self._num_retries))  # noqa: S311 - jitter
         self._num_retries += 1
-        return wait_s if time.monotonic() + wait_s < self._give_up_at else None
+        now = time.monotonic()
+        if self._give_up_at is None:
+            self._give_up_at = now + self._retry.total_s
+        return wait_s if now + wait_s < self._give_up_at else None
 
 
 def _is_lost(response: httpx.Response) -> bool:

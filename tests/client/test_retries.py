@@ -3,6 +3,7 @@
 import httpx
 import pytest
 
+from service.client import retries
 from service.client.retries import Attempts, Link, Retry
 
 
@@ -91,6 +92,16 @@ def test_an_outage_is_reported_once_until_the_service_is_back(caplog: pytest.Log
 def test_a_full_queue_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     Attempts(Retry()).wait_s(response(429))
     assert caplog.records == []
+
+
+def test_a_call_that_fails_late_has_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(retries.time, "monotonic", lambda: now)
+    attempts = Attempts(Retry(total_s=60.0))
+    now += 600.0
+    assert attempts.wait_s(httpx.ReadError("lost")) is not None
+    now += 61.0
+    assert attempts.wait_s(httpx.ReadError("lost")) is None
 
 
 def test_no_attempt_begins_after_the_total() -> None:
