@@ -57,7 +57,8 @@ class Profiles:
         if name is None:
             return document
         if not isinstance(name, str) or name not in self._profiles:
-            raise Unprocessable(f"there is no profile {str(name)[:128]!r}; GET /profile lists the profiles", "profile")
+            known = ", ".join(sorted(self._profiles))
+            raise Unprocessable(f"there is no profile {str(name)[:128]!r}. The profiles are {known}", "profile")
         return _merged(self._profiles[name].fields, document)
 
     def _resolved(self, name: str) -> Profile:

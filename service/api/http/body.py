@@ -32,16 +32,26 @@ def is_optional(model: type[BaseModel]) -> bool:
     return not any(field.is_required() for field in model.model_fields.values())
 
 
-async def read_document(request: Request, *, may_be_empty: bool = False) -> dict[str, Any]:
-    """Reads the body as a JSON object that can be stored. Raises BadRequest, TooLarge, Unprocessable."""
+async def read_document(request: Request, *, may_be_empty: bool = False, unchecked: str = "") -> dict[str, Any]:
+    """Reads the body as a JSON object that can be stored. Raises BadRequest, TooLarge, Unprocessable.
+
+    unchecked: a field that the caller passes to `check` by itself.
+    """
     content = await read_bytes(request)
     if may_be_empty and not content:
         return {}
     parsed = _parse(content)
     if not isinstance(parsed, dict):
         raise Unprocessable("The request body is not a JSON object. Send an object of named fields: {...}.")
-    _canonical(parsed)  # every text of the document can be stored, and stand in an error
-    return cast("dict[str, Any]", parsed)
+    document = cast("dict[str, Any]", parsed)
+    check({name: value for name, value in document.items() if name != unchecked})
+    return document
+
+
+def check(document: dict[str, Any]) -> None:
+    """Raises BadRequest or Unprocessable if a part of the document cannot be stored. An error could not quote it,
+    either, so this comes before all other checks."""
+    _canonical(document)
 
 
 def validated(document: dict[str, Any], model: type[Model]) -> Model:

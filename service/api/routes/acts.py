@@ -64,7 +64,7 @@ async def batch(request: Request) -> Response:
     The answer has one result for each act, in the same order. If an act fails, its result is a problem document; the
     other acts are not affected.
     """
-    acts = body.validated(await body.read_document(request), schemas.BatchRequest).acts
+    acts = body.validated(await body.read_document(request, unchecked="acts"), schemas.BatchRequest).acts
     counts = Counter(name for item in acts if isinstance(name := item.get("episode_id"), str))
     if repeated := sorted(name for name, count in counts.items() if count > 1):
         raise Unprocessable(f"acts: episode {repeated[0]!r} appears more than once. Send one act per episode.", "acts")
@@ -81,6 +81,7 @@ async def batch(request: Request) -> Response:
 async def _act_or_problem(request: Request, item: dict[str, Any], arrived: float) -> Answer:
     behind, tenant = services(request), caller(request).tenant
     try:
+        body.check(item)
         parsed = body.validated(item, schemas.ActRequest)
         act_request = ActRequest(
             parsed.message(), body.digest(item), parsed.step, timeout_s=parsed.timeout_s, arrived=arrived

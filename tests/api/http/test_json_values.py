@@ -94,9 +94,25 @@ async def test_a_lone_surrogate_is_refused_wherever_it_is(api: Served, path: str
         assert (answer.status_code, document["code"]) == (422, "invalid_request"), (place, answer.text)
         assert len(document["errors"][0]["loc"]) == len(place)
         assert str(place[-1]) in document["detail"], place
-    batch = {"acts": [{"episode_id": "open", "observation": "look"}, {"episode_id": "\udfff", "observation": "look"}]}
-    assert (await send(api, "/act/batch", batch)).status_code == 422
     assert (await api.get("open"))["step"] == 0
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"episode_id": "\ud800", "observation": "look"},
+        {"episode_id": "e", "observation": "\ud800"},
+        {"episode_id": "e", "observation": "look", "\ud800": 1},
+    ],
+)
+async def test_a_lone_surrogate_in_one_act_of_a_batch_affects_no_other(api: Served, spoilt: Any):
+    await api.open("open")
+    await api.open("e")
+    answer = await send(api, "/act/batch", {"acts": [spoilt, {"episode_id": "open", "observation": "look"}]})
+    refused, act = answer.json()["results"]
+    assert (refused["status"], refused["code"], act["step"]) == (422, "invalid_request", 0)
+    for body in ({"acts": [spoilt], "\ud800": 1}, {"acts": ["\ud800"]}, {"acts": "\ud800"}, {"acts": {"\ud800": 1}}):
+        assert (await send(api, "/act/batch", body)).json()["code"] == "invalid_request", body
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -218,6 +234,7 @@ async def test_any_value_but_null_is_an_observation(api: Served, observation: An
     assert [row["observation"] for row in (await api.trajectory())["steps"]] == [observation] * 2
     messages = (await api.trajectory(format="messages"))["messages"]
     assert [row["content"] for row in messages if row["role"] == "user"] == [shown] * 2
+    assert all(row.keys() == {"role", "content"} for row in messages), "there is no thought, and no empty field for it"
 
 
 async def test_null_is_no_observation(api: Served):
