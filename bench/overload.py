@@ -223,7 +223,7 @@ def main(
     console.print(f"{psutil.cpu_count()} cores, {running} slots, {max_tokens} tokens per act")
     with tempfile.TemporaryDirectory() as folder:
         policy = endless(Path(Settings(model="toy-text").model_path), Path(folder) / "policy")
-        settings = {"max_running_acts": str(running), "model": str(policy)}
+        settings = {"max_running_acts": str(running), "max_queued_acts": str(running // 4), "model": str(policy)}
         if what in ("overload", "both"):
             with served(**settings) as url:
                 table = _table("Overload")

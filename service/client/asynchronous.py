@@ -294,9 +294,25 @@ class AsyncClient:
 
     async def stream(self, call: Call[Any], reader: Reader[T]) -> AsyncGenerator[T]:
         """See `Client.stream`."""
+        attempts = Attempts(self._retry, repeatable=call.repeatable, link=self._link)
+        while True:
+            num_values = 0
+            try:
+                async with aclosing(self._stream_once(call, reader, attempts)) as values:
+                    async for value in values:
+                        num_values += 1
+                        yield value
+                return
+            except ApiError as error:
+                wait_s = None if num_values else attempts.wait_after_event_s(error.status)
+                if wait_s is None:
+                    raise
+            await asyncio.sleep(wait_s)
+
+    async def _stream_once(self, call: Call[Any], reader: Reader[T], attempts: Attempts) -> AsyncGenerator[T]:
         http = self._take()
         try:
-            response = await self._open_stream(http, call)
+            response = await self._open_stream(http, call, attempts)
             try:
                 async for chunk in response.aiter_bytes():
                     with reading(str(call)):
@@ -310,9 +326,9 @@ class AsyncClient:
             self._idle.append(http)
         reader.end()
 
-    async def _open_stream(self, http: httpx.AsyncClient, call: Call[Any]) -> httpx.Response:
+    async def _open_stream(self, http: httpx.AsyncClient, call: Call[Any], attempts: Attempts) -> httpx.Response:
         """Sends the call, with retries, until a successful response begins."""
-        request, attempts = call.request(http), Attempts(self._retry, repeatable=call.repeatable, link=self._link)
+        request = call.request(http)
         while True:
             outcome = await self._send(http, request, stream=True)
             if isinstance(outcome, httpx.Response) and outcome.is_success:

@@ -321,8 +321,24 @@ class Client:
             time.sleep(wait_s)
 
     def stream(self, call: Call[Any], reader: Reader[T]) -> Generator[T]:
-        """Sends one call and yields the values of its streamed response. Retries only until the response begins."""
-        with closing(self._open_stream(call)) as response:
+        """Sends one call and yields the values of its streamed response. Retries only until the first value."""
+        attempts = Attempts(self._retry, repeatable=call.repeatable, link=self._link)
+        while True:
+            num_values = 0
+            try:
+                with closing(self._stream_once(call, reader, attempts)) as values:
+                    for value in values:
+                        num_values += 1
+                        yield value
+                return
+            except ApiError as error:
+                wait_s = None if num_values else attempts.wait_after_event_s(error.status)
+                if wait_s is None:
+                    raise
+            time.sleep(wait_s)
+
+    def _stream_once(self, call: Call[Any], reader: Reader[T], attempts: Attempts) -> Generator[T]:
+        with closing(self._open_stream(call, attempts)) as response:
             try:
                 for chunk in response.iter_bytes():
                     with reading(str(call)):
@@ -331,9 +347,9 @@ class Client:
                 raise ConnectionFailed(f"{call}: the connection failed while the response arrived: {error}") from error
         reader.end()
 
-    def _open_stream(self, call: Call[Any]) -> httpx.Response:
+    def _open_stream(self, call: Call[Any], attempts: Attempts) -> httpx.Response:
         """Sends the call, with retries, until a successful response begins."""
-        request, attempts = call.request(self._http), Attempts(self._retry, repeatable=call.repeatable, link=self._link)
+        request = call.request(self._http)
         while True:
             outcome = self._send(request, stream=True)
             if isinstance(outcome, httpx.Response) and outcome.is_success:

@@ -96,6 +96,10 @@ class Attempts:
             self._link.report(outcome, self._retry.total_s)
         return wait_s
 
+    def wait_after_event_s(self, status: int) -> float | None:
+        """Seconds to wait before the next attempt after a stream whose first event was an error with this status."""
+        return self.backoff_s() if self._repeatable and status in _RETRIED_STATUS else None
+
     def _wait_s(self, outcome: Outcome) -> float | None:
         if isinstance(outcome, httpx.Response):
             header = outcome.headers.get("Retry-After", "")

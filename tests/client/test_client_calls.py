@@ -33,6 +33,7 @@ from service.client import (
 )
 from service.client.calls import ActFields
 from service.client.streams import EventReader
+from service.engine.base import EngineUnavailable
 from service.engine.tokenizer import HFTokenizer
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.adapters import make_adapter
@@ -196,6 +197,37 @@ def test_events_are_read_however_they_are_cut(cut: int, newline: str):
     delta, act = _events(newline.join(lines), cut)
     assert delta == Delta("text", "ü\n")
     assert (act.episode_id, act.step) == ("e", 3)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("first_text", ["", "half"])
+async def test_a_stream_is_retried_until_its_first_event(
+    api: Served, monkeypatch: pytest.MonkeyPatch, kind: str, first_text: str
+):
+    """The service sends the status of a stream before the engine has answered: a failure is then an event."""
+    await api.open("e")
+    generate, failures = api.engine.generate, iter([True])
+
+    async def fails_once(*args: Any, on_text: Any, **options: Any) -> Any:
+        if next(failures, False):
+            if first_text:
+                on_text(first_text)
+            raise EngineUnavailable("the engine died")
+        return await generate(*args, on_text=on_text, **options)
+
+    monkeypatch.setattr(api.engine, "generate", fails_once)
+
+    async def stream() -> list[Any]:
+        if kind == "sync":
+            return await blocking(api, lambda client: list(client.resume("e").stream("x")))
+        async with AsyncClient(api.url, retry=QUICK) as client:
+            return [event async for event in (await client.resume("e")).stream("x")]
+
+    if first_text:
+        with pytest.raises(ApiError, match="engine_unavailable"):
+            await stream()
+    else:
+        assert (await stream())[-1].text == "go to the door"
 
 
 def test_a_stream_without_its_act_is_a_lost_answer():
