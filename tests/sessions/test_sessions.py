@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from service.engine.base import TextSink
+from service.engine.base import EngineUnavailable, TextSink
 from service.engine.tokenizer import HFTokenizer
-from service.errors import Conflict
+from service.errors import Conflict, Gone
 from service.sessions.acts import ActRequest
 from service.sessions.sessions import Sessions
 from service.store.base import Commit, StepTaken, Store, StoreUnavailable
 from service.store.sql import SQLStore
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
-from service.trajectory import Message, Step
+from service.trajectory import Message, Step, StopReason
 from tests.support.serving import DISCRETE, HeldEngine, serve, until
 
 SPACES: dict[str, dict[str, Any]] = {"text": {"type": "text"}, "discrete": DISCRETE}
@@ -168,6 +168,35 @@ async def test_a_retry_right_behind_the_caller_that_left_starts_anew(sessions: S
     assert (answer["step"], answer["replayed"]) == (0, False)
     assert engine.num_aborted == 1
     assert (await sessions.act("e", call(step=1)))["step"] == 1
+
+
+async def test_what_needs_no_engine_is_answered_while_it_loads(tokenizer: HFTokenizer):
+    store = MemoryStore()
+    before = Sessions(store, max_cached_episodes=8)
+    before.serve(ScriptedEngine(tokenizer))
+    for name in ("e", "gone"):
+        await before.create(name, {}, b"body")
+    first = await before.act("e", call("zero", idempotency_key="k"))
+    await before.delete("gone")
+    loading = Sessions(store, max_cached_episodes=8)
+    for retry in (call("zero", step=0), call("zero", idempotency_key="k"), call("zero", step=0, idempotency_key="k")):
+        assert await loading.act("e", retry) == {**first, "replayed": True, "timing": dict.fromkeys(first["timing"], 0)}
+    for request in (call("zero"), call("one", step=1), call("zero", idempotency_key="new")):
+        with pytest.raises(EngineUnavailable):
+            await loading.act("e", request)
+    for request in (
+        call("other", step=0),
+        call("other", idempotency_key="k"),
+        call("zero", step=1, idempotency_key="k"),
+    ):
+        with pytest.raises(Conflict) as conflict:
+            await loading.act("e", request)
+        assert conflict.value.code == "idempotency_mismatch"
+    with pytest.raises(Gone):
+        await loading.act("gone", call("zero", step=0))
+    ended = await loading.end("e", ActRequest(Message(reward=2.0), b"end"), StopReason.TERMINATED)
+    assert (ended.state.status, ended.state.episode_return) == ("ended", 2.0)
+    assert (await before.end("e", ActRequest(Message(), b"again"), StopReason.ABORTED)) == ended
 
 
 class SlowStore(MemoryStore):

@@ -459,3 +459,12 @@ async def test_a_trajectory_is_the_episode_and_its_rows(store: Store):
     assert found is not None
     assert found[0].state == commit(0).state
     assert found[1] == [step(0)]
+
+
+async def test_a_missing_episode_can_be_neither_rated_nor_forked(store: Store):
+    fork = record("f")
+    fork = replace(fork, config=replace(fork.config, parent=("missing", 0)))
+    with pytest.raises(EpisodeGone):
+        await store.fork([fork])
+    with pytest.raises(EpisodeGone):
+        await store.add_feedback(Feedback("missing", None, 5, None, None, 1.0))
