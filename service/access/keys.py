@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import time
@@ -22,7 +23,14 @@ TENANT = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 _PREFIX = "ek"
 _KEY = re.compile(rf"{_PREFIX}_([0-9a-f]{{16}})_[0-9a-f]{{64}}")
-_FRESH_S = 1.0
+FRESH_S = 1.0
+"""Maximum age in seconds of the cached keys while the store answers."""
+STALE_S = 300.0
+"""Maximum age in seconds of the cached keys while the store does not answer."""
+_WAIT_S = 2.0
+"""Maximum time in seconds that a call waits for the keys if the cached ones cannot answer it."""
+_SHORT_WAIT_S = 0.2
+"""The same if the cached keys can answer it. The store usually answers within this time."""
 
 
 class KeyRefused(Exception):
@@ -76,47 +84,79 @@ def digest(key: str) -> bytes:
 
 
 class Keyring:
-    """Caches the keys of the store for one second. So a revoked key is accepted for at most one more second."""
+    """Caches the keys of the store, and reads them again in the background.
+
+    While the store answers, a revoked key is refused after at most FRESH_S and the time that reading the keys takes. If
+    the store fails or does not answer, known keys stay valid for at most STALE_S after the last successful read.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._keys: dict[str, StoredKey] | None = None
-        self._read_at = 0.0
-        self._reading = asyncio.Lock()
+        self._keys: dict[str, StoredKey] = {}
+        self._read_at = -math.inf
+        self._retry_at = -math.inf
+        self._reading: asyncio.Task[None] | None = None
+        self._is_failing = False
 
     async def exists(self) -> bool:
-        """Returns whether a key was ever created, even if it is revoked.
+        """Returns whether a key was ever created, even if it is revoked. Raises StoreUnavailable if that is unknown.
 
         Without any key the service accepts every local caller. Revoking the last key must not bring that back.
         """
-        return bool(await self._fresh())
+        await self._refresh(self._is_usable)
+        if not self._is_usable:
+            raise StoreUnavailable("the API keys cannot be read")
+        return bool(self._keys)
 
     async def find(self, key: str) -> StoredKey | None:
-        """Returns the record of a valid key; None for any other text."""
-        prefix, _, rest = key.partition("_")
-        record = (await self._fresh()).get(rest.partition("_")[0]) if prefix == _PREFIX else None
+        """Returns the record of a valid key; None for any other text.
+
+        Raises StoreUnavailable if the store does not answer and the key is not among the last known ones.
+        """
+        named = _KEY.fullmatch(key)
+        if named is None:
+            return None
+        await self._refresh(self._is_usable and named[1] in self._keys)
+        record = self._keys.get(named[1]) if self._is_usable else None
+        if record is None and not self._is_fresh:
+            raise StoreUnavailable("the API key is not among the last known ones, and the keys cannot be read")
         if record is None or record.revoked_at is not None:
             return None
         return record if hmac.compare_digest(record.digest, digest(key)) else None
 
-    async def _fresh(self) -> dict[str, StoredKey]:
-        """Returns the keys by id, read again if the cached ones are too old.
+    @property
+    def _is_fresh(self) -> bool:
+        return time.monotonic() < self._read_at + FRESH_S
 
-        If the store is unavailable, the last keys stay in use. Raises StoreUnavailable if there are none.
+    @property
+    def _is_usable(self) -> bool:
+        return time.monotonic() < self._read_at + STALE_S
+
+    async def _refresh(self, is_known: bool) -> None:
+        """Reads the keys again if the cache is too old, and waits for the result.
+
+        `is_known`: whether the cache is enough to answer. Then the wait is short, and there is none while the store
+        fails.
         """
-        if self._keys is not None and time.monotonic() < self._read_at + _FRESH_S:
-            return self._keys
-        async with self._reading:
-            if self._keys is None or time.monotonic() >= self._read_at + _FRESH_S:
-                await self._read()
-        assert self._keys is not None
-        return self._keys
+        if self._is_fresh:
+            return
+        if self._reading is None and (not is_known or time.monotonic() >= self._retry_at):
+            self._reading = asyncio.create_task(self._read(), name="api-keys")
+        reading = self._reading
+        if reading is None or (is_known and self._is_failing):
+            return
+        await asyncio.wait({reading}, timeout=_SHORT_WAIT_S if is_known else _WAIT_S)
+        if not reading.done():
+            self._is_failing = True
+        elif error := reading.exception():
+            raise error
 
     async def _read(self) -> None:
         try:
             self._keys = {record.key_id: record for record in await self._store.keys()}
+            self._read_at, self._is_failing = time.monotonic(), False
         except StoreUnavailable as error:
-            if self._keys is None:
-                raise
+            self._is_failing, self._retry_at = True, time.monotonic() + FRESH_S
             _log.warning("api_keys_refresh_failed", reason=str(error))
-        self._read_at = time.monotonic()
+        finally:
+            self._reading = None

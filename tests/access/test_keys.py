@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from service.access.keys import SCOPES, KeyRefused, Keyring, digest, make_known, new_key, record_of
+from service.access.keys import SCOPES, STALE_S, KeyRefused, Keyring, digest, make_known, new_key, record_of
 from service.cli.main import app
 from service.store.base import StoreUnavailable
 from service.store.sql import SQLStore
@@ -90,6 +90,68 @@ async def test_cached_keys_are_used_while_the_store_is_unavailable(clock: list[f
     store.is_down = True
     clock[0] += 5.0
     assert await ring.find(key)
+    with pytest.raises(StoreUnavailable):
+        await ring.find(new_key("acme", ["read"], 1.0)[0])
+    assert await ring.find("not a key") is None
+    clock[0] += STALE_S
+    with pytest.raises(StoreUnavailable):
+        await ring.find(key)
+    with pytest.raises(StoreUnavailable):
+        await ring.exists()
+
+
+class HangingStore(MemoryStore):
+    """Answers only while `answers` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.num_reads = 0
+
+    async def keys(self) -> list[StoredKey]:
+        self.num_reads += 1
+        await self.answers.wait()
+        return await super().keys()
+
+
+async def test_a_store_that_hangs_delays_no_known_key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.access.keys.FRESH_S", 0.0)
+    monkeypatch.setattr("service.access.keys._WAIT_S", 0.05)
+    store = HangingStore()
+    key, record = new_key("acme", ["read"], 1.0)
+    revoked, other = new_key("acme", ["read"], 1.0)
+    for one in (record, other):
+        await store.add_key(one)
+    await store.revoke_key(other.key_id, 2.0)
+    ring = Keyring(store)
+    assert await ring.exists()
+    store.answers.clear()
+    assert await ring.find(key) == record  # finds out that the store hangs
+    turned = asyncio.Event()
+    asyncio.get_running_loop().call_soon(turned.set)
+    for _ in range(10):
+        assert await ring.find(key) == record
+        assert await ring.find(revoked) is None
+        assert await ring.exists()
+    assert not turned.is_set(), "a known key waited"
+    store.answers.set()
+
+
+async def test_a_key_that_is_unknown_while_the_store_hangs_is_not_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.access.keys._WAIT_S", 0.05)
+    store = HangingStore()
+    store.answers.clear()
+    key, record = new_key("acme", ["read"], 1.0)
+    await store.add_key(record)
+    ring = Keyring(store)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            await ring.find(key)
+    assert store.num_reads == 1, "one read at a time"
+    store.answers.set()
+    assert await ring.find(key) == record
+    assert await ring.find(new_key("acme", ["read"], 1.0)[0]) is None
 
 
 # --- keys that are created or added at start
