@@ -5,8 +5,18 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import (
+    DBAPIError,
+    DisconnectionError,
+    PendingRollbackError,
+    ResourceClosedError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 _T = TypeVar("_T")
+
+FAILURES = (DBAPIError, DisconnectionError, PendingRollbackError, ResourceClosedError, PoolTimeout, OSError)
+"""Failures of the database. Other errors of SQLAlchemy, such as CompileError, are bugs of this program."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class GroupCommit:
         try:
             results = await self._write([change for change, _ in batch])
         except Exception as error:  # noqa: BLE001 - every waiting act must get the error, and the task must continue
-            results = [error if isinstance(error, StoreUnavailable) else StoreUnavailable(repr(error))] * len(batch)
+            results = [error] * len(batch)
         else:
             self._on_commit(len(batch), time.perf_counter() - started)
         for (_, done), error in zip(batch, results, strict=True):

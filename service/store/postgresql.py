@@ -8,12 +8,12 @@ from weakref import WeakSet
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs] - it has none
 from sqlalchemy import URL, Connection, event, text
-from sqlalchemy.exc import IntegrityError, InvalidatePoolError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from service.store.base import StoreRefused, StoreUnavailable
-from service.store.connections import Patience, reason
+from service.store.connections import FAILURES, Patience, reason
 from service.store.migrations import migrate
 
 _T = TypeVar("_T")
@@ -23,7 +23,9 @@ _CONNECT_S = 5.0
 _RECYCLE_S = 600  # a proxy or firewall between service and server may drop a connection that is idle for long
 _MIGRATION_LOCK = 0x65706973  # an arbitrary number that other programs are unlikely to use
 
-_FAILURES = (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+_FAILURES = (*FAILURES, asyncpg.PostgresError, asyncpg.InterfaceError)
+_INVALID_VALUE = "22"
+"""Prefix of the SQLSTATEs of a value that the database cannot store. It is a bug, and a retry does not help."""
 _REFUSALS = ("28", "3D", "42", "0A", "25006")
 """Prefixes of the SQLSTATEs for which a retry does not help: authentication, unknown database, privileges and syntax,
 unsupported feature, read-only standby."""
@@ -97,6 +99,8 @@ class PostgreSQLConnections:
         except IntegrityError:
             raise
         except _FAILURES as error:
+            if _state(error).startswith(_INVALID_VALUE):
+                raise
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
     async def _migrate(self, revision: str) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from service.store.base import StoreRefused, StoreUnavailable
-from service.store.connections import Patience, reason
+from service.store.connections import FAILURES, Patience, reason
 from service.store.migrations import migrate
 
 _T = TypeVar("_T")
@@ -83,7 +83,7 @@ class SQLiteConnections:
             return await asyncio.get_running_loop().run_in_executor(threads, call)
         except IntegrityError:
             raise
-        except (SQLAlchemyError, OSError) as error:
+        except FAILURES as error:
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
     @contextmanager
