@@ -284,8 +284,10 @@ class StoredKey:
 
 @dataclass(frozen=True, slots=True)
 class StoredEpisode:
-    """An episode as it is stored, without its steps. `deleted` marks a tombstone."""
+    """An episode as it is stored, without its steps. `deleted` marks a tombstone. `rating` is the mean of its ratings,
+    if the episode was read from a list that is sorted by it."""
 
     config: EpisodeConfig
     state: EpisodeState = field(default_factory=EpisodeState)
     deleted: bool = False
+    rating: float | None = None

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from service.client import DEFAULT_URL, Client, EpisodicError
-from service.filters import FILTERS, EpisodeFilter
+from service.filters import FILTERS, ORDERS, EpisodeFilter, EpisodeQuery, Time
 from service.settings import client_key
 from service.validation import strict_json
 
@@ -29,40 +29,54 @@ Url = Annotated[str, typer.Option(envvar="EPISODIC_URL", help="Base URL of the s
 Command = Callable[..., None]
 
 
-def with_filters(command: Command) -> Command:
-    """Adds an option to the command for each filter of episodes. The command receives the used ones as `**where`."""
+def with_options(declared: dict[str, tuple[Any, str]]) -> Callable[[Command], Command]:
+    """Adds an option to the command for each declared filter. The command receives the used ones as `**where`."""
 
-    @wraps(command)
-    def filtered(*args: Any, **options: Any) -> None:
-        where = {name: options.pop(name) for name in FILTERS}
-        command(*args, **options, **{name: value for name, value in where.items() if value is not None})
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def filtered(*args: Any, **options: Any) -> None:
+            where = {name: options.pop(name) for name in declared}
+            if "metadata" in where:
+                where["metadata"] = _pairs(where["metadata"])
+            command(*args, **options, **{name: value for name, value in where.items() if value is not None})
 
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    added = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[kind | None, typer.Option(help=text)],
-        )
-        for name, (kind, text) in FILTERS.items()
-    ]
-    filtered.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined] - Typer reads the signature
-    filtered.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
-    return filtered
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [_option(name, kind, text) for name, (kind, text) in declared.items()]
+        filtered.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined] - Typer reads it
+        filtered.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
+        return filtered
+
+    return decorate
+
+
+def _option(name: str, kind: Any, text: str) -> inspect.Parameter:
+    if kind == Time:
+        kind = str
+    elif name == "metadata":
+        kind, text = list[str], f"{text} KEY=VALUE; can be repeated."
+    annotation = Annotated[kind | None, typer.Option(help=text)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _pairs(given: list[str] | None) -> dict[str, str] | None:
+    pairs = [pair.partition("=") for pair in given or ()]
+    for key, equals, _ in pairs:
+        if not key or not equals:
+            raise typer.BadParameter(f"expected KEY=VALUE, got {key!r}", param_hint="--metadata")
+    return {key: value for key, _, value in pairs} or None
 
 
 _COLUMNS = ("status", "steps", "return", "policy", "group", "created")
 
 
-@with_filters
+@with_options({**FILTERS, **ORDERS})
 def episodes_command(
     url: Url = DEFAULT_URL,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of episodes to list.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
-    **where: Unpack[EpisodeFilter],
+    **where: Unpack[EpisodeQuery],
 ) -> None:
-    """List episodes, newest first."""
+    """List episodes, by default the newest first."""
     with _errors(), Client(url, client_key()) as client:
         found = islice(client.episodes(**where), limit)
         if as_json:
@@ -78,7 +92,7 @@ def episodes_command(
         Console().print(table)
 
 
-@with_filters
+@with_options(FILTERS)
 def export_command(
     output: Annotated[str, typer.Option(help="File to write, or - for standard output.")] = "-",
     format: Annotated[Literal["steps", "messages", "tokens"], typer.Option(help="Format of the export.")] = "steps",

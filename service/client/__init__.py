@@ -45,7 +45,7 @@ from service.client.models import (
 from service.client.retries import Retry
 from service.client.state import DEFAULT_URL, BatchItem
 from service.client.streams import Delta, Event
-from service.filters import EpisodeFilter
+from service.filters import EpisodeFilter, EpisodeOrder, EpisodeQuery
 
 __all__ = [
     "DEFAULT_URL",
@@ -68,7 +68,9 @@ __all__ = [
     "EpisodeFields",
     "EpisodeFilter",
     "EpisodeNotFound",
+    "EpisodeOrder",
     "EpisodePage",
+    "EpisodeQuery",
     "EpisodeResource",
     "EpisodicError",
     "Event",

@@ -28,7 +28,7 @@ from service.client.state import (
     until_ready,
 )
 from service.client.streams import Event, EventReader, LineReader, Reader
-from service.filters import EpisodeFilter
+from service.filters import EpisodeFilter, EpisodeQuery
 
 T = TypeVar("T")
 
@@ -145,9 +145,11 @@ class AsyncEpisode(EpisodeState["AsyncClient"]):
         """See `Episode.refresh`."""
         return self._update(await self._client.run(calls.get_episode(self.id)))
 
-    async def trajectory(self, format: TrajectoryFormat = "steps") -> Any:
+    async def trajectory(
+        self, format: TrajectoryFormat = "steps", *, from_step: int | None = None, limit: int | None = None
+    ) -> Any:
         """See `Episode.trajectory`."""
-        return await self._client.run(calls.trajectory(self.id, format))
+        return await self._client.run(calls.trajectory(self.id, format, from_step, limit))
 
     async def delete(self) -> None:
         """See `Episode.delete`."""
@@ -235,8 +237,8 @@ class AsyncClient:
         """See `Client.list_episodes`."""
         return await self.run(calls.list_episodes(filters))
 
-    @keywords(EpisodeFilter)
-    async def episodes(self, **where: Unpack[EpisodeFilter]) -> AsyncGenerator[EpisodeResource]:
+    @keywords(EpisodeQuery)
+    async def episodes(self, **where: Unpack[EpisodeQuery]) -> AsyncGenerator[EpisodeResource]:
         """See `Client.episodes`."""
         page = await self.run(calls.list_episodes(Filters(**where)))
         while True:

@@ -28,7 +28,7 @@ from service.client.state import (
     until_ready,
 )
 from service.client.streams import Event, EventReader, LineReader, Reader
-from service.filters import EpisodeFilter
+from service.filters import EpisodeFilter, EpisodeQuery
 
 T = TypeVar("T")
 
@@ -164,9 +164,15 @@ class Episode(EpisodeState["Client"]):
         """Reads the episode again, for example after StepConflict, and updates `step` to the next step index."""
         return self._update(self._client.run(calls.get_episode(self.id)))
 
-    def trajectory(self, format: TrajectoryFormat = "steps") -> Any:
-        """The episode's whole trajectory as JSON."""
-        return self._client.run(calls.trajectory(self.id, format))
+    def trajectory(
+        self, format: TrajectoryFormat = "steps", *, from_step: int | None = None, limit: int | None = None
+    ) -> Any:
+        """The episode's trajectory as JSON.
+
+        `from_step` and `limit` select a page of the formats `steps` and `messages`: at most `limit` steps. Its
+        `next_step` is the `from_step` of the next page, or None.
+        """
+        return self._client.run(calls.trajectory(self.id, format, from_step, limit))
 
     def delete(self) -> None:
         """Deletes the episode."""
@@ -261,12 +267,12 @@ class Client:
 
     @keywords(Filters)
     def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:
-        """One page of the episodes that match the filters, newest first."""
+        """One page of the episodes that match the filters, by default the newest first."""
         return self.run(calls.list_episodes(filters))
 
-    @keywords(EpisodeFilter)
-    def episodes(self, **where: Unpack[EpisodeFilter]) -> Generator[EpisodeResource]:
-        """Yields all episodes that match the filters, newest first. Reads them page by page."""
+    @keywords(EpisodeQuery)
+    def episodes(self, **where: Unpack[EpisodeQuery]) -> Generator[EpisodeResource]:
+        """Yields all episodes that match the filters, by default the newest first. Reads them page by page."""
         page = self.run(calls.list_episodes(Filters(**where)))
         while True:
             yield from page.episodes

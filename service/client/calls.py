@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from enum import Enum
 from functools import partial
 from typing import Any, Final, Generic, SupportsFloat, TypedDict, TypeVar, cast
@@ -24,7 +25,7 @@ from service.client.models import (
     TrajectoryFormat,
 )
 from service.client.retries import Outcome
-from service.filters import EpisodeFilter
+from service.filters import EpisodeFilter, EpisodeQuery, as_text
 
 T = TypeVar("T")
 JsonObject = Mapping[str, Any]
@@ -87,8 +88,8 @@ class ActFields(EndFields, total=False):
     timeout_s: float | None
 
 
-class Filters(EpisodeFilter, total=False):
-    """Which episodes to list, at most how many, and the cursor of the page."""
+class Filters(EpisodeQuery, total=False):
+    """Which episodes to list and in which order, at most how many, and the cursor of the page."""
 
     limit: int
     cursor: str
@@ -237,8 +238,9 @@ def end_episode(episode_id: str, fields: EndFields) -> Call[EpisodeResource]:
     return Call("POST", f"{_path(episode_id)}/end", _episode, episode_id, encode(fields))
 
 
-def trajectory(episode_id: str, format: TrajectoryFormat) -> Call[Any]:
-    return Call("GET", f"{_path(episode_id)}/trajectory?format={format}", httpx.Response.json, episode_id)
+def trajectory(episode_id: str, format: TrajectoryFormat, from_step: int | None, limit: int | None) -> Call[Any]:
+    query = _query({"format": format, "from_step": from_step, "limit": limit})
+    return Call("GET", f"{_path(episode_id)}/trajectory{query}", httpx.Response.json, episode_id)
 
 
 def delete_episode(episode_id: str) -> Call[None]:
@@ -270,7 +272,14 @@ def _given(fields: JsonObject) -> dict[str, Any]:
 
 def _query(fields: JsonObject) -> str:
     given = _given(fields)
-    return f"?{urlencode(given)}" if given else ""
+    metadata: JsonObject = given.pop("metadata", {})
+    given |= {f"metadata.{key}": value for key, value in metadata.items()}
+    return f"?{urlencode({name: _text(value) for name, value in given.items()})}" if given else ""
+
+
+def _text(value: Any) -> str:
+    """A value of the query: a time in ISO 8601, a text itself, anything else as JSON."""
+    return value.isoformat() if isinstance(value, datetime) else as_text(value) or str(value)
 
 
 def _plain(value: Any) -> Any:

@@ -137,7 +137,7 @@ class Policy(Value):
 
 
 class EpisodePage(Value):
-    """One page of episodes, newest first. Pass `next_cursor` as `cursor` to get the next page."""
+    """One page of episodes. Pass `next_cursor` as `cursor` to get the next page."""
 
     episodes: tuple[EpisodeResource, ...]
     next_cursor: str | None = None

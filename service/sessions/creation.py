@@ -44,7 +44,7 @@ class Creation:
 
         Raises Unprocessable, Conflict, Gone, TooManyRequests, EngineUnavailable, StoreUnavailable.
         """
-        now, agent = time.time(), self._agent()
+        now, agent = round(time.time(), 6), self._agent()  # in microseconds, as ISO 8601 times of clients
         info = agent.engine.info
         if info.no_episodes:
             detail = f"the model {info.model!r} serves /v1 but no episodes: {info.no_episodes}"

@@ -161,7 +161,7 @@ class Episode:
 
         `history` is an empty history of the engine.
         """
-        now = time.time()
+        now = round(time.time(), 6)
         state = EpisodeState(
             step=len(rows),
             episode_return=_sum_of_rewards(rows),
@@ -189,7 +189,9 @@ class Episode:
             episode_id=episode_id,
             request=request,
             digest=digest,
-            created_at=state.updated_at + place * 1e-6,  # distinct times, so that lists show the forks in order
+            created_at=round(
+                state.updated_at + place * 1e-6, 6
+            ),  # distinct times, so that lists show the forks in order
             parent=(self.episode_id, state.step),
         )
         return Episode(StoredEpisode(config, state), options, history)

@@ -82,9 +82,18 @@ class EpisodeCache:
         """Reads the episode from the store, without its steps. Raises NotFound, Gone, StoreUnavailable."""
         return self._existing(episode_id, await self._store.episode(episode_id))
 
-    async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]]:
-        """Reads the episode and its steps from the store. Raises NotFound, Gone, StoreUnavailable."""
-        stored, steps = await self._store.trajectory(episode_id) or (None, [])
+    async def trajectory(
+        self, episode_id: str, first: int = 0, last: int | None = None
+    ) -> tuple[StoredEpisode, list[Step]]:
+        """Reads the episode and its steps from index `first` to `last` from the store.
+
+        Raises NotFound, Gone, StoreUnavailable.
+        """
+        is_whole = first == 0 and last is None
+        found = await (
+            self._store.trajectory(episode_id) if is_whole else self._store.trajectory(episode_id, first, last)
+        )
+        stored, steps = found or (None, [])
         return self._existing(episode_id, stored), steps
 
     def _existing(self, episode_id: str, stored: StoredEpisode | None) -> StoredEpisode:

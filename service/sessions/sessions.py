@@ -25,7 +25,7 @@ from service.sessions.episode import Episode
 from service.sessions.episode_cache import EpisodeCache
 from service.sessions.expiry import Expiry
 from service.sessions.retries import act_in_flight, busy, committed_step, stored_step
-from service.store.base import EpisodeGone, Store
+from service.store.base import NEWEST_FIRST, EpisodeGone, Ordering, Place, Store
 from service.trajectory import (
     EpisodeState,
     Feedback,
@@ -112,17 +112,27 @@ class Sessions:
         return await self._cache.stored(episode_id)
 
     async def page(
-        self, tenant: str, where: EpisodeFilter, *, limit: int, before: tuple[float, str] | None
-    ) -> list[StoredEpisode]:
-        """Returns one page of the tenant's episodes, newest first (keyset pagination).
+        self,
+        tenant: str,
+        where: EpisodeFilter,
+        *,
+        limit: int,
+        before: Place | None = None,
+        ordering: Ordering = NEWEST_FIRST,
+    ) -> tuple[list[StoredEpisode], Place | None]:
+        """Returns one page of the tenant's episodes (keyset pagination), and the place to continue from.
 
-        before: (created_at, episode_id) of the last episode of the previous page; None for the first page.
+        before: the place that the previous page returned; None for the first page. After the last page it is None.
         """
-        return await self.store.episodes(limit=limit, before=before, tenant=tenant, where=where)
+        found = await self.store.episodes(
+            limit=limit + 1, before=before, tenant=tenant, where=where, ordering=ordering
+        )  # one more than the page has shows whether there is a next page
+        page = found[:limit]
+        return page, ordering.place(page[-1]) if len(found) > limit else None
 
-    async def steps(self, episode_id: str) -> tuple[StoredEpisode, list[Step]]:
-        """Returns the episode and its steps. Raises NotFound, Gone."""
-        return await self._cache.trajectory(episode_id)
+    async def steps(self, episode_id: str, first: int = 0, last: int | None = None) -> tuple[StoredEpisode, list[Step]]:
+        """Returns the episode and its steps from index `first` to `last`, both included. Raises NotFound, Gone."""
+        return await self._cache.trajectory(episode_id, first, last)
 
     async def add_feedback(self, feedback: Feedback) -> None:
         """Stores a rating. Raises NotFound, Gone, and Unprocessable for a step that does not exist."""

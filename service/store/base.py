@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from service.filters import EpisodeFilter
+from service.filters import EpisodeFilter, Order, Sort
 from service.trajectory import EpisodeState, Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
 
 
@@ -45,6 +45,39 @@ Change = StoredEpisode | Commit
 EVERY = EpisodeFilter()
 """Matches every episode."""
 
+Place = tuple[float, str] | tuple[float, float, str]
+"""Where an episode stands in a sorted list: the value that it is sorted by, unless this is the time of creation, the
+time of creation, and the id. No two episodes have the same place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ordering:
+    """How a list of episodes is sorted. Episodes with the same value are sorted by time of creation, then by id."""
+
+    sort: Sort = "created"
+    order: Order = "desc"
+
+    @property
+    def unrated(self) -> float:
+        """Stands for the rating of an episode without one. Ratings are from 1 to 5, so it is last in either order."""
+        return 0.0 if self.order == "desc" else 6.0
+
+    def place(self, listed: StoredEpisode) -> Place:
+        """Returns the place of an episode that `Store.episodes` returned with this ordering."""
+        created = (listed.config.created_at, listed.config.episode_id)
+        match self.sort:
+            case "created":
+                return created
+            case "return":
+                return (listed.state.episode_return, *created)
+            case "length":
+                return (float(listed.state.step), *created)
+            case "rating":
+                return (self.unrated if listed.rating is None else listed.rating, *created)
+
+
+NEWEST_FIRST = Ordering()
+
 
 class Store(Protocol):
     """Stores episodes and what belongs to them. Episode ids are qualified by the tenant; times are Unix seconds.
@@ -77,16 +110,18 @@ class Store(Protocol):
         self,
         *,
         limit: int,
-        before: tuple[float, str] | None,
+        before: Place | None,
         tenant: str | None = None,
         where: EpisodeFilter = EVERY,
+        ordering: Ordering = NEWEST_FIRST,
     ) -> list[StoredEpisode]:
-        """Returns a page of episodes, newest first, without tombstones.
+        """Returns a page of episodes, without tombstones.
 
         limit: maximum number of episodes.
-        before: cursor (created_at, episode_id) of keyset pagination; only episodes that sort after it are returned.
+        before: place of the last episode of the previous page (keyset pagination); None for the first page.
         tenant: only episodes of this tenant; None for all tenants.
         where: only episodes that match this filter.
+        ordering: how the list is sorted. The mean rating is returned only if the list is sorted by it.
         """
         ...
 
@@ -100,8 +135,13 @@ class Store(Protocol):
         `index`, returns only that step, or an empty list."""
         ...
 
-    async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]] | None:
-        """Returns the episode and its steps from one consistent snapshot, or None."""
+    async def trajectory(
+        self, episode_id: str, first: int = 0, last: int | None = None
+    ) -> tuple[StoredEpisode, list[Step]] | None:
+        """Returns the episode and its steps from one consistent snapshot, or None.
+
+        first, last: only the steps with an index in this range, both included. `last` None: to the end.
+        """
         ...
 
     async def next_expiry(self) -> float | None:
@@ -148,4 +188,15 @@ class Store(Protocol):
     async def delete(self, episode_id: str) -> bool:
         """Replaces the episode with a tombstone. Its steps are deleted once no fork reads them. Returns False if there
         was nothing to delete."""
+        ...
+
+    async def delete_ended(self, ended_before: float, limit: int) -> list[str]:
+        """Deletes at most `limit` episodes that ended before this time. Returns their ids; none if nothing is left."""
+        ...
+
+    async def remove_tombstones(self, deleted_before: float, limit: int) -> int:
+        """Removes at most `limit` tombstones of episodes that were deleted before this time, and returns their number.
+
+        A tombstone stays as long as a fork reads steps of its episode. Ids of removed tombstones can be used again.
+        """
         ...

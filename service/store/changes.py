@@ -6,12 +6,13 @@ write at the same time may therefore wait for each other, but cannot deadlock.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, bindparam, insert, select, update
 
 from service.store.base import Change, Commit, EpisodeExists, StepTaken
-from service.store.schema import episode_row, episodes, state_row, step_row, steps, tag_rows, tags
+from service.store.schema import entries, entry_rows, episode_row, episodes, state_row, step_row, steps, tag_rows, tags
 from service.trajectory import EpisodeState, StoredEpisode
 
 _Row = dict[str, Any]
@@ -49,13 +50,30 @@ def write_changes(connection: Connection, changes: Sequence[Change]) -> list[Exc
     return [refusals.get(n) for n in range(len(changes))]
 
 
-def insert_episodes(connection: Connection, rows: Sequence[tuple[_Row, list[_Row]]]) -> None:
-    """Inserts episodes. `rows` has for each the row of the episode and the rows of its tags."""
-    if rows:
-        ordered = sorted(rows, key=lambda row: row[0]["episode_id"])
-        connection.execute(insert(episodes), [row for row, _ in ordered])
-        if tagged := [tag for _, tag_rows in ordered for tag in tag_rows]:
+@dataclass(frozen=True, slots=True)
+class EpisodeRows:
+    """The rows of one new episode."""
+
+    episode: _Row
+    tags: list[_Row]
+    entries: list[_Row]
+
+
+def rows_of(record: StoredEpisode) -> EpisodeRows:
+    """Returns the rows of a new episode. Raises ValueError or TypeError for a value that cannot be stored."""
+    config = record.config
+    return EpisodeRows(episode_row(record), tag_rows(record), entry_rows(config.episode_id, config.request))
+
+
+def insert_episodes(connection: Connection, new: Sequence[EpisodeRows]) -> None:
+    """Inserts episodes, with their tags and metadata."""
+    if new:
+        ordered = sorted(new, key=lambda rows: rows.episode["episode_id"])
+        connection.execute(insert(episodes), [rows.episode for rows in ordered])
+        if tagged := [row for rows in ordered for row in rows.tags]:
             connection.execute(insert(tags), tagged)
+        if with_metadata := [row for rows in ordered for row in rows.entries]:
+            connection.execute(insert(entries), with_metadata)
 
 
 def _open(connection: Connection, records: dict[int, StoredEpisode], refusals: dict[int, Exception]) -> None:
@@ -63,12 +81,12 @@ def _open(connection: Connection, records: dict[int, StoredEpisode], refusals: d
         return
     ids = {record.config.episode_id for record in records.values()}
     taken = set(connection.execute(select(episodes.c.episode_id).where(episodes.c.episode_id.in_(ids))).scalars())
-    rows: list[tuple[_Row, list[_Row]]] = []
+    rows: list[EpisodeRows] = []
     for number, record in records.items():
         try:
             if record.config.episode_id in taken:
                 raise EpisodeExists
-            rows.append((episode_row(record), tag_rows(record)))
+            rows.append(rows_of(record))
             taken.add(record.config.episode_id)
         except (EpisodeExists, TypeError, ValueError) as error:
             refusals[number] = error

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, RowMapping, String, Table, Text, text
 
-from service.filters import LABELS
+from service.filters import LABELS, MAX_KEY, MAX_TEXT, labels_of, metadata_of
 from service.trajectory import (
     DEFAULT_TENANT,
     EpisodeConfig,
@@ -29,6 +29,13 @@ metadata = MetaData()
 
 _Id = String(200)  # TENANT:EPISODE, up to 64 and 128 characters
 _ACTIVE = text("status = 'active'")
+_KEPT = text("deleted_at IS NULL AND ended_at IS NOT NULL")
+_GONE = text("deleted_at IS NOT NULL")
+
+LABEL_VERSION = 1
+"""Stored with each episode whose labels and metadata are in columns and rows of their own."""
+UNLABELLED = text("(label_version IS NULL) = (deleted_at IS NULL)")
+"""Selects the episodes that an older version wrote, without these labels, and the tombstones that still have some."""
 
 episodes = Table(
     "episodes",
@@ -54,11 +61,18 @@ episodes = Table(
     Column("parent_step", Integer),
     Column("expires_at", Float(53)),
     Column("tenant", String(64), nullable=False, server_default=DEFAULT_TENANT),
+    Column("env", String(MAX_TEXT)),
+    Column("seed", String(MAX_TEXT)),
+    Column("label_version", Integer),
     Index("ix_episodes_created", "created_at", "episode_id"),
     Index("ix_episodes_group", "episode_group", "created_at"),
     Index("ix_episodes_expires", "expires_at"),
     Index("ix_episodes_tenant", "tenant", "created_at", "episode_id"),
     Index("ix_episodes_active", "tenant", sqlite_where=_ACTIVE, postgresql_where=_ACTIVE),
+    Index("ix_episodes_env", "env", "created_at"),
+    Index("ix_episodes_unlabelled", "episode_id", sqlite_where=UNLABELLED, postgresql_where=UNLABELLED),
+    Index("ix_episodes_ended", "ended_at", sqlite_where=_KEPT, postgresql_where=_KEPT),
+    Index("ix_episodes_deleted", "deleted_at", sqlite_where=_GONE, postgresql_where=_GONE),
 )
 
 tags = Table(
@@ -67,6 +81,16 @@ tags = Table(
     Column("tag", String(128), primary_key=True),
     Column("episode_id", _Id, primary_key=True),
     Index("ix_episode_tags_episode", "episode_id"),
+)
+
+# The metadata of an episode, to filter by: strings, and the JSON text of numbers, booleans and null.
+entries = Table(
+    "episode_metadata",
+    metadata,
+    Column("name", String(MAX_KEY), primary_key=True),
+    Column("value", String(MAX_TEXT), primary_key=True),
+    Column("episode_id", _Id, primary_key=True),
+    Index("ix_episode_metadata_episode", "episode_id"),
 )
 
 # The steps that a fork shares: of each ancestor, the steps stored under its id with an index below num_steps.
@@ -89,6 +113,7 @@ ratings = Table(
     Column("comment", Text),
     Column("rater", String(128)),
     Column("created_at", Float(53), nullable=False),
+    Column("idempotency_key", String(255)),
     Index("ix_feedback_episode", "episode_id"),
 )
 
@@ -176,6 +201,7 @@ def episode_row(record: StoredEpisode) -> dict[str, Any]:
         "policy_version": config.policy_version,
         "created_at": config.created_at,
         **labels(config.request),
+        "label_version": LABEL_VERSION,
         "parent_id": config.parent and config.parent[0],
         "parent_step": config.parent and config.parent[1],
         **state_row(record.state),
@@ -185,20 +211,25 @@ def episode_row(record: StoredEpisode) -> dict[str, Any]:
 
 LABEL_COLUMNS: dict[str, Column[Any]] = {
     name: episodes.c.episode_group if name == "group" else episodes.c[name]
-    for name in LABELS  # GROUP is a reserved word of SQL
+    for name in (*LABELS, "seed")  # GROUP is a reserved word of SQL
 }
-"""The column of each label by which episodes can be filtered."""
+"""The column of each label: those to filter by, and the seed."""
 
 
 def labels(request: dict[str, JsonValue]) -> dict[str, str | None]:
     """Returns the labels of a request by column name."""
-    return {column.name: request.get(name) for name, column in LABEL_COLUMNS.items()}
+    return {LABEL_COLUMNS[name].name: value for name, value in labels_of(request).items()}
 
 
 def tag_rows(record: StoredEpisode) -> list[dict[str, str]]:
     episode_id = record.config.episode_id
     unique = dict.fromkeys(record.config.request.get("tags", ()))
     return [checked(tags, {"episode_id": episode_id, "tag": tag}) for tag in unique]
+
+
+def entry_rows(episode_id: str, request: dict[str, JsonValue]) -> list[dict[str, str]]:
+    """Returns the rows of the metadata to filter by."""
+    return [{"episode_id": episode_id, "name": name, "value": value} for name, value in metadata_of(request).items()]
 
 
 def state_row(state: EpisodeState) -> dict[str, Any]:
@@ -215,7 +246,7 @@ def state_row(state: EpisodeState) -> dict[str, Any]:
     }
 
 
-def episode_record(row: RowMapping) -> StoredEpisode:
+def episode_record(row: RowMapping, rating: float | None = None) -> StoredEpisode:
     config = EpisodeConfig(
         episode_id=row["episode_id"],
         request=strict_json.load(row["request"]),
@@ -235,7 +266,7 @@ def episode_record(row: RowMapping) -> StoredEpisode:
         ended_at=row["ended_at"],
         expires_at=row["expires_at"],
     )
-    return StoredEpisode(config, state, deleted=row["deleted_at"] is not None)
+    return StoredEpisode(config, state, row["deleted_at"] is not None, rating)
 
 
 def step_row(step: Step) -> dict[str, Any]:

@@ -1,45 +1,47 @@
 """The SQL store: implements `Store` with statements that SQLite and PostgreSQL share."""
 
-import math
+import asyncio
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from sqlalchemy import (
     URL,
     Connection,
+    RowMapping,
     and_,
     delete,
-    exists,
-    false,
     func,
     insert,
     make_url,
-    or_,
     select,
     union_all,
     update,
 )
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.sql import ColumnElement
 
 from service.filters import EpisodeFilter
 from service.store.base import (
     EVERY,
+    NEWEST_FIRST,
     Change,
     Commit,
     EpisodeExists,
     EpisodeGone,
+    Ordering,
+    Place,
     StepTaken,
     StoreUnavailable,
 )
-from service.store.changes import insert_episodes, locked, write_changes
+from service.store.changes import insert_episodes, locked, rows_of, write_changes
 from service.store.connections import Connections, Patience, reason
+from service.store.deletion import delete_ended, delete_episodes, remove_tombstones
 from service.store.group_commit import GroupCommit, OnCommit
+from service.store.labelling import Labelling
+from service.store.listing import listed, listing
 from service.store.schema import (
-    LABEL_COLUMNS,
     ancestors,
     episode_record,
-    episode_row,
     episodes,
     feedback_row,
     feedback_value,
@@ -51,14 +53,14 @@ from service.store.schema import (
     ratings,
     step_value,
     steps,
-    storable,
-    tag_rows,
-    tags,
 )
 from service.store.sqlite import SQLiteConnections
 from service.trajectory import Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
 
 _T = TypeVar("_T")
+_Row = TypeVar("_Row")
+
+_FEW_ROWS = 8
 
 
 def _ignore(num_acts: int, seconds: float) -> None:
@@ -85,6 +87,7 @@ class SQLStore:
         self._connections = _connections(make_url(url), patience or Patience())
         self._read = self._connections.read
         self._group = GroupCommit(self._write_together, on_commit)
+        self._labelling = Labelling(self._read, self._connections.write)
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -96,6 +99,7 @@ class SQLStore:
     async def open(self) -> None:
         await self._connections.open()
         self._group.start()
+        self._labelling.start()
 
     async def migrate(self, revision: str) -> None:
         """Upgrades or downgrades the schema to a revision. The store must not be open. Raises StoreRefused."""
@@ -105,6 +109,7 @@ class SQLStore:
             await self._connections.close()
 
     async def close(self) -> None:
+        await self._labelling.stop()
         await self._group.stop()
         await self._connections.close()
 
@@ -118,7 +123,7 @@ class SQLStore:
         parent = records[0].config.parent
         assert parent is not None
         ids = [record.config.episode_id for record in records]
-        opened = [(episode_row(record), tag_rows(record)) for record in records]
+        opened = [rows_of(record) for record in records]
 
         def write(connection: Connection) -> None:
             insert_episodes(connection, opened)
@@ -141,32 +146,34 @@ class SQLStore:
         self,
         *,
         limit: int,
-        before: tuple[float, str] | None,
+        before: Place | None,
         tenant: str | None = None,
         where: EpisodeFilter = EVERY,
+        ordering: Ordering = NEWEST_FIRST,
     ) -> list[StoredEpisode]:
-        query = select(episodes).where(episodes.c.deleted_at.is_(None), *_conditions(tenant, where))
-        if before is not None:
-            query = query.where(_older(*before))
-        query = query.order_by(episodes.c.created_at.desc(), episodes.c.episode_id.desc()).limit(limit)
-
-        def read(connection: Connection) -> list[StoredEpisode]:
-            return [episode_record(row) for row in connection.execute(query).mappings()]
-
-        return await self._read(read)
+        if where.keys() & {"env", "metadata"}:
+            await self._labelling.catch_up()
+        query = listing(limit, before, tenant, where, ordering)
+        rows = await self._read(lambda connection: connection.execute(query).mappings().all())
+        return await _convert(rows, lambda row: listed(row, ordering))
 
     async def commit(self, commit: Commit) -> None:
         await self._group.submit(commit)
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:
-        return await self._read(lambda connection: _read_steps(connection, episode_id, index))
+        first = index or 0
+        rows = await self._read(lambda connection: _read_steps(connection, episode_id, first, index))
+        return await _convert(rows, step_value)
 
-    async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]] | None:
-        def read(connection: Connection) -> tuple[StoredEpisode, list[Step]] | None:
+    async def trajectory(
+        self, episode_id: str, first: int = 0, last: int | None = None
+    ) -> tuple[StoredEpisode, list[Step]] | None:
+        def read(connection: Connection) -> tuple[StoredEpisode, Sequence[RowMapping]] | None:
             record = _read_episode(connection, episode_id)
-            return record and (record, _read_steps(connection, episode_id))
+            return record and (record, _read_steps(connection, episode_id, first, last))
 
-        return await self._read(read)
+        found = await self._read(read)
+        return found and (found[0], await _convert(found[1], step_value))
 
     async def next_expiry(self) -> float | None:
         query = select(func.min(episodes.c.expires_at))
@@ -241,22 +248,15 @@ class SQLStore:
         return await self._read(read)
 
     async def delete(self, episode_id: str) -> bool:
-        blank = {column.name: None for column in (*LABEL_COLUMNS.values(), episodes.c.expires_at)}
-        values = {"deleted_at": episodes.c.updated_at, "request": "{}", "status": "ended", **blank}
-        tombstone = update(episodes).where(episodes.c.episode_id == episode_id).values(values)
+        now = time.time()
+        return bool(await self._write(lambda connection: delete_episodes(connection, [episode_id], now)))
 
-        def write(connection: Connection) -> bool:
-            family = {row.episode_id: row for row in connection.execute(locked(_lineage_of(episode_id)))}
-            if episode_id not in family or family[episode_id].deleted_at is not None:
-                return False
-            connection.execute(tombstone)
-            for table in (ancestors, tags, ratings):
-                connection.execute(delete(table).where(table.c.episode_id == episode_id))
-            for member in family:
-                _drop_unread_steps(connection, member)
-            return True
+    async def delete_ended(self, ended_before: float, limit: int) -> list[str]:
+        now = time.time()
+        return await self._write(lambda connection: delete_ended(connection, ended_before, limit, now))
 
-        return await self._write(write)
+    async def remove_tombstones(self, deleted_before: float, limit: int) -> int:
+        return await self._write(lambda connection: remove_tombstones(connection, deleted_before, limit))
 
     async def _write(self, function: Callable[[Connection], _T]) -> _T:
         try:
@@ -265,14 +265,21 @@ class SQLStore:
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
     async def _write_together(self, changes: Sequence[Change]) -> Sequence[Exception | None]:
-        """Writes the changes in one transaction. If another replica creates one of the episodes at the same time, the
-        transaction fails, and each change is written in its own transaction."""
+        """Writes the changes in one transaction.
+
+        The transaction fails if another replica creates one of the episodes at the same time, or if a bug makes one of
+        the changes fail. Then each change is written in its own transaction, so that the others are not affected.
+        """
         try:
             return await self._connections.write(lambda connection: write_changes(connection, changes))
-        except IntegrityError:
-            if len(changes) == 1:
-                return [EpisodeExists() if isinstance(changes[0], StoredEpisode) else StepTaken()]
-            return [result for change in changes for result in await self._write_together([change])]
+        except StoreUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - each change has its own result
+            if len(changes) > 1:
+                return [result for change in changes for result in await self._write_together([change])]
+            if not isinstance(error, IntegrityError):
+                return [error]
+            return [EpisodeExists() if isinstance(changes[0], StoredEpisode) else StepTaken()]
 
 
 def _read_episode(connection: Connection, episode_id: str) -> StoredEpisode | None:
@@ -280,7 +287,7 @@ def _read_episode(connection: Connection, episode_id: str) -> StoredEpisode | No
     return None if row is None else episode_record(row)
 
 
-def _read_steps(connection: Connection, episode_id: str, index: int | None = None) -> list[Step]:
+def _read_steps(connection: Connection, episode_id: str, first: int, last: int | None) -> Sequence[RowMapping]:
     # A join has no limit on the number of ancestors. One condition per ancestor would exceed SQLite's limit of 1,000 on
     # the depth of an expression.
     inherited = and_(steps.c.episode_id == ancestors.c.ancestor_id, steps.c.step < ancestors.c.num_steps)
@@ -288,10 +295,18 @@ def _read_steps(connection: Connection, episode_id: str, index: int | None = Non
         select(steps).where(steps.c.episode_id == episode_id),
         select(steps).join(ancestors, inherited).where(ancestors.c.episode_id == episode_id),
     ]
-    if index is not None:
-        parts = [part.where(steps.c.step == index) for part in parts]
-    query = union_all(*parts).order_by("step")
-    return [step_value(row) for row in connection.execute(query).mappings()]
+    if first:
+        parts = [part.where(steps.c.step >= first) for part in parts]
+    if last is not None:
+        parts = [part.where(steps.c.step <= last) for part in parts]
+    return connection.execute(union_all(*parts).order_by("step")).mappings().all()
+
+
+async def _convert(rows: Sequence[_Row], convert: Callable[[_Row], _T]) -> list[_T]:
+    """Converts rows to values: many in a thread, because that takes long and must not block the event loop."""
+    if len(rows) <= _FEW_ROWS:
+        return [convert(row) for row in rows]
+    return await asyncio.to_thread(lambda: [convert(row) for row in rows])
 
 
 def _lock_alive(connection: Connection, episode_id: str) -> None:
@@ -299,12 +314,6 @@ def _lock_alive(connection: Connection, episode_id: str) -> None:
     found = connection.execute(locked(episodes.c.episode_id == episode_id)).first()
     if found is None or found.deleted_at is not None:
         raise EpisodeGone
-
-
-def _lineage_of(episode_id: str) -> ColumnElement[bool]:
-    """Returns the condition that selects the episode and its ancestors."""
-    lineage = select(ancestors.c.ancestor_id).where(ancestors.c.episode_id == episode_id)
-    return or_(episodes.c.episode_id == episode_id, episodes.c.episode_id.in_(lineage))
 
 
 def _lineage(connection: Connection, parent_id: str, at_step: int) -> list[tuple[str, int]]:
@@ -321,32 +330,3 @@ def _lineage(connection: Connection, parent_id: str, at_step: int) -> list[tuple
             reached = min(num_steps, at_step)
             found.append((ancestor, reached))
     return found
-
-
-def _drop_unread_steps(connection: Connection, episode_id: str) -> None:
-    """If the episode is deleted, deletes those of its steps that no fork shares."""
-    gone = select(episodes.c.episode_id).where(episodes.c.episode_id == episode_id, episodes.c.deleted_at.is_not(None))
-    num_read = select(func.max(ancestors.c.num_steps)).where(ancestors.c.ancestor_id == episode_id).scalar_subquery()
-    unread = steps.c.step >= func.coalesce(num_read, 0)
-    connection.execute(delete(steps).where(steps.c.episode_id == episode_id, exists(gone), unread))
-
-
-def _older(created_at: float, episode_id: str) -> ColumnElement[bool]:
-    """Returns the condition of keyset pagination: episodes that sort after the cursor, newest first."""
-    if math.isnan(created_at) or not storable(episode_id):
-        return false()
-    created = episodes.c.created_at
-    return or_(created < created_at, and_(created == created_at, episodes.c.episode_id < episode_id))
-
-
-def _conditions(tenant: str | None, where: EpisodeFilter) -> list[ColumnElement[bool]]:
-    columns: dict[str, ColumnElement[Any]] = {**LABEL_COLUMNS, "tenant": episodes.c.tenant, "status": episodes.c.status}
-    filters: dict[str, Any] = {**where, "tenant": tenant}
-    given = {name: value for name, value in filters.items() if value is not None}
-    if not all(map(storable, given.values())):  # no stored value is equal to such a text
-        return [false()]
-    tag = given.pop("tag", None)
-    conditions = [columns[name] == value for name, value in given.items()]
-    if tag is not None:
-        conditions.append(episodes.c.episode_id.in_(select(tags.c.episode_id).where(tags.c.tag == tag)))
-    return conditions

@@ -1,10 +1,21 @@
 """A store in memory, for tests of the packages that use a store. It does not make anything durable."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from service.filters import LABELS, EpisodeFilter
-from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, StepTaken
+from service.filters import EpisodeFilter, as_text, labels_of, metadata_of, unix_seconds
+from service.store.base import (
+    EVERY,
+    NEWEST_FIRST,
+    Commit,
+    EpisodeExists,
+    EpisodeGone,
+    Ordering,
+    Place,
+    StepTaken,
+)
 from service.trajectory import Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
 
 
@@ -17,6 +28,7 @@ class MemoryStore:
         self._feedback: dict[str, list[Feedback]] = {}
         self._policies: dict[str, StoredPolicy] = {}
         self._keys: dict[str, StoredKey] = {}
+        self._deleted_at: dict[str, float] = {}
 
     async def open(self) -> None:
         pass
@@ -48,13 +60,17 @@ class MemoryStore:
         self,
         *,
         limit: int,
-        before: tuple[float, str] | None,
+        before: Place | None,
         tenant: str | None = None,
         where: EpisodeFilter = EVERY,
+        ordering: Ordering = NEWEST_FIRST,
     ) -> list[StoredEpisode]:
-        rows = sorted(self._episodes.values(), key=_newest, reverse=True)
-        rows = [row for row in rows if not row.deleted and tenant in (None, row.config.tenant) and _matches(row, where)]
-        return [row for row in rows if before is None or _newest(row) < before][:limit]
+        kept = [row for row in self._episodes.values() if not row.deleted and tenant in (None, row.config.tenant)]
+        rated = ordering.sort == "rating"
+        rows = [replace(row, rating=self._rating(row) if rated else None) for row in kept if _matches(row, where)]
+        rows.sort(key=ordering.place, reverse=ordering.order == "desc")
+        following = [row for row in rows if before is None or _follows(ordering.place(row), before, ordering)]
+        return following[:limit]
 
     async def commit(self, commit: Commit) -> None:
         record = self._episodes.get(commit.step.episode_id)
@@ -68,9 +84,12 @@ class MemoryStore:
         rows = self._steps.get(episode_id, [])
         return list(rows) if index is None else rows[index : index + 1]
 
-    async def trajectory(self, episode_id: str) -> tuple[StoredEpisode, list[Step]] | None:
+    async def trajectory(
+        self, episode_id: str, first: int = 0, last: int | None = None
+    ) -> tuple[StoredEpisode, list[Step]] | None:
         record = self._episodes.get(episode_id)
-        return None if record is None else (record, list(self._steps[episode_id]))
+        end = None if last is None else last + 1
+        return None if record is None else (record, self._steps[episode_id][first:end])
 
     async def next_expiry(self) -> float | None:
         return min((at for row in self._episodes.values() if (at := row.state.expires_at) is not None), default=None)
@@ -130,15 +149,53 @@ class MemoryStore:
         )
         self._steps[episode_id] = []
         self._feedback[episode_id] = []
+        self._deleted_at[episode_id] = time.time()
         return True
 
+    async def delete_ended(self, ended_before: float, limit: int) -> list[str]:
+        old = [
+            name
+            for name, row in self._episodes.items()
+            if not row.deleted and row.state.ended_at is not None and row.state.ended_at < ended_before
+        ]
+        for name in old[:limit]:
+            await self.delete(name)
+        return old[:limit]
 
-def _newest(record: StoredEpisode) -> tuple[float, str]:
-    return record.config.created_at, record.config.episode_id
+    async def remove_tombstones(self, deleted_before: float, limit: int) -> int:
+        old = [name for name, at in self._deleted_at.items() if at < deleted_before][:limit]
+        for name in old:
+            del self._episodes[name], self._deleted_at[name]
+        return len(old)
+
+    def _rating(self, stored: StoredEpisode) -> float | None:
+        ratings = [feedback.rating for feedback in self._feedback[stored.config.episode_id]]
+        return sum(ratings) / len(ratings) if ratings else None
+
+
+def _follows(place: Place, before: Place, ordering: Ordering) -> bool:
+    return place < before if ordering.order == "desc" else place > before
 
 
 def _matches(stored: StoredEpisode, where: EpisodeFilter) -> bool:
+    return all(_has(stored, name, value) for name, value in where.items())
+
+
+def _has(stored: StoredEpisode, name: str, value: Any) -> bool:
     request = stored.config.request
-    has = {"status": stored.state.status, **{name: request.get(name) for name in LABELS}}
-    tags = request.get("tags", ())
-    return all(value in tags if name == "tag" else value == has[name] for name, value in where.items())
+    match name:
+        case "status":
+            return stored.state.status == value
+        case "success":
+            return stored.state.success is value
+        case "since":
+            return stored.config.created_at >= unix_seconds(value)
+        case "until":
+            return stored.config.created_at < unix_seconds(value)
+        case "tag":
+            return value in request.get("tags", ())
+        case "metadata":
+            found = metadata_of(request)
+            return all(found.get(key) == as_text(wanted) for key, wanted in value.items())
+        case _:
+            return labels_of(request)[name] == value

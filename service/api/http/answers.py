@@ -1,6 +1,8 @@
 """JSON responses."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from starlette.responses import Response
 
@@ -9,4 +11,29 @@ from service.validation import strict_json
 
 def json_answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Returns a JSON response. Values that are not JSON are written as str."""
-    return Response(strict_json.write(document, default=str), status, headers, media_type="application/json")
+    return _answer(strict_json.write(document, default=str), status, headers)
+
+
+async def long_answer(document: Callable[[], dict[str, Any]], status: int = 200) -> Response:
+    """Returns a JSON response that may be large. A thread makes and serializes the document, so that acts go on."""
+    return _answer(await serialized(document), status)
+
+
+async def serialized(document: Callable[[], dict[str, Any]]) -> bytes:
+    """Makes the document in a thread, and returns it as JSON."""
+    return await asyncio.to_thread(lambda: _dump(document()))
+
+
+def _dump(document: dict[str, Any]) -> bytes:
+    """Serializes each item of the document's lists by itself: orjson holds the interpreter's lock until it returns."""
+    return b"{%b}" % b",".join(strict_json.write(name) + b":" + _value(value) for name, value in document.items())
+
+
+def _value(value: object) -> bytes:
+    if not isinstance(value, list):
+        return strict_json.write(value, default=str)
+    return b"[%b]" % b",".join(strict_json.write(item, default=str) for item in cast("list[object]", value))
+
+
+def _answer(body: bytes, status: int, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(body, status, headers, media_type="application/json")

@@ -1,7 +1,7 @@
 """Serializes episodes and trajectories: as a resource, as steps, as chat messages, or as tokens for training."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
@@ -46,6 +46,22 @@ def resource(record: StoredEpisode) -> dict[str, JsonValue]:
         "updated_at": state.updated_at,
         "ended_at": state.ended_at,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A page of a trajectory: at most `limit` steps from index `first` on."""
+
+    first: int
+    limit: int | None
+
+    @property
+    def end(self) -> int | None:
+        """The index after the last step of the page; None for the end of the episode."""
+        return None if self.limit is None else self.first + self.limit
+
+    def contains(self, index: int) -> bool:
+        return self.first <= index and (self.end is None or index < self.end)
 
 
 def as_steps(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
@@ -101,10 +117,34 @@ _FORMATS: dict[Format, Callable[[StoredEpisode, Sequence[Step]], Rendered]] = {
 }
 
 
-def document(record: StoredEpisode, rows: Sequence[Step], feedback: Sequence[Feedback], format: Format) -> Rendered:
-    """Returns the trajectory in one of its formats. The format `steps` also has the feedback."""
-    ratings = {"feedback": [rating(item) for item in feedback]} if format == "steps" else {}
-    return {"episode": resource(record), "format": format, **_FORMATS[format](record, rows), **ratings}
+def document(
+    record: StoredEpisode,
+    rows: Sequence[Step],
+    feedback: Sequence[Feedback],
+    format: Format,
+    window: Window | None = None,
+) -> Rendered:
+    """Returns the trajectory in one of its formats. The format `steps` also has the feedback.
+
+    With `window`, `rows` are the steps of this page and the row after them. The page has the ratings of its steps and
+    of the whole episode.
+    """
+    head = {"episode": resource(record), "format": format}
+    if window is None:
+        ratings = {"feedback": [rating(item) for item in feedback]} if format == "steps" else {}
+        return {**head, **_FORMATS[format](record, rows), **ratings}
+    next_step = window.end if window.end is not None and window.end < record.state.step else None
+    of_page = [item for item in feedback if item.step is None or window.contains(item.step)]
+    ratings = {"feedback": [rating(item) for item in of_page]} if format == "steps" else {}
+    return {**head, **_page(record, rows, format, window), **ratings, "next_step": next_step}
+
+
+def _page(record: StoredEpisode, rows: Sequence[Step], format: Format, window: Window) -> Rendered:
+    if format == "messages":
+        messages = as_messages(record, [row for row in rows if row.closing or window.contains(row.index)])["messages"]
+        return {"messages": messages if window.first == 0 else [one for one in messages if one["role"] != "system"]}
+    page = as_steps(record, rows)
+    return {**page, "steps": [step for step in page["steps"] if window.contains(step["step"])]}
 
 
 def rating(feedback: Feedback) -> Rendered:

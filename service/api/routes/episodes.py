@@ -12,12 +12,12 @@ from uuid_utils import uuid7
 from service import trajectory as trajectories
 from service.api.http import body, problems, schemas, serialization
 from service.api.http.acting import acting
-from service.api.http.answers import json_answer
+from service.api.http.answers import json_answer, long_answer
 from service.api.http.caller import caller, own
 from service.api.http.openapi import IDEMPOTENCY_KEY, request_body
-from service.api.http.query import FilterQuery, FormatQuery, cursor_of, read_cursor
+from service.api.http.query import FilterQuery, FormatQuery, OrderQuery, cursor_of, read_cursor
 from service.api.http.routing import StrictRoute
-from service.api.http.serialization import resource
+from service.api.http.serialization import Window, resource
 from service.api.http.services import services
 from service.errors import Unprocessable
 from service.sessions.acts import ActRequest, RecordedAction
@@ -83,16 +83,18 @@ async def _opened(request: Request, episode_id: object, digest: bytes) -> Stored
 async def listing(
     request: Request,
     where: FilterQuery,
+    ordering: OrderQuery,
     limit: Annotated[int, Query(ge=1, le=1000, description="Maximum number of episodes in the page.")] = 100,
     cursor: Annotated[
         str | None, Query(description="`next_cursor` of the previous page; leave it out for the first page.")
     ] = None,
 ) -> Response:
-    """Returns a page of the caller's episodes that match all filters, newest first."""
-    before = None if cursor is None else read_cursor(cursor)
-    found = await services(request).sessions.page(caller(request).tenant, where, limit=limit, before=before)
-    next_cursor = cursor_of(found[-1]) if len(found) == limit else None
-    return json_answer({"episodes": [resource(stored) for stored in found], "next_cursor": next_cursor})
+    """Returns a page of the caller's episodes that match all filters, by default the newest first."""
+    before = None if cursor is None else read_cursor(cursor, ordering)
+    sessions, tenant = services(request).sessions, caller(request).tenant
+    found, place = await sessions.page(tenant, where, limit=limit, before=before, ordering=ordering)
+    next_cursor = None if place is None else cursor_of(place, ordering)
+    return await long_answer(lambda: {"episodes": [*map(resource, found)], "next_cursor": next_cursor})
 
 
 @router.post(
@@ -133,7 +135,7 @@ async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
         raise Unprocessable(detail, "episode_ids")
     sessions = services(request).sessions
     forks, are_new = await sessions.fork(own(request, episode_id), parsed.at_step, ids, parsed.group, digest)
-    return json_answer({"episodes": [resource(fork) for fork in forks]}, 201 if are_new else 200)
+    return await long_answer(lambda: {"episodes": [*map(resource, forks)]}, 201 if are_new else 200)
 
 
 @router.post(
@@ -185,12 +187,29 @@ async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
     responses={200: {"description": "The trajectory in the requested format."}}
     | problems.documented(404, 410, 422, 503),
 )
-async def trajectory(request: Request, episode_id: EpisodeIdPath, format: FormatQuery = "steps") -> Response:
-    """Returns the steps of the episode in one of three formats."""
-    sessions = services(request).sessions
-    stored, steps = await sessions.steps(own(request, episode_id))
-    feedback = await sessions.feedback(stored.config.episode_id) if format == "steps" else ()
-    return json_answer(serialization.document(stored, steps, feedback, format))
+async def trajectory(
+    request: Request,
+    episode_id: EpisodeIdPath,
+    format: FormatQuery = "steps",
+    from_step: Annotated[int, Query(ge=0, lt=2**31, description="Index of the first step.")] = 0,
+    limit: Annotated[
+        int | None, Query(ge=1, le=10_000, description="Maximum number of steps. By default all are returned.")
+    ] = None,
+) -> Response:
+    """Returns the steps of the episode in one of three formats.
+
+    `from_step` and `limit` select a page of the formats `steps` and `messages`. `next_step` of the answer is the
+    `from_step` of the next page, or null. The format `tokens` has no pages, because a segment repeats earlier steps.
+    """
+    sessions, name = services(request).sessions, own(request, episode_id)
+    window = Window(from_step, limit) if from_step or limit else None
+    if window and format == "tokens":
+        detail = "from_step and limit: the format 'tokens' has no pages. Leave them out, or use 'steps' or 'messages'."
+        raise Unprocessable(detail, "query", "from_step" if from_step else "limit")
+    # The reward of a page's last step is in the message of the step after it.
+    stored, steps = await sessions.steps(name, from_step, window and window.end)
+    feedback = await sessions.feedback(name) if format == "steps" else ()
+    return await long_answer(lambda: serialization.document(stored, steps, feedback, format, window))
 
 
 @router.delete(

@@ -1,12 +1,14 @@
 """GET /export: streams trajectories as NDJSON, one per line. Only one trajectory is in memory at a time."""
 
 from collections.abc import AsyncGenerator
+from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from service.api.http import problems
+from service.api.http.answers import serialized
 from service.api.http.caller import caller
 from service.api.http.query import FilterQuery, FormatQuery
 from service.api.http.routing import StrictRoute
@@ -15,8 +17,8 @@ from service.api.http.services import services
 from service.errors import Gone
 from service.filters import EpisodeFilter
 from service.sessions.sessions import Sessions
+from service.store.base import Place
 from service.trajectory import StoredEpisode
-from service.validation import strict_json
 
 router = APIRouter(tags=["episodes"], route_class=StrictRoute)
 
@@ -38,20 +40,26 @@ async def export(request: Request, where: FilterQuery, format: FormatQuery = "st
     """
     sessions, tenant = services(request).sessions, caller(request).tenant
     where["status"] = where.get("status", "ended")
-    first = await sessions.page(tenant, where, limit=_PAGE, before=None)
+    first = await sessions.page(tenant, where, limit=_PAGE)
     return StreamingResponse(_lines(sessions, tenant, where, first, format), media_type="application/x-ndjson")
 
 
 async def _lines(
-    sessions: Sessions, tenant: str, where: EpisodeFilter, page: list[StoredEpisode], format: Format
+    sessions: Sessions,
+    tenant: str,
+    where: EpisodeFilter,
+    page: tuple[list[StoredEpisode], Place | None],
+    format: Format,
 ) -> AsyncGenerator[bytes]:
-    while page:
-        for listed in page:
+    while True:
+        found, place = page
+        for listed in found:
             try:
                 stored, steps = await sessions.steps(listed.config.episode_id)
             except Gone:
                 continue  # deleted after its page was read
             feedback = await sessions.feedback(stored.config.episode_id) if format == "steps" else ()
-            yield strict_json.write(document(stored, steps, feedback, format)) + b"\n"
-        last = page[-1].config
-        page = await sessions.page(tenant, where, limit=_PAGE, before=(last.created_at, last.episode_id))
+            yield await serialized(partial(document, stored, steps, feedback, format)) + b"\n"
+        if place is None:
+            return
+        page = await sessions.page(tenant, where, limit=_PAGE, before=place)

@@ -554,10 +554,10 @@ async def test_an_episode_that_is_deleted_meanwhile_is_left_out(api: Served, mon
     page = sessions.page
 
     async def stale(*args: Any, **options: Any) -> Any:
-        found = await page(*args, **options)
+        found, place = await page(*args, **options)
         if any(record.config.episode_id == "b" for record in found):
             await sessions.delete("b")
-        return found
+        return found, place
 
     monkeypatch.setattr(sessions, "page", stale)
     lines = (await api.client.get("/export")).text.splitlines()
