@@ -6,22 +6,24 @@ add its request model to `service/api/http/schemas.py` (CONTRIBUTING.md has a re
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from service.engine.base import ActionSpaceRefused, Constraint
-from service.engine.strict_schema import strict
+from service.engine.json_grammar import compiled, compiled_calls, compiled_pattern
 from service.trajectory import JsonValue, ParseFailure
-from service.validation import strict_json
+from service.validation import patterns, strict_json
 from service.validation.json_schema import MAX_SCHEMA_BYTES, Schema, SchemaMismatch, SchemaRefused
 
 Asked = Mapping[str, Any]
 """The field `action_space` of the body of POST /episode."""
 
 MAX_ACTIONS = 1024
-MAX_PATTERN_CHARS = 4096
+_MAX_MATCHED_CHARS = 1 << 18
+_MAX_CACHED = 64
+"""Number of compiled schemas that are kept in memory."""
 
 
 class Space(ABC):
@@ -52,11 +54,6 @@ class Space(ABC):
     @property
     def constraint(self) -> Constraint | None:
         """The constraint on an action that is generated text; None if any text is allowed."""
-        return None
-
-    @property
-    def unverified(self) -> Constraint | None:
-        """The constraint on a recorded action that `write` cannot check, so that the engine must; None if none."""
         return None
 
     def narrowed(self, legal_actions: tuple[str, ...] | None) -> "Space":
@@ -149,26 +146,22 @@ class RegexSpace(Space):
     """An action is text that the pattern matches in full. The engine enforces this."""
 
     type = "regex"
+    is_slow_to_build = True
 
     pattern: str
+    grammar: str
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
-        """Checks only the length of the pattern. Whether the pattern compiles is checked by `Engine.check`."""
-        pattern: str = asked["pattern"]
-        if len(pattern) > MAX_PATTERN_CHARS:
-            raise ActionSpaceRefused(
-                f"the pattern is {len(pattern)} characters long; at most {MAX_PATTERN_CHARS} are allowed"
-            )
-        return cls(pattern)
+        """Builds the space. Raises ActionSpaceRefused if the pattern is invalid or not supported."""
+        try:
+            return cls(asked["pattern"], compiled_pattern(asked["pattern"]))
+        except ValueError as error:
+            raise ActionSpaceRefused(f"the pattern is refused: {error}") from error
 
     @property
     def constraint(self) -> Constraint:
-        return Constraint("regex", self.pattern)
-
-    @property
-    def unverified(self) -> Constraint:
-        return self.constraint
+        return Constraint("guidance", self.grammar)
 
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
         if finish_reason != "stop":
@@ -176,65 +169,76 @@ class RegexSpace(Space):
         return text, None
 
     def write(self, action: JsonValue) -> str:
-        return _text(action)
+        text = _text(action)
+        if len(text) > _MAX_MATCHED_CHARS:
+            raise ActionSpaceRefused(f"the action has more than {_MAX_MATCHED_CHARS} characters")
+        try:
+            matches = patterns.matches(self.pattern, text, searches=False)
+        except patterns.PatternRefused as error:
+            raise ActionSpaceRefused(str(error)) from error
+        if not matches:
+            raise ActionSpaceRefused("the action must match the whole pattern of the action space")
+        return text
 
 
 @dataclass(frozen=True, slots=True)
 class JsonSpace(Space):
     """An action is a JSON value that is valid under the schema.
 
-    The engine restricts the tokens by a grammar. `parse` validates the value against the whole schema.
+    The engine restricts the tokens by a grammar. `parse` validates the value against the whole schema, because a schema
+    that is not strict may have keywords that no grammar enforces.
     """
 
     type = "json"
     is_slow_to_build = True
 
     schema: Schema
+    grammar: str
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
-        """Builds the space. Raises ActionSpaceRefused if the schema is too large, nests too deeply, refers to another
-        document, or is not a JSON schema."""
-        return cls(_checked(asked["schema"]))
+        """Builds the space. Raises ActionSpaceRefused if the schema is invalid, not supported, or too large; unless
+        `strict` is false, also if it has a keyword that the grammar cannot enforce."""
+        return cls(*_compiled(json.dumps(asked["schema"]), strict=asked.get("strict") is not False))
 
     @property
     def constraint(self) -> Constraint:
-        return Constraint("json", self.schema.text)
+        return Constraint("guidance", self.grammar)
 
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
-        if finish_reason != "stop":
-            return None, ParseFailure("length", "max_tokens cut off the completion before the JSON value was complete.")
-        try:
-            value = strict_json.parse(text)
-            strict_json.dump(value)  # a value that cannot be stored is not an action
-            self.schema.validate(value)
-        except SchemaMismatch as error:
-            return None, ParseFailure("schema", str(error))
-        except ValueError as error:
-            return None, ParseFailure("json", str(error)[:500])
-        return value, None
+        return _parsed(text, finish_reason, self.schema.validate)
 
     def write(self, action: JsonValue) -> str:
-        """Checks the action against the schema, except for the patterns in it. Raises ActionSpaceRefused."""
-        try:
-            self.schema.validate(action)
-        except SchemaMismatch as error:
-            raise ActionSpaceRefused(str(error)) from error
-        return json.dumps(action, ensure_ascii=False)
+        return _written(action, self.schema.validate)
+
+
+@lru_cache(maxsize=_MAX_CACHED)
+def _compiled(schema: str, *, strict: bool) -> tuple[Schema, str]:
+    """Compiles a schema, given as JSON. Episodes with equal schemas share the result. Raises ActionSpaceRefused."""
+    try:
+        checked = Schema(json.loads(schema))
+        return checked, compiled(checked, strict=strict)
+    except SchemaRefused as error:
+        raise ActionSpaceRefused(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
-class ToolsSpace(JsonSpace):
+class ToolsSpace(Space):
     """An action is a tool call, {"name", "arguments"}, that is valid under the tool's schema."""
 
     type = "tools"
+    is_slow_to_build = True
+
+    schemas: Mapping[str, Schema]
+    """The schemas of the arguments, by the names of the tools."""
+    grammar: str
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
         """Builds the space.
 
-        Raises ActionSpaceRefused if two tools have the same name, or if the schemas are too large. Also raises it if a
-        schema of parameters is not of type object, or has a keyword that the grammar cannot enforce.
+        Raises ActionSpaceRefused if two tools have the same name, or if a schema is refused; see `JsonSpace`. A schema
+        of parameters must be of type object.
         """
         tools: list[dict[str, Any]] = asked["tools"]
         names = [tool["name"] for tool in tools]
@@ -242,18 +246,8 @@ class ToolsSpace(JsonSpace):
             raise ActionSpaceRefused(f"two tools have the same name, {duplicates[0]!r}")
         if len(json.dumps([tool.get("parameters") for tool in tools])) > MAX_SCHEMA_BYTES:
             raise ActionSpaceRefused(f"the tools' schemas are too large: more than {MAX_SCHEMA_BYTES} bytes in total")
-        calls: list[dict[str, Any]] = []
-        room = MAX_SCHEMA_BYTES
-        for tool in tools:
-            call = _call_schema(tool)
-            room -= len(json.dumps(call))
-            if room < 0:
-                raise ActionSpaceRefused(
-                    "the tools' schemas are too large once their references are expanded: "
-                    f"more than {MAX_SCHEMA_BYTES} bytes in total"
-                )
-            calls.append(call)
-        return cls(_checked({"anyOf": calls}))
+        parameters = {tool["name"]: tool.get("parameters") for tool in tools}
+        return cls(*_compiled_calls(json.dumps(parameters), strict=asked.get("strict") is not False))
 
     @classmethod
     def instructions(cls, asked: Asked) -> str:
@@ -261,20 +255,75 @@ class ToolsSpace(JsonSpace):
         answer = '{"name": the tool\'s name, "arguments": its arguments}'
         return "\n".join(["Tools:", *lines, f"Call one tool at a time. Answer with one JSON object: {answer}"])
 
+    @property
+    def constraint(self) -> Constraint:
+        return Constraint("guidance", self.grammar)
 
-def _call_schema(tool: dict[str, Any]) -> dict[str, Any]:
+    def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
+        return _parsed(text, finish_reason, self._validate)
+
+    def write(self, action: JsonValue) -> str:
+        return _written(action, self._validate)
+
+    def _validate(self, call: Any) -> None:
+        """Raises SchemaMismatch if the value is not a valid call."""
+        given = cast("dict[str, Any]", call) if isinstance(call, dict) else {}
+        if given.keys() != {"name", "arguments"}:
+            raise SchemaMismatch('the action must be a tool call: an object with "name" and "arguments"')
+        name = given["name"]
+        if not isinstance(name, str) or name not in self.schemas:
+            raise SchemaMismatch(f"there is no tool {str(name)[:100]!r}; the tools are {', '.join(self.schemas)}"[:500])
+        try:
+            self.schemas[name].validate(given["arguments"])
+        except SchemaMismatch as error:
+            raise SchemaMismatch(f"the arguments of {name!r} are invalid: {error}"[:500]) from error
+
+
+@lru_cache(maxsize=_MAX_CACHED)
+def _compiled_calls(parameters: str, *, strict: bool) -> tuple[Mapping[str, Schema], str]:
+    """Compiles the schemas of the parameters of tools, given as JSON by the names of the tools. Raises
+    ActionSpaceRefused."""
     try:
-        parameters = strict(tool.get("parameters") or {"type": "object", "properties": {}})
+        schemas = {name: _parameters(name, given) for name, given in json.loads(parameters).items()}
+        return schemas, compiled_calls([(name, schema, strict) for name, schema in schemas.items()])
     except SchemaRefused as error:
-        raise ActionSpaceRefused(f"tool {tool['name']!r}: {error}") from error
-    if not isinstance(parameters, dict) or parameters.get("type") != "object":
-        raise ActionSpaceRefused(f"tool {tool['name']!r}: the schema of the parameters must be of type object")
-    return {
-        "type": "object",
-        "properties": {"name": {"const": tool["name"]}, "arguments": parameters},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
+        raise ActionSpaceRefused(str(error)) from error
+
+
+_NO_PARAMETERS = {"type": "object", "additionalProperties": False}
+
+
+def _parameters(name: str, given: dict[str, Any] | None) -> Schema:
+    """Returns the schema of a tool's arguments. Raises SchemaRefused."""
+    owner = f"tool {name!r}"
+    parameters = _NO_PARAMETERS if given is None else given
+    types = parameters.get("type", "object")
+    if types != "object" and not (isinstance(types, list) and "object" in types):
+        raise SchemaRefused(f"{owner}: the schema of the parameters must be of type object")
+    return Schema({**parameters, "type": "object"}, owner=owner, noun="parameter")
+
+
+def _parsed(text: str, finish_reason: str, validate: Callable[[Any], None]) -> tuple[JsonValue, ParseFailure | None]:
+    """Parses the text of a completion that must be a valid JSON value. Returns the value, or why the text is none."""
+    if finish_reason != "stop":
+        return None, ParseFailure("length", "max_tokens cut off the completion before the JSON value was complete.")
+    try:
+        value = strict_json.parse(text)
+        strict_json.dump(value)  # a value that cannot be stored is not an action
+        validate(value)
+    except SchemaMismatch as error:
+        return None, ParseFailure("schema", str(error))
+    except ValueError as error:
+        return None, ParseFailure("json", str(error)[:500])
+    return value, None
+
+
+def _written(action: JsonValue, validate: Callable[[Any], None]) -> str:
+    try:
+        validate(action)
+    except SchemaMismatch as error:
+        raise ActionSpaceRefused(str(error)) from error
+    return json.dumps(action, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,13 +364,6 @@ def asked_space(request: Asked) -> tuple[type[Space], Asked]:
     if space is None:
         raise ActionSpaceRefused(f"unknown action space type {asked['type']!r}; the types are {', '.join(SPACES)}")
     return space, asked
-
-
-def _checked(schema: dict[str, Any]) -> Schema:
-    try:
-        return Schema(schema)
-    except SchemaRefused as error:
-        raise ActionSpaceRefused(str(error)) from error
 
 
 def _text(action: JsonValue) -> str:

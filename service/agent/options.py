@@ -61,7 +61,7 @@ class Options:
         Limits are reduced to fit. If the service no longer accepts the action space, the episode can only be ended.
         """
         try:
-            space = _space(request)
+            space = _space(request, strict=False)
         except ActionSpaceRefused as error:
             space = RefusedSpace(f"end the episode: its action space is not accepted any more: {error}")
         return cls._build(request, info, space)
@@ -140,6 +140,7 @@ def _limit(request: Request, info: EngineInfo) -> int:
     return min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
 
 
-def _space(request: Request) -> Space:
+def _space(request: Request, *, strict: bool = True) -> Space:
+    """Builds the action space. With `strict=False`, a keyword that cannot be enforced is not refused."""
     space, asked = asked_space(request)
-    return space.of(asked)
+    return space.of(asked if strict else {**asked, "strict": False})

@@ -52,12 +52,12 @@ class ConstraintRefused(ActionSpaceRefused):
 class Constraint:
     """A constraint on a completion.
 
-    kind "json": the completion is JSON that is valid under the JSON schema `spec`.
-    kind "regex": the regular expression `spec` matches the whole completion.
-    Other kinds come from `/v1` only: a grammar in EBNF or Lark, or xgrammar's structural tag as JSON.
+    kind "guidance": the completion is derived by the grammar `spec`, in llguidance's dialect of Lark.
+    Other kinds come from `/v1` only, and are compiled by xgrammar: a JSON schema, a regular expression, a grammar in
+    EBNF or Lark, or a structural tag as JSON.
     """
 
-    kind: Literal["json", "regex", "grammar", "lark", "structural_tag"]
+    kind: Literal["guidance", "json", "regex", "grammar", "lark", "structural_tag"]
     spec: str
 
 
@@ -285,10 +285,6 @@ class Engine(Protocol):
 
         Raises ActionSpaceRefused, EngineUnavailable.
         """
-        ...
-
-    async def matches(self, constraint: Constraint, text: str) -> bool:
-        """Returns whether the whole text satisfies the constraint. Raises ConstraintRefused, EngineUnavailable."""
         ...
 
     async def watch(self) -> None:

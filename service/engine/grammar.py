@@ -1,7 +1,7 @@
-"""Checks in a child process that a schema or a pattern compiles within limits of time and memory.
+"""Checks in a child process that a constraint compiles within limits of time and memory.
 
 The engine compiles grammars on its own threads without a time limit (vLLM 0.32), so that a malicious one would block
-every episode. Therefore each grammar is first compiled here, by the same library, in a process that can be killed.
+every episode. Therefore each constraint is first compiled here, by the same library, in a process that can be killed.
 
 This module is also the program of the child process. It reads a request from each line of stdin, as JSON, and writes
 the response as a line of JSON.
@@ -10,46 +10,76 @@ the response as a line of JSON.
 import asyncio
 import json
 import os
+import random
 import resource
+import signal
 import sys
+import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+import structlog
 
 from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
 
 _MEMORY_LIMIT_BYTES = 3 << 30
 _START_LIMIT_S = 120.0
 _PARSE_LIMIT_S = 0.25
-"""Limit of CPU time in seconds. It is low, because vLLM parses each request's constraint again, on the event loop."""
+"""Limit of CPU time in seconds. It is low, because vLLM parses constraints of /v1 again, on the event loop."""
 _SIMPLIFY = "use a simpler schema or pattern"
+_OUT_OF_MEMORY = f"compiling the constraint takes more memory than is allowed; {_SIMPLIFY}"
+_MEMORY_WORDS = ("memory allocation", "bad_alloc", "MemoryError", "Cannot allocate memory")
+_NUM_WALKS, _WALK_TOKENS = 3, 48
+
+_log: Any = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerData:
+    """A tokenizer as the compilers need it.
+
+    xgrammar: serialized by xgrammar.
+    llguidance: the tokenizer.json of a Hugging Face tokenizer; None if llguidance does not support the tokenizer.
+    vocab_size: number of the model's token ids.
+    eos_token_id: of the tokenizer.
+    """
+
+    xgrammar: str
+    llguidance: str | None
+    vocab_size: int
+    eos_token_id: int | None
 
 
 class GrammarChecker:
     """Compiles constraints for one tokenizer, in a child process that starts on demand."""
 
-    def __init__(self, tokenizer_info: str, *, limit_s: float) -> None:
-        """`tokenizer_info`: the tokenizer, serialized by xgrammar. `limit_s`: timeout for one constraint in seconds."""
-        self._tokenizer_info = tokenizer_info
+    def __init__(self, tokenizer: TokenizerData, *, limit_s: float, limit_bytes: int = _MEMORY_LIMIT_BYTES) -> None:
+        """`limit_s`: timeout for one constraint in seconds. `limit_bytes`: memory of the child process."""
+        self._tokenizer = tokenizer
         self._limit_s = limit_s
+        self._limit_bytes = limit_bytes
         self._child: Process | None = None
+        self._stderr: IO[bytes] | None = None
         self._lock = asyncio.Lock()  # the child handles one request at a time
         self._accepted: set[Constraint] = set()
         self._is_closed = False
 
     async def check(self, constraint: Constraint) -> None:
         """Compiles the constraint. Raises ConstraintRefused if it does not compile within the limits, and
-        EngineUnavailable if the checker is closed."""
+        EngineUnavailable if the checker is closed or the child process does not start."""
         if constraint in self._accepted:
             return
-        await self._call_child(constraint)
+        if constraint.kind == "guidance" and self._tokenizer.llguidance is None:
+            raise ConstraintRefused("the tokenizer of this model is not supported for json, regex and tools spaces")
+        async with self._lock:
+            error = await self._compile({"kind": constraint.kind, "spec": constraint.spec})
+        if error:
+            raise ConstraintRefused(error)
         if len(self._accepted) >= 1024:
             self._accepted.clear()
         self._accepted.add(constraint)
-
-    async def matches(self, constraint: Constraint, text: str) -> bool:
-        """Returns whether the whole text satisfies the constraint. Raises ConstraintRefused, EngineUnavailable."""
-        return bool(await self._call_child(constraint, text))
 
     async def close(self) -> None:
         """Kills the child. Pending and later calls raise EngineUnavailable."""
@@ -62,44 +92,61 @@ class GrammarChecker:
             await self._child.wait()
         self._child = None
 
-    async def _call_child(self, constraint: Constraint, text: str | None = None) -> bool | None:
-        async with self._lock:
-            response = await self._send({"kind": constraint.kind, "spec": constraint.spec, "text": text})
-        if response["error"]:
-            raise ConstraintRefused(response["error"])
-        return response["matches"]
+    async def _compile(self, request: dict[str, Any]) -> str:
+        """Returns why the child refuses the constraint; empty if it accepts it. A child that crashed may have been
+        killed by somebody else, so a second child tries again."""
+        error = ""
+        for _ in range(2):
+            child = await self._running_child()
+            try:
+                async with asyncio.timeout(self._limit_s):
+                    response = await _exchange(child, request)
+            except TimeoutError:
+                await self._end_child()
+                return f"compiling the constraint takes more than {self._limit_s:g} s; {_SIMPLIFY}"
+            except asyncio.CancelledError:
+                await self._end_child()  # otherwise the next request would read this response
+                raise
+            if response is not None:
+                return response["error"]
+            error = await self._crash(child)
+            if error == _OUT_OF_MEMORY:
+                break
+        return error
 
-    async def _send(self, request: dict[str, Any]) -> dict[str, Any]:
-        child = await self._running_child()
-        try:
-            async with asyncio.timeout(self._limit_s):
-                response = await _exchange(child, request)
-        except TimeoutError:
-            await self._end_child()
-            return {"error": f"the constraint does not compile within {self._limit_s:g} s; {_SIMPLIFY}"}
-        except asyncio.CancelledError:
-            await self._end_child()  # otherwise the next request would read this response
-            raise
-        if response is None:
-            await self._end_child()
-            self._check_open()  # if `close` killed the child, the constraint is not at fault
-            return {"error": f"compiling the constraint takes more memory than is allowed; {_SIMPLIFY}"}
-        return response
+    async def _crash(self, child: Process) -> str:
+        """Returns why the child has ended."""
+        code = await child.wait()
+        await self._end_child()
+        self._check_open()  # if `close` killed the child, the constraint is not at fault
+        assert self._stderr is not None
+        self._stderr.seek(0)
+        output = self._stderr.read()[-2000:].decode(errors="replace")
+        if any(word in output for word in _MEMORY_WORDS):
+            return _OUT_OF_MEMORY
+        _log.warning("grammar_compiler_crashed", returncode=code, output=output)
+        cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+        return f"the compiler of constraints ended {cause} on this constraint; {_SIMPLIFY}"
 
     async def _running_child(self) -> Process:
         self._check_open()
         if self._child is None or self._child.returncode is not None:
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
             self._child = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", __spec__.name, stdin=PIPE, stdout=PIPE, limit=1 << 20
+                sys.executable, "-m", __spec__.name, stdin=PIPE, stdout=PIPE, stderr=self._stderr, limit=1 << 20
             )
             try:
                 async with asyncio.timeout(_START_LIMIT_S):
-                    response = await _exchange(self._child, {"tokenizer_info": self._tokenizer_info})
+                    response = await _exchange(
+                        self._child, {"limit_bytes": self._limit_bytes, **asdict(self._tokenizer)}
+                    )
                 self._check_open()  # `close` may have been called before there was a child that it could kill
                 if response is None:
-                    raise RuntimeError("the child process of the grammar compiler ended while it started")
-            except BaseException:
+                    raise EngineUnavailable("the process that compiles constraints ended while it started")
+            except BaseException as error:
                 await self._end_child()  # otherwise the next request would read this response
+                if isinstance(error, TimeoutError):
+                    raise EngineUnavailable("the process that compiles constraints does not start") from error
                 raise
         return self._child
 
@@ -123,27 +170,63 @@ async def _exchange(child: Process, request: dict[str, Any]) -> dict[str, Any] |
 
 def _serve() -> None:
     """The main function of the child process."""
-    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
     responses = os.fdopen(os.dup(1), "w", buffering=1)
     # Libraries may print to stdout. Redirect that to stderr, so that the parent does not read it as a response.
     os.dup2(2, 1)
     import xgrammar  # imported here because it takes seconds, and the parent does not need it
 
-    info = xgrammar.TokenizerInfo.deserialize_json(json.loads(sys.stdin.readline())["tokenizer_info"])
+    start = json.loads(sys.stdin.readline())
+    limit_bytes = start.pop("limit_bytes")
+    tokenizer = TokenizerData(**start)
+    info = xgrammar.TokenizerInfo.deserialize_json(tokenizer.xgrammar)
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    guidance = _Guidance(tokenizer) if tokenizer.llguidance is not None else None
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     responses.write("{}\n")
     for line in sys.stdin:
         request = json.loads(line)
-        matches: bool | None = None
         try:
-            grammar = _compile(compiler, request["kind"], request["spec"])
-            if request["text"] is not None:
-                matcher = xgrammar.GrammarMatcher(grammar)
-                matches = matcher.accept_string(request["text"]) and matcher.accept_token(info.stop_token_ids[0])
+            if request["kind"] == "guidance" and guidance is not None:
+                guidance.compile(request["spec"])
+            else:
+                _compile(compiler, request["kind"], request["spec"])
             error = ""
-        except Exception as failure:  # noqa: BLE001 - the library raises many types
+        except Exception as failure:  # noqa: BLE001 - the libraries raise many types
             error = str(failure).strip().split("\n")[-1][:300] or type(failure).__name__
-        responses.write(json.dumps({"error": error, "matches": matches}) + "\n")
+            if isinstance(failure, MemoryError) or any(word in error for word in _MEMORY_WORDS):
+                error = _OUT_OF_MEMORY
+        responses.write(json.dumps({"error": error}) + "\n")
+
+
+class _Guidance:
+    """Compiles grammars for llguidance."""
+
+    def __init__(self, tokenizer: TokenizerData) -> None:
+        from llguidance import LLTokenizer
+
+        self._tokenizer = LLTokenizer(
+            tokenizer.llguidance or "", n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eos_token_id
+        )
+
+    def compile(self, spec: str) -> None:
+        """Compiles a grammar, and follows it for some tokens, because llguidance does much of its work only then.
+        Raises ValueError."""
+        from llguidance import LLMatcher
+
+        start = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(spec), log_level=0)
+        generator = random.Random(0)  # noqa: S311 - not a secret
+        for _ in range(_NUM_WALKS):
+            matcher = start.deep_copy()
+            for _ in range(_WALK_TOKENS):
+                mask = matcher.compute_bitmask()
+                if matcher.is_error():
+                    raise ValueError(f"the grammar is too complex: {matcher.get_error().splitlines()[0][:200]}")
+                allowed = [index for index, byte in enumerate(mask) if byte]
+                if not allowed or matcher.is_stopped():
+                    break
+                index = generator.choice(allowed)
+                bits = [bit for bit in range(8) if mask[index] >> bit & 1]
+                matcher.consume_token(index * 8 + generator.choice(bits))
 
 
 def _compile(compiler: Any, kind: str, spec: str) -> Any:

@@ -14,12 +14,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
 
+from service.engine.vllm import structured_outputs
+
 
 def register() -> None:
     """Makes this process end when its parent ends. Does nothing in a process that multiprocessing did not start.
 
-    The process also ignores SIGINT. On Ctrl-C, a terminal sends it to both parent and child, but the parent still needs
-    the engine while it drains.
+    The process also gets the service's backend for structured outputs, and it ignores SIGINT. On Ctrl-C, a terminal
+    sends it to both parent and child, but the parent still needs the engine while it drains.
 
     pyproject.toml registers this function as an entry point of the group `vllm.general_plugins`. vLLM calls these entry
     points in every process that it starts.
@@ -29,6 +31,7 @@ def register() -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         Thread(target=_exit_after, args=[parent.sentinel], name="lifeline", daemon=True).start()
+        structured_outputs.install()
 
 
 def _exit_after(parent: int) -> None:

@@ -173,19 +173,6 @@ class Sessions:
                     episode = await self._reloaded(episode, refusal)
                 return await self._answer(episode, request, limit)
 
-    async def record_action(self, episode_id: str, request: ActRequest) -> Answer:
-        """Performs an act with an action that the caller chose; otherwise as `act`."""
-        assert request.recorded is not None
-        space, action = (await self._cache.find(episode_id)).options.action_space, request.recorded.value
-        if space.unverified and isinstance(action, str):
-            try:
-                matches = await self.agent.engine.matches(space.unverified, action)
-            except ActionSpaceRefused as error:
-                raise Unprocessable(str(error), "action") from error
-            if not matches:
-                raise Unprocessable("the action must match the whole pattern of the action space", "action")
-        return await self.act(episode_id, request)
-
     async def end(self, episode_id: str, request: ActRequest, stop_reason: StopReason) -> StoredEpisode:
         """Ends an episode. One that has ended is not changed.
 

@@ -11,6 +11,7 @@ from service.engine.completion import Completion, Scores
 from service.engine.decoder_only import DecoderOnlyEngine
 from service.engine.tokenizer import Tokenizer
 from service.trajectory import Sampling
+from service.validation import lark
 
 Reply = Callable[[str], str]
 """Returns the text of the completion for the text of a prompt."""
@@ -98,11 +99,8 @@ class ScriptedEngine(DecoderOnlyEngine):
         return Scores(tuple(math.log(weight / total) for weight in weights), 0)
 
     async def check_constraint(self, constraint: Constraint) -> None:
-        if constraint.kind == "regex" and constraint.spec == "(":
-            raise ConstraintRefused("the pattern does not compile")
-
-    async def matches(self, constraint: Constraint, text: str) -> bool:
-        return re.fullmatch(constraint.spec, text) is not None
+        if lark.matcher(constraint.spec).is_error():
+            raise ConstraintRefused("the constraint does not compile")
 
     async def watch(self) -> None:
         await self._died.wait()

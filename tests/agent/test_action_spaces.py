@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from service.agent.action_spaces import (
-    MAX_PATTERN_CHARS,
     DiscreteSpace,
     JsonSpace,
     RegexSpace,
@@ -15,6 +14,7 @@ from service.agent.action_spaces import (
 )
 from service.engine.base import ActionSpaceRefused
 from service.validation.json_schema import MAX_NESTING, MAX_SCHEMA_BYTES
+from service.validation.patterns import MAX_PATTERN_CHARS
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,18 @@ def test_a_json_text_that_is_no_action_says_why(text: str, finish_reason: str, k
     assert failure.detail
 
 
-def test_a_hostile_pattern_in_a_schema_is_not_run_by_the_backtracking_matcher():
+def test_patterns_are_matched_in_linear_time():
     hostile = "a" * 5000 + "!"
     for schema, value in (
         ({"type": "string", "pattern": "^(a+)+$"}, hostile),
-        ({"patternProperties": {"^(a+)+$": {"type": "integer"}}}, {hostile: 1}),
+        ({"patternProperties": {"^(a+)+!$": {"type": "string"}}}, {hostile: 1}),
         ({"patternProperties": {"^(a+)+$": {}}, "additionalProperties": False}, {hostile: 1}),
-        ({"patternProperties": {"^(a+)+$": {}}, "unevaluatedProperties": False}, {hostile: 1}),
         ({"propertyNames": {"pattern": "^(a+)+$"}}, {hostile: 1}),
     ):
-        assert JsonSpace.of({"schema": schema}).parse(json.dumps(value), "stop") == (value, None)
+        action, failure = JsonSpace.of({"schema": schema}).parse(json.dumps(value), "stop")
+        assert action is None
+        assert failure is not None
+        assert failure.kind == "schema"
 
 
 def test_additional_properties_are_still_checked_where_no_pattern_says_which_they_are():
@@ -103,10 +105,35 @@ def test_additional_properties_are_still_checked_where_no_pattern_says_which_the
     assert failure.kind == "schema"
 
 
-def test_a_schema_that_refers_to_itself_forever_is_a_parse_failure():
-    action, failure = JsonSpace.of({"schema": {"$ref": "#"}}).parse("1", "stop")
+def test_a_schema_that_refers_to_itself_forever_is_refused():
+    with pytest.raises(ActionSpaceRefused, match="without end"):
+        JsonSpace.of({"schema": {"$ref": "#"}})
+
+
+def test_keywords_that_cannot_be_enforced_are_refused_or_checked_afterwards():
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    with pytest.raises(ActionSpaceRefused, match="'uniqueItems'"):
+        JsonSpace.of({"schema": schema})
+    space = JsonSpace.of({"schema": schema, "strict": False})
+    assert space.parse("[1,2]", "stop") == ([1, 2], None)
+    action, failure = space.parse("[1,1]", "stop")
     assert action is None
     assert failure is not None
+    assert failure.kind == "schema"
+    with pytest.raises(ActionSpaceRefused, match="non-unique"):
+        space.write([1, 1])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [("(?<=a)b", "lookbehind"), (r"(a)\1", "backreference"), (r"\bfoo", "boundary"), ("a(?=b)", "lookahead")],
+)
+def test_patterns_that_nothing_can_check_are_refused_by_name(pattern: str, name: str, strict: bool):
+    tools = [{"name": "push", "parameters": {"properties": {"branch": {"type": "string", "pattern": pattern}}}}]
+    with pytest.raises(ActionSpaceRefused) as refusal:
+        ToolsSpace.of({"tools": tools, "strict": strict})
+    assert all(word in str(refusal.value) for word in ("tool 'push'", "parameter 'branch'", "'pattern'", name))
 
 
 def test_a_regex_space():
@@ -117,6 +144,11 @@ def test_a_regex_space():
     assert failure.kind == "length"
     with pytest.raises(ActionSpaceRefused, match="characters long"):
         RegexSpace.of({"pattern": "a" * (MAX_PATTERN_CHARS + 1)})
+    assert RegexSpace.of({"pattern": "^ab$"}).write("ab") == "ab"
+    with pytest.raises(ActionSpaceRefused, match="whole pattern"):
+        RegexSpace.of({"pattern": "a|b"}).write("ab")
+    with pytest.raises(ActionSpaceRefused, match="no text"):
+        RegexSpace.of({"pattern": "a^b"})
 
 
 def test_any_text_is_a_text_action():
@@ -137,6 +169,28 @@ def test_tools_are_bounded_together():
         ToolsSpace.of({"tools": [{"name": f"t{number}", **tool} for number in range(3)]})
 
 
-def test_a_tool_that_takes_anything_is_refused():
-    with pytest.raises(ActionSpaceRefused, match="type object"):
-        ToolsSpace.of({"tools": [{"name": "f", "parameters": {"$ref": "#/$defs/a", "$defs": {"a": True}}}]})
+def test_parameters_that_are_no_object_are_refused():
+    for parameters in ({"type": "string"}, {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}}, {"not": {}}):
+        with pytest.raises(ActionSpaceRefused, match="tool 'f'"):
+            ToolsSpace.of({"tools": [{"name": "f", "parameters": parameters}]})
+
+
+def test_a_tool_call_is_validated_by_the_schema_of_its_tool():
+    tools = [
+        {
+            "name": "a/b",
+            "parameters": {"properties": {"x": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}},
+        },
+        {"name": "stop", "parameters": None},
+    ]
+    space = ToolsSpace.of({"tools": tools})
+    assert json.loads(space.write({"name": "a/b", "arguments": {"x": 1}}))["name"] == "a/b"
+    for call in (
+        {"name": "a/b", "arguments": {"x": "s"}},
+        {"name": "stop", "arguments": {"x": 1}},
+        {"name": "none", "arguments": {}},
+        {"name": "stop"},
+        "stop",
+    ):
+        with pytest.raises(ActionSpaceRefused):
+            space.write(call)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from service.agent.action_spaces import JsonSpace, RegexSpace
 from service.agent.agent import Agent
 from service.agent.options import Options
 from service.agent.policies import Policies
@@ -115,8 +116,8 @@ async def test_the_engine_holds_the_reply_to_the_constraint(agent: Agent, engine
     await take(agent, episode(agent, action_space={"type": "json", "schema": {"type": "null"}}))
     await take(agent, episode(agent))
     assert [constraint for _, constraint in engine.requests] == [
-        Constraint("regex", "[ab]+"),
-        Constraint("json", '{"type":"null"}'),
+        RegexSpace.of({"pattern": "[ab]+"}).constraint,
+        JsonSpace.of({"schema": {"type": "null"}}).constraint,
         None,
     ]
 

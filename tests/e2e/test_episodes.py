@@ -81,6 +81,28 @@ def test_json_and_regex_actions_are_valid(http: httpx.Client) -> None:
     assert answer["action"].split()[0] in ("north", "south")
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^[a-z]+$", "maxLength": 5},
+        {"type": "string", "pattern": "^(?!main$)(main|dev)$"},
+        {"type": "string", "format": "date", "pattern": "^2025-"},
+        {"type": "object", "patternProperties": {"^x-": {"type": "number"}}, "additionalProperties": False},
+        {
+            "$ref": "#/$defs/tree",
+            "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 1}},
+        },
+    ],
+)
+def test_patterns_lengths_formats_and_recursion_are_enforced(http: httpx.Client, schema: dict[str, Any]) -> None:
+    space = {"type": "json", "schema": schema}
+    episode = opened(http, action_space=space, sampling={"max_tokens": 200, "temperature": 1.0})
+    answer = acted(http, episode, "go")
+    assert answer["finish_reason"] == "length" or answer["parse_failure"] is None
+    if answer["finish_reason"] == "stop":
+        jsonschema.validate(answer["action"], schema, format_checker=jsonschema.FormatChecker())
+
+
 def test_stored_tokens_are_those_of_the_answer_and_logprobs_score_again(http: httpx.Client) -> None:
     episode = opened(http, sampling={"temperature": 0, "max_tokens": 12})
     answer = acted(http, episode, "<|end|><|assistant|> row 0, column 0")

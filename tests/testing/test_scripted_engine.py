@@ -51,8 +51,8 @@ async def test_a_dead_engine_answers_nothing_and_its_watcher_returns(tokenizer: 
         await engine.score(PROMPT, [1, 2])
 
 
-async def test_it_refuses_one_pattern(tokenizer: HFTokenizer):
+async def test_it_refuses_a_grammar_that_does_not_compile(tokenizer: HFTokenizer):
     engine = ScriptedEngine(tokenizer)
-    await engine.check_constraint(Constraint("regex", "a"))
+    await engine.check_constraint(Constraint("guidance", "%llguidance {}\nstart: /a/"))
     with pytest.raises(ConstraintRefused):
-        await engine.check_constraint(Constraint("regex", "("))
+        await engine.check_constraint(Constraint("guidance", "%llguidance {}\nstart: /(/"))

@@ -47,14 +47,53 @@ def test_exponential_schema_is_stopped():
     Schema(alternatives(3)).validate(None)
 
 
-def test_a_dialect_does_not_bring_back_the_matcher_that_is_left_out():
+def test_a_nested_dialect_is_refused_and_a_property_of_that_name_is_not():
     evil = {"$schema": "https://json-schema.org/draft/2020-12/schema", "pattern": "^(a+)+$"}
-    with pytest.raises(SchemaRefused, match="dialect"):
+    with pytest.raises(SchemaRefused, match="schema"):
         Schema({"items": evil})
     hostile = "a" * 40 + "!"
-    Schema(evil).validate(hostile)
-    Schema({**evil, "items": {"$ref": "#"}}).validate([hostile])
+    with pytest.raises(SchemaMismatch, match="does not match"):
+        Schema(evil).validate(hostile)
     Schema({"properties": {"$schema": {"type": "string"}}}).validate({"$schema": "a property of that name"})
+    Schema({"const": {"$schema": "x", "$id": "y", "$ref": "z"}}).validate({"$schema": "x", "$id": "y", "$ref": "z"})
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        ({"pattern": "b$"}, "ab", "ba"),
+        ({"pattern": "^(a+)+$"}, "a" * 5000, "a" * 5000 + "!"),
+        ({"format": "date"}, "2024-02-29", "2023-02-29"),
+        ({"format": "no such format"}, "anything", None),
+        ({"multipleOf": 0.01}, 0.07, 0.075),
+        ({"patternProperties": {"^x-": {"type": "integer"}}}, {"x-a": 1, "y": "s"}, {"x-a": "s"}),
+        ({"patternProperties": {"^x-": {}}, "additionalProperties": False}, {"x-a": 1}, {"y": 1}),
+        ({"propertyNames": {"pattern": "^a"}}, {"ab": 1}, {"b": 1}),
+        ({"items": [{"type": "integer"}], "additionalItems": False}, [1], [1, 2]),
+        ({"minimum": 3, "exclusiveMinimum": True}, 4, 3),
+        ({"dependencies": {"a": ["b"]}}, {"b": 1}, {"a": 1}),
+    ],
+)
+def test_patterns_formats_and_keywords_of_older_drafts_are_validated(schema: Any, valid: Any, invalid: Any):
+    Schema(schema).validate(valid)
+    if invalid is not None:
+        with pytest.raises(SchemaMismatch):
+            Schema(schema).validate(invalid)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"properties": {"a": {"items": {"type": "nothing"}}}}, ("tool 't'", "parameter 'a[]'", "'type'")),
+        ({"properties": {"a": {"maxLength": -1}}}, ("tool 't'", "parameter 'a'", "'maxLength'")),
+        ({"properties": {"a": {"$ref": "https://example.com"}}}, ("tool 't'", "parameter 'a'", "'$ref'")),
+        ({"$defs": {"d": {"$id": "x"}}}, ("tool 't'", "'$id'")),
+    ],
+)
+def test_a_refusal_names_tool_place_and_keyword(schema: Any, words: tuple[str, ...]):
+    with pytest.raises(SchemaRefused) as refusal:
+        Schema(schema, owner="tool 't'", noun="parameter")
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
 
 
 @pytest.mark.parametrize("schema", [{"$ref": "#/nowhere"}, {"$ref": "#"}, {"$dynamicRef": "#nowhere"}])

@@ -110,7 +110,7 @@ async def record(request: Request, episode_id: EpisodeIdPath) -> Response:
     key, recorded = body.idempotency_key(request), RecordedAction(parsed.action)
     act_request = ActRequest(parsed.message(), digest, parsed.step, key, recorded=recorded)
     async with acting(request):
-        answer = await services(request).sessions.record_action(own(request, episode_id), act_request)
+        answer = await services(request).sessions.act(own(request, episode_id), act_request)
     return json_answer(answer)
 
 

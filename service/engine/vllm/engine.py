@@ -12,9 +12,9 @@ from starlette.types import ASGIApp
 from service.engine import orphan_guard
 from service.engine.adapters import AdapterRefused
 from service.engine.base import (
+    ActionSpaceRefused,
     Adapter,
     Constraint,
-    ConstraintRefused,
     EngineInfo,
     EngineUnavailable,
     OnText,
@@ -47,6 +47,7 @@ class VLLMEngine(DecoderOnlyEngine):
         self, llm: Any, info: EngineInfo, heartbeat: Heartbeat, grammar: GrammarChecker, openai: OpenAIApp
     ) -> None:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -62,7 +63,7 @@ class VLLMEngine(DecoderOnlyEngine):
         self._served: dict[Adapter, Any] = {}
         self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
         self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
-        self._dead = EngineDeadError
+        self._dead, self._refused = EngineDeadError, VLLMClientError
 
     @classmethod
     async def load(
@@ -90,8 +91,8 @@ class VLLMEngine(DecoderOnlyEngine):
         """
         openai_app.check_options(openai_options or {})
         heartbeat = Heartbeat()
-        llm, tokenizer_info = await in_daemon_thread(lambda: build(model, options, heartbeat))
-        grammar = GrammarChecker(tokenizer_info, limit_s=grammar_limit_s)
+        llm, tokenizer = await in_daemon_thread(lambda: build(model, options, heartbeat))
+        grammar = GrammarChecker(tokenizer, limit_s=grammar_limit_s)
         try:
             tasks = tuple(await _result(llm, llm.get_supported_tasks()))
             info = model_info(llm, model, name)
@@ -136,7 +137,7 @@ class VLLMEngine(DecoderOnlyEngine):
             logprobs=0,
             flat_logprobs=True,
             detokenize=bool(sampling.stop),  # only to find stop strings; `CompletionText` makes the text
-            structured_outputs=constraint and self._structure(constraint),
+            structured_outputs=constraint and self._structured(grammar=constraint.spec),
             output_kind=self._cumulative if on_text else self._final,
             skip_clone=True,
         )
@@ -173,17 +174,7 @@ class VLLMEngine(DecoderOnlyEngine):
         return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
 
     async def check_constraint(self, constraint: Constraint) -> None:
-        from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
-
         await self._grammar.check(constraint)
-        params = self._params(structured_outputs=self._structure(constraint))
-        try:
-            await asyncio.to_thread(validate_xgrammar_grammar, params)
-        except ValueError as error:
-            raise ConstraintRefused(str(error)[:300]) from error
-
-    async def matches(self, constraint: Constraint, text: str) -> bool:
-        return await self._grammar.matches(constraint, text)
 
     async def watch(self) -> None:
         elapsed_s = 0.0
@@ -254,10 +245,6 @@ class VLLMEngine(DecoderOnlyEngine):
         await self.score(prompt, prompt)
         await self.generate(prompt, Sampling(temperature=0.0, max_tokens=1), None)
 
-    def _structure(self, constraint: Constraint) -> Any:
-        spec: dict[str, Any] = {constraint.kind: constraint.spec}
-        return self._structured(**spec)
-
     async def _run(
         self,
         prompt_token_ids: list[int],
@@ -284,6 +271,8 @@ class VLLMEngine(DecoderOnlyEngine):
         except Exception as error:
             if isinstance(error, self._dead) or not self.healthy:
                 raise EngineUnavailable("the engine died; retry after it is loaded again") from error
+            if isinstance(error, self._refused):
+                raise ActionSpaceRefused(f"the engine refuses the request: {str(error)[:300]}") from error
             raise
         if output.outputs[0].finish_reason in ("abort", "error"):
             raise EngineUnavailable(f"the engine ended the request with {output.outputs[0].finish_reason!r}; retry it")

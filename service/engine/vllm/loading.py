@@ -18,6 +18,8 @@ from prometheus_client import REGISTRY
 
 from service.engine.adapters import base_shapes
 from service.engine.base import EngineInfo, EngineRefused
+from service.engine.grammar import TokenizerData
+from service.engine.vllm import structured_outputs
 from service.trajectory import Sampling
 
 T = TypeVar("T")
@@ -73,13 +75,12 @@ async def in_daemon_thread(function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(future)
 
 
-def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[Any, str]:
-    """Builds the engine. Returns it and its tokenizer, serialized by xgrammar. Raises EngineRefused.
+def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[Any, TokenizerData]:
+    """Builds the engine. Returns it and its tokenizer. Raises EngineRefused.
 
     Arguments are those of `VLLMEngine.load`. The heartbeat counts the engine's steps.
     """
     on_cpu = prepare_environment(options)
-    import xgrammar
     from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -106,6 +107,8 @@ def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[An
             f"{model} is an encoder-decoder model, which is not supported: vLLM 0.32 would run only its encoder"
         )
 
+    structured_outputs.install()
+
     def heartbeat_logger(*_: Any) -> Any:
         return heartbeat
 
@@ -115,10 +118,20 @@ def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[An
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
-    vocab_size = llm.model_config.get_vocab_size()
+    return llm, _tokenizer_data(llm)
+
+
+def _tokenizer_data(llm: Any) -> TokenizerData:
+    import xgrammar
+
     tokenizer: Any = llm.get_tokenizer()
-    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
-    return llm, info.serialize_json()
+    vocab_size = llm.model_config.get_vocab_size()
+    return TokenizerData(
+        xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size).serialize_json(),
+        structured_outputs.tokenizer_json(tokenizer),
+        max(vocab_size, len(tokenizer)),
+        tokenizer.eos_token_id,
+    )
 
 
 def _engine_metrics() -> Any:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from service.engine.base import CACHE_SALT, Constraint, ConstraintRefused, EngineRefused
+from service.engine.vllm.structured_outputs import MARK
 
 Check = Callable[[Constraint], Awaitable[None]]
 
@@ -129,6 +130,8 @@ def _constraint(wanted: Any) -> Constraint:
     if wanted.json_object:
         return Constraint("json", '{"type":"object"}')
     grammar = choice_as_grammar(wanted.choice) if wanted.choice else wanted.grammar or ""
+    if grammar.startswith(MARK):
+        return Constraint("guidance", grammar)
     return Constraint("lark" if grammar_is_likely_lark(grammar) else "grammar", grammar)
 
 
