@@ -1,9 +1,10 @@
 """Models of request and response bodies. The OpenAPI document is generated from them and from their docstrings."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
 
+from service.api.http import tool_forms
 from service.errors import Unprocessable
 from service.trajectory import IMAGE_PARTS, Message, is_parts
 
@@ -39,6 +40,8 @@ class JsonActions(_Request):
     type: Literal["json"]
     schema_: JsonObject = Field(alias="schema")
     """The JSON schema of an action."""
+    strict: bool = True
+    """Whether keywords that cannot be enforced are refused. Otherwise they are checked after the action is written."""
 
 
 class RegexActions(_Request):
@@ -50,13 +53,22 @@ class RegexActions(_Request):
 
 
 class Tool(_Request):
-    """A function that the policy can call, as chat APIs describe it."""
+    """A function that the policy can call, as chat APIs describe it.
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    These forms are accepted, too: `{"type": "function", "function": {...}}` (OpenAI), `inputSchema` (Model Context
+    Protocol) and `input_schema` (Anthropic) instead of `parameters`. The episode shows the form of this model.
+    """
+
+    name: str = Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")
     description: str = ""
     """What the tool does. The policy reads it."""
     parameters: JsonObject | None = None
-    """The JSON schema of the arguments, of type `object`. Without it, the tool takes no arguments."""
+    """The JSON schema of the arguments, an object. Without it, the tool takes no arguments."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translated(cls, given: Any) -> Any:
+        return tool_forms.translated(cast("JsonObject", given)) if isinstance(given, dict) else given
 
 
 class ToolActions(_Request):
@@ -64,6 +76,8 @@ class ToolActions(_Request):
 
     type: Literal["tools"]
     tools: list[Tool] = Field(min_length=1, max_length=128)
+    strict: bool = True
+    """Whether keywords that cannot be enforced are refused. Otherwise they are checked after the action is written."""
 
 
 ActionSpace = Annotated[
