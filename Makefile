@@ -45,7 +45,7 @@ check-deploy: ## Check the Dockerfile, the compose files and deploy/
 rules: ## Generate the Kubernetes object from deploy/prometheus/rules.yml
 	@$(PYTHON) deploy/prometheus_rule.py
 
-fuzz: install ## Send a million hostile inputs to every parser; SEED=N changes the inputs
+fuzz: install ## Send a million hostile inputs to every parser and check 10,000 schemas; SEED=N for others
 	@$(BIN)/python -m tests.fuzz --seed $(SEED)
 
 audit: install ## Check the locked packages for known vulnerabilities

@@ -1,4 +1,5 @@
-"""`python -m tests.fuzz`: feeds hostile inputs to every parser, from a seed. Stops at the first failure."""
+"""`python -m tests.fuzz`: feeds hostile inputs to every parser, and compares the grammars of random schemas with a
+judge, from a seed. Stops at the first input that makes a parser fail."""
 
 import argparse
 import random
@@ -6,6 +7,7 @@ import sys
 import warnings
 
 from tests.fuzz.mutations import mutated
+from tests.fuzz.schemas import campaign
 from tests.fuzz.targets import TARGETS, prepare
 
 
@@ -32,6 +34,7 @@ def fuzz(num_inputs: int, seed: int) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--schemas", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     warnings.simplefilter("error")
@@ -39,6 +42,9 @@ def main() -> None:
     num_inputs = len(TARGETS) * -(-given.inputs // len(TARGETS))
     shares = ", ".join(f"{name} {count}" for name, count in rejected.items())
     sys.stdout.write(f"{num_inputs} inputs, seed {given.seed}: none failed; rejected: {shares}\n")
+    counts = campaign(given.schemas, given.seed)
+    sys.stdout.write("\n".join([str(counts), *counts.violations, *counts.unreachable, ""]))
+    sys.exit(bool(counts.violations or counts.unreachable))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from service.access.keys import Keyring, new_key
 from service.agent.action_spaces import DiscreteSpace, JsonSpace, RegexSpace, ToolsSpace
 from service.api.http import body, query, schemas, security
-from service.api.http.middleware import _ids
+from service.api.http.middleware import request_id_of
 from service.client.errors import EpisodicError as ClientError
 from service.client.errors import reading
 from service.client.streams import EventReader, LineReader
@@ -94,8 +95,9 @@ def read_cursor(data: bytes, generator: random.Random) -> None:
 def read_headers(data: bytes, generator: random.Random) -> None:
     """Reads each header that the service uses, with API keys in the store and without."""
     name = generator.choice((b"authorization", b"host", b"origin", b"x-request-id", b"x-episode-id"))
-    scope = {"type": "http", "method": "GET", "path": "/episode", "headers": [(name, data)]}
-    assert all(found is None or found.isascii() for found in _ids(scope))
+    scope = {"type": "http", "method": "GET", "path": "/episode", "headers": [(name, data)], "app": _APP}
+    request_id = request_id_of([(name, data)])
+    assert request_id is None or request_id.isascii()
     keyring = generator.choice((_KEYS, _NO_KEYS))
     found = _now(security.Security(_nothing, keyring, loopback=True)._caller(Request(scope), "read"))
     assert keyring is _NO_KEYS or data.endswith(_KEY.encode())
@@ -140,6 +142,8 @@ def _now(awaited: Coroutine[Any, Any, Any]) -> Any:
 
 
 _KEY, _RECORD = new_key("tenant", ("read",), 0.0)
+_SERVICES = SimpleNamespace(settings=SimpleNamespace(cors_origins=("https://trusted.example",)))
+_APP = SimpleNamespace(state=SimpleNamespace(services=_SERVICES))
 _STORE: Any = _Store(_RECORD)
 _EMPTY: Any = _Store()
 _KEYS, _NO_KEYS = Keyring(_STORE), Keyring(_EMPTY)
