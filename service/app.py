@@ -111,7 +111,7 @@ async def _serving(services: Services, on_ready: Callback, engine: Engine) -> As
     await adapters.restore()
     sessions.serve(engine, adapters)
     on_ready()
-    _log_ready(engine.info, engine.template)
+    _log_ready(settings.url, engine.info, engine.template)
     expiring = asyncio.create_task(sessions.expiry.run(), name="expiry")
     try:
         yield
@@ -130,9 +130,9 @@ def _end_if_failed(on_fatal: Callback, task: "asyncio.Task[None]") -> None:
         on_fatal()
 
 
-def _log_ready(info: EngineInfo, template: TemplateReport | None) -> None:
+def _log_ready(url: str, info: EngineInfo, template: TemplateReport | None) -> None:
     report = dataclasses.asdict(template) if template else {}
-    _log.info("ready", policy=info.model, policy_version=info.version, **report)
+    _log.info("ready", url=url, policy=info.model, policy_version=info.version, **report)
     if template is None:
         _log.warning("episodes_not_served", reason=info.no_episodes)
         return

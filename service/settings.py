@@ -23,6 +23,10 @@ _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _STORE_URL = re.compile(r"sqlite:///(?!:memory:$|file:).+|postgresql(\+asyncpg)?://[^/?#]+/[^/?#]+(\?.*)?", re.DOTALL)
 
 
+class SettingsRefused(ValueError):
+    """A source of settings cannot be read. The message names the setting."""
+
+
 class Quota(BaseModel):
     """The limits of one tenant. None means unlimited."""
 
@@ -220,10 +224,16 @@ class Settings(BaseSettings):
         return self.store or f"sqlite:///{self.data / 'episodic.db'}"
 
     @property
+    def url(self) -> str:
+        """The base URL of the service on this machine."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
     def model_path(self) -> str:
         """The model that the engine loads: the folder of a packaged policy, or else `model` unchanged."""
         packaged = _POLICIES / self.model
-        return str(packaged) if "/" not in self.model and packaged.is_dir() else self.model
+        return str(packaged) if "/" not in self.model and (packaged / "config.json").is_file() else self.model
 
     @classmethod
     def markdown(cls) -> str:
@@ -248,22 +258,31 @@ class Settings(BaseSettings):
         files, TOML file.
 
         The path of the TOML file comes from the first two sources. The secrets folder may also be set in the file.
-        Raises FileNotFoundError.
+        Raises SettingsRefused.
         """
         sources = [init_settings, env_settings]
         given = {**env_settings(), **init_settings()}
         if path := given.get("config"):
             if not Path(path).is_file():
                 # TomlConfigSettingsSource silently ignores a missing file.
-                raise FileNotFoundError(f"config: file {path} not found")
-            file = TomlConfigSettingsSource(settings_cls, Path(path))
+                raise SettingsRefused(f"EPISODIC_CONFIG: file {path} not found")
+            try:
+                file = TomlConfigSettingsSource(settings_cls, Path(path))
+            except (OSError, ValueError) as error:
+                raise SettingsRefused(f"EPISODIC_CONFIG: file {path}: {error}") from error
             sources, given = [*sources, file], {**file(), **given}
         if folder := given.get("secrets"):
             if not Path(folder).is_dir():
                 # SecretsSettingsSource only warns about a missing folder.
-                raise FileNotFoundError(f"secrets: folder {folder} not found")
+                raise SettingsRefused(f"EPISODIC_SECRETS: folder {folder} not found")
             sources.insert(2, SecretsSettingsSource(settings_cls, folder))
         return tuple(sources)
+
+
+def given_names(settings: Settings) -> list[str]:
+    """The names of all EPISODIC_* variables of the environment, and of the files of the secrets folder."""
+    files = [path.name for path in settings.secrets.iterdir()] if settings.secrets else []
+    return sorted({name for name in (*os.environ, *files) if name.upper().startswith("EPISODIC_")})
 
 
 def client_key() -> str | None:

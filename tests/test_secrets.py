@@ -126,7 +126,7 @@ def test_unreadable_secrets_are_refused_with_one_line(mode: int, tmp_path: Path,
     monkeypatch.setenv("EPISODIC_SECRETS", str(tmp_path))
     refused = CliRunner().invoke(app, ["serve"])
     assert refused.exit_code == 2
-    assert refused.output.startswith("settings:")
+    assert refused.output.startswith("Error: EPISODIC_")
     assert PASSWORD not in refused.output
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from service.cli.main import app
-from service.settings import Settings
+from service.settings import Settings, SettingsRefused
 
 
 @pytest.fixture(autouse=True)
@@ -112,10 +112,10 @@ def test_a_misspelt_key_of_the_file_is_refused(tmp_path: Path):
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(OSError, match=r"missing\.toml"):
+    with pytest.raises(SettingsRefused, match=r"missing\.toml"):
         Settings(config=tmp_path / "missing.toml")
     monkeypatch.setenv("EPISODIC_CONFIG", "missing.toml")
-    with pytest.raises(OSError, match=r"missing\.toml"):
+    with pytest.raises(SettingsRefused, match=r"missing\.toml"):
         Settings()
 
 
@@ -200,4 +200,4 @@ def test_invalid_arguments_are_refused(arguments: tuple[str, ...]):
 def test_a_file_with_a_syntax_error_is_refused(tmp_path: Path):
     result = serve("--config", write(tmp_path, "port = = 1"))
     assert result.exit_code == 2
-    assert result.output.startswith("settings:")
+    assert "Error: EPISODIC_CONFIG: file" in result.output

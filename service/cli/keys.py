@@ -8,20 +8,19 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from service.access.keys import SCOPES, TENANT, Scope, new_key
-from service.settings import Settings
+from service.cli.options import fail, read_settings, store_variable
 from service.store.base import Store, StoreRefused, StoreUnavailable
 from service.store.sql import SQLStore
 from service.trajectory import DEFAULT_TENANT
 
 T = TypeVar("T")
-_NOTHING: dict[str, Any] = {}
 
 keys_app = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys in the store (EPISODIC_STORE).")
 
@@ -61,18 +60,20 @@ def list_keys() -> None:
 def revoke(key_id: Annotated[str, typer.Argument(help="Public id of the key, from `episodic keys list`.")]) -> None:
     """Revoke a key. A running service refuses it within a second."""
     if not _on_store(lambda store: store.revoke_key(key_id, time.time())):
-        _fail(f"key {key_id!r} does not exist or is already revoked; see `episodic keys list`")
+        fail(f"key {key_id!r} does not exist or is already revoked; see `episodic keys list`", code=1)
 
 
 def _on_store(work: Callable[[Store], Awaitable[T]]) -> T:
+    settings = read_settings({})
+
     async def run() -> T:
-        async with SQLStore(Settings(**_NOTHING).store_url) as store:
+        async with SQLStore(settings.store_url) as store:
             return await work(store)
 
     try:
         return asyncio.run(run())
-    except (StoreRefused, StoreUnavailable, OSError, ValueError) as error:
-        _fail(str(error))
+    except (StoreRefused, StoreUnavailable) as error:
+        fail(f"{store_variable(settings)}: {error}")
 
 
 def _tenant(name: str) -> str:
@@ -92,8 +93,3 @@ def _scopes(listed: str) -> list[Scope]:
 
 def _format_time(at: float) -> str:
     return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M}"
-
-
-def _fail(why: str) -> NoReturn:
-    typer.secho(f"keys: {why}", fg="red", err=True)
-    raise typer.Exit(1)

@@ -1,5 +1,8 @@
 """The `episodic` command: registers every subcommand."""
 
+import importlib.metadata
+from typing import Annotated
+
 import typer
 
 from service.cli.episodes import episodes_command, export_command
@@ -9,7 +12,25 @@ from service.cli.serve import serve_command
 from service.cli.store import migrate_command
 from service.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A stateful agent service over vLLM.")
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"episodic {importlib.metadata.version('episodic')}")
+        raise typer.Exit
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """A stateful agent service over vLLM."""
+
+
 app.command("serve")(serve_command)
 app.command("rollout")(rollout_command)
 app.command("episodes")(episodes_command)

@@ -1,10 +1,11 @@
-"""Options that several commands share, and the function that makes settings from them."""
+"""Options that several commands share, the function that makes settings from them, and how a command fails."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
 
+from service.cli.setting_errors import faults
 from service.settings import Settings, holds_password
 
 
@@ -17,14 +18,18 @@ def _without_password(url: str | None) -> str | None:
 
 Store = Annotated[
     str | None,
-    typer.Option(help="URL of the store, without a password (see EPISODIC_STORE).", callback=_without_password),
+    typer.Option(
+        help="URL of the store, without a password (EPISODIC_STORE).",
+        callback=_without_password,
+        rich_help_panel="Storage",
+    ),
 ]
 
 
-def read_settings(given: dict[str, Any], engine: dict[str, str]) -> Settings:
+def read_settings(given: dict[str, Any], engine: dict[str, str] | None = None) -> Settings:
     """Makes the settings from a command's options; options that are None were not used.
 
-    Prints what is wrong and exits with code 2 if a setting is invalid.
+    If a setting is invalid, prints a line for each fault and exits with code 2.
     """
     named = {name: value for name, value in given.items() if value is not None}
     if engine:
@@ -32,5 +37,16 @@ def read_settings(given: dict[str, Any], engine: dict[str, str]) -> Settings:
     try:
         return Settings(**named)
     except (ValidationError, OSError, ValueError) as error:
-        typer.secho(f"settings: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
+        fail(*faults(error))
+
+
+def store_variable(settings: Settings) -> str:
+    """The variable that says where the store is."""
+    return "EPISODIC_STORE" if settings.store else "EPISODIC_DATA"
+
+
+def fail(*lines: str, code: int = 2) -> NoReturn:
+    """Prints each line as an error, and ends the command."""
+    for line in lines:
+        typer.secho(f"Error: {line}", fg="red", err=True)
+    raise typer.Exit(code)

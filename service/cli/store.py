@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.options import Store, read_settings
+from service.cli.options import Store, fail, read_settings, store_variable
 from service.store.base import StoreRefused, StoreUnavailable
 from service.store.sql import SQLStore
 
@@ -17,10 +17,9 @@ def migrate_command(
     ] = "head",
 ) -> None:
     """Migrate the store to the latest schema. `episodic serve` does this too when it starts."""
-    settings = read_settings({"store": store}, {})
+    settings = read_settings({"store": store})
     try:
         asyncio.run(SQLStore(settings.store_url).migrate(to))
     except (StoreRefused, StoreUnavailable) as error:
-        typer.secho(f"store: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
+        fail(f"{store_variable(settings)}: {error}")
     typer.echo("The store's schema is up to date." if to == "head" else f"The store's schema is now revision {to}.")

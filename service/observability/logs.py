@@ -28,7 +28,11 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
     if log_format == "json":
         render: list[Any] = [_format_exception, structlog.processors.JSONRenderer()]
     else:
-        render = [_format_exception, _escape, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        render = [
+            _format_exception,
+            _escape,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False),
+        ]
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -43,8 +47,11 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for name in ("vllm", "alembic", "httpx"):  # their info records do not help an operator
+    logging.captureWarnings(True)
+    for name in ("alembic", "httpx", "uvicorn"):  # their info records do not help an operator
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("vllm", "py.warnings"):  # nor do these warnings: they are the same at each start
+        logging.getLogger(name).setLevel(logging.WARNING if level == "debug" else logging.ERROR)
 
 
 def get(name: str) -> Any:

@@ -210,7 +210,7 @@ def test_admin_key_is_stored_once(start: Any, tmp_path: Path):
 def test_malformed_admin_key_is_refused_with_one_line(start: Any, tmp_path: Path, key: str):
     refused = start(admin_key=key, make_key="true")
     assert refused.exit_code == 2
-    assert re.fullmatch(r"admin_key: .*`episodic keys new`.*\n", refused.stderr)
+    assert re.fullmatch(r"Error: EPISODIC_ADMIN_KEY: .*`episodic keys new`.*\n", refused.stderr)
     assert refused.stdout == ""
     assert not key or key not in refused.output
     assert stored_keys(tmp_path) == []

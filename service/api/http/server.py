@@ -10,6 +10,8 @@ If the server closes the connection after a response, `Connection: close` in tha
 """
 
 import asyncio
+import errno
+import socket
 from secrets import token_hex
 from typing import Any
 
@@ -25,6 +27,7 @@ from service.lifecycle import Lifecycle, Phase
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_PIPELINED = 16
+_BACKLOG = 2048
 _LINGER_S = 2.0
 """Seconds for which the rest of a refused body is read, so that its sender receives the response and not a reset."""
 
@@ -51,6 +54,27 @@ def config(app: FastAPI, **options: Any) -> uvicorn.Config:
         "timeout_keep_alive": 75,  # seconds; a step of an environment may take long
     }
     return uvicorn.Config(app, **{**defaults, **options})
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listens on every address of the host, at one port. If it is 0, picks a free one. Raises OSError.
+
+    Addresses that this machine does not have are left out, such as the one of localhost for IPv6, unless all are.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    refusal = OSError(errno.EADDRNOTAVAIL, "the host has no address")
+    for family, address in dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found):
+        chosen = sockets[0].getsockname()[1] if sockets else port
+        try:
+            sockets.append(socket.create_server((address, chosen), family=family, backlog=_BACKLOG))
+        except OSError as error:
+            refusal = error
+    if not sockets or refusal.errno != errno.EADDRNOTAVAIL:
+        for opened in sockets:
+            opened.close()
+        raise refusal
+    return sockets
 
 
 _INVALID = MalformedRequest(

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import importlib
 import importlib.metadata
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from threading import Thread
 from typing import Any, TypeVar, cast
 
 from prometheus_client import REGISTRY
+from pydantic import ValidationError
 
 from service.engine.adapters import base_shapes
 from service.engine.base import EngineInfo, EngineRefused
@@ -34,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "logprobs_mode": "processed_logprobs",  # logprobs of the behaviour policy: after temperature, masks and filters
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     "disable_log_stats": False,
+    "use_tqdm_on_load": False,  # a progress bar is no line of a log
 }
 
 
@@ -86,12 +89,8 @@ def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[An
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    known = {field.name for field in fields(AsyncEngineArgs)}
-    for name in options.keys() - known:
-        near = get_close_matches(name, known, n=1)
-        raise EngineOptionError(
-            f"vLLM has no engine option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+    _check_names(options, {field.name for field in fields(AsyncEngineArgs)})
+    _quiet_engine_process()
     merged: dict[str, Any] = {"model": model, **OPTIONS, **(CPU_OPTIONS if on_cpu else {}), **options}
     structured: Any = merged["structured_outputs_config"]
     if isinstance(structured, dict):  # vLLM later sets an attribute of it, so it must not be a dict
@@ -101,7 +100,7 @@ def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[An
         is_encoder_decoder = args.create_model_config().hf_config.is_encoder_decoder
         config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     except (ValueError, OSError) as error:  # for example an unknown model, or an invalid value of an option
-        raise EngineRefused(str(error)) from error
+        raise EngineRefused(_reason(error)) from error
     if is_encoder_decoder:
         raise EngineRefused(
             f"{model} is an encoder-decoder model, which is not supported: vLLM 0.32 would run only its encoder"
@@ -132,6 +131,47 @@ def _tokenizer_data(llm: Any) -> TokenizerData:
         max(vocab_size, len(tokenizer)),
         tokenizer.eos_token_id,
     )
+
+
+_REPLACED = {"model": "EPISODIC_MODEL", "served_model_name": "EPISODIC_MODEL_NAME"}
+"""Engine options that would have no effect, or a wrong one, and the settings to use instead."""
+
+
+def _check_names(options: dict[str, Any], known: set[str]) -> None:
+    """Raises EngineOptionError if an option is not one of vLLM's, or if a setting of the service replaces it."""
+    for name in options:
+        variable = f"EPISODIC_ENGINE__{name.upper()}"
+        if name in _REPLACED:
+            raise EngineOptionError(f"{variable}: use {_REPLACED[name]} instead")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean EPISODIC_ENGINE__{near[0].upper()}?" if near else ""
+            raise EngineOptionError(f"{variable}: vLLM has no engine option {name!r}{hint}")
+
+
+def _reason(error: Exception) -> str:
+    """One line, which names the option if vLLM's configuration refuses its value."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    faults = error.errors(include_url=False, include_context=False)
+    return "; ".join(": ".join((*_variables(fault["loc"]), fault["msg"])) for fault in faults)
+
+
+def _variables(loc: tuple[str | int, ...]) -> list[str]:
+    return [f"EPISODIC_ENGINE__{str(loc[0]).upper()}"] if loc else []
+
+
+def _quiet_engine_process() -> None:
+    """Leaves only errors in the output of the engine's process, which starts after this and does not use our log."""
+    level = "WARNING" if logging.getLogger("vllm").isEnabledFor(logging.WARNING) else "ERROR"
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "1"
+    for name, value in {
+        "VLLM_LOGGING_LEVEL": level,
+        "TORCH_CPP_LOG_LEVEL": level,
+        "TORCH_LOGS": "-all",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def _engine_metrics() -> Any:

@@ -51,7 +51,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name in options.keys() - OPTIONS:
         near = get_close_matches(name, OPTIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(sorted(OPTIONS))}"
-        raise InferenceOptionError(f"/v1 has no option {name!r}{hint}")
+        raise InferenceOptionError(f"EPISODIC_OPENAI__{name.upper()}: /v1 has no option {name!r}{hint}")
 
 
 class SaltedClient:
