@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from service.cli.doctor import doctor_command
 from service.cli.episodes import episodes_command, export_command
 from service.cli.keys import keys_app
 from service.cli.rollout import rollout_command
@@ -32,6 +33,7 @@ def main(
 
 
 app.command("serve")(serve_command)
+app.command("doctor")(doctor_command)
 app.command("rollout")(rollout_command)
 app.command("episodes")(episodes_command)
 app.command("export")(export_command)

@@ -3,7 +3,6 @@
 from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 
 from service.cli.setting_errors import faults
 from service.settings import Settings, holds_password
@@ -36,7 +35,7 @@ def read_settings(given: dict[str, Any], engine: dict[str, str] | None = None) -
         named["engine"] = engine
     try:
         return Settings(**named)
-    except (ValidationError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         fail(*faults(error))
 
 

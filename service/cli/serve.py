@@ -131,7 +131,7 @@ def _serve(settings: Settings) -> int:
         try:
             sockets = [stack.enter_context(opened) for opened in server.listen(settings.host, settings.port)]
         except OSError as error:
-            fail(_listen_fault(settings, error))
+            fail(listen_fault(settings, error))
         port = sockets[0].getsockname()[1]  # the free one, if the setting is 0
         return _run(settings.model_copy(update={"port": port}), sockets)
 
@@ -154,8 +154,8 @@ def _run(settings: Settings, sockets: list[socket.socket]) -> int:
     return int(failed)
 
 
-def _listen_fault(settings: Settings, error: OSError) -> str:
-    """What is wrong with the address, and what to do."""
+def listen_fault(settings: Settings, error: OSError) -> str:
+    """Says why the service cannot listen on its address, and what to do."""
     address = f"{settings.host}:{settings.port}"
     if error.errno == errno.EADDRINUSE:
         return f"EPISODIC_PORT: {address} is in use. Stop the program that uses it, or choose another port."

@@ -39,6 +39,7 @@ from service.store.deletion import delete_ended, delete_episodes, remove_tombsto
 from service.store.group_commit import GroupCommit, OnCommit
 from service.store.labelling import Labelling
 from service.store.listing import listed, listing
+from service.store.migrations import current_revision
 from service.store.schema import (
     ancestors,
     episode_record,
@@ -107,6 +108,10 @@ class SQLStore:
             await self._connections.open(revision)
         finally:
             await self._connections.close()
+
+    async def revision(self) -> str | None:
+        """The revision of the schema, or None if there is none. The store need not be open, and is not migrated."""
+        return await self._read(current_revision)
 
     async def close(self) -> None:
         await self._labelling.stop()

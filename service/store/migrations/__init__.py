@@ -34,6 +34,11 @@ def migrate(connection: Connection, place: str, revision: str = "head") -> None:
         raise StoreRefused(f"{place} cannot be migrated to schema {revision}: {error}") from error
 
 
+def current_revision(connection: Connection) -> str | None:
+    """The revision of the schema; None if it has not been migrated."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
 def _require_ours(connection: Connection, place: str, found: set[str], known: set[str]) -> None:
     if unknown := sorted(found - known):
         raise StoreRefused(
