@@ -66,6 +66,12 @@ class Policies:
             raise EngineUnavailable(f"the policy {name!r} of the episode is not served; GET /policy lists the policies")
         return self._adapters[name]
 
+    @property
+    def listing(self) -> str:
+        """The names of the policies, for error messages; at most 20."""
+        names = [policy.name for policy in self]
+        return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
     def __contains__(self, name: str) -> bool:
         return name == self._base.name or name in self._adapters
 
@@ -119,7 +125,7 @@ class Policies:
         async with self._changing:
             policy = self._adapters.get(name)
             if policy is None:
-                raise NotFound("policy_not_found", f"There is no policy {name!r}. GET /policy lists the policies.")
+                raise NotFound("policy_not_found", f"There is no policy {name!r}. The policies are {self.listing}.")
             await self._store.delete_policy(name)
             del self._adapters[name]
             await self._unload(policy)

@@ -6,9 +6,9 @@ The API key comes from EPISODIC_API_KEY.
 import inspect
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal, TextIO, Unpack
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
-from service.client import DEFAULT_URL, Client, EpisodicError
+from service.client import DEFAULT_URL, Client, ConnectionFailed, EpisodeResource, EpisodicError
 from service.filters import FILTERS, ORDERS, EpisodeFilter, EpisodeQuery, Time
 from service.settings import client_key
 from service.validation import strict_json
@@ -66,9 +67,6 @@ def _pairs(given: list[str] | None) -> dict[str, str] | None:
     return {key: value for key, _, value in pairs} or None
 
 
-_COLUMNS = ("status", "steps", "return", "policy", "group", "created")
-
-
 @with_options({**FILTERS, **ORDERS})
 def episodes_command(
     url: Url = DEFAULT_URL,
@@ -76,20 +74,51 @@ def episodes_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     **where: Unpack[EpisodeQuery],
 ) -> None:
-    """List episodes, by default the newest first."""
-    with _errors(), Client(url, client_key()) as client:
+    """List episodes, by default the newest first. Times are in UTC, and in JSON Unix seconds as in the HTTP API."""
+    with _service(url) as client:
         found = islice(client.episodes(**where), limit)
         if as_json:
             for episode in found:
                 typer.echo(episode.model_dump_json())
             return
-        table = Table(Column("episode", no_wrap=True, overflow="fold"), *_COLUMNS, box=None)
-        for episode in found:
-            state = f"{episode.status} ({episode.stop_reason})" if episode.stop_reason else episode.status
-            created = episode.created_at.astimezone() if episode.created_at else datetime.fromtimestamp(0).astimezone()
-            cells = (episode.episode_id, state, str(episode.step), f"{episode.episode_return:g}")
-            table.add_row(*cells, episode.policy or "", episode.group or "", f"{created:%Y-%m-%d %H:%M:%S}")
-        Console().print(table)
+        _print_table(found)
+
+
+_NARROW = 110
+"""Below this width of the terminal, the table leaves out columns, so that 80 are enough for most episodes."""
+
+
+def _print_table(found: Iterable[EpisodeResource]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED)
+    is_narrow = console.width < _NARROW
+    cells = _narrow_cells if is_narrow else _wide_cells
+    names = ("status", "success", "steps", "return", "created UTC", *(() if is_narrow else ("policy", "env", "group")))
+    table = Table(Column("episode", overflow="fold"), box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for episode in found:
+        table.add_row(*map(escape, cells(episode)))
+    console.print(table)
+
+
+_UNLIMITED = 10_000
+"""Width of a table that is not written to a terminal, for `grep` and the like."""
+
+
+def _narrow_cells(episode: EpisodeResource) -> list[str]:
+    success = {True: "yes", False: "no", None: ""}[episode.success]
+    created = episode.created_at.astimezone(UTC) if episode.created_at else None
+    state = episode.stop_reason or episode.status
+    when = f"{created:%m-%d %H:%M}" if created else ""
+    return [episode.episode_id, state, success, str(episode.step), f"{episode.episode_return:g}", when]
+
+
+def _wide_cells(episode: EpisodeResource) -> list[str]:
+    *cells, _ = _narrow_cells(episode)
+    created = episode.created_at.astimezone(UTC) if episode.created_at else None
+    when = f"{created:%Y-%m-%d %H:%M:%S}" if created else ""
+    env = (episode.metadata or {}).get("env")
+    return [*cells, when, episode.policy or "", env if isinstance(env, str) else "", episode.group or ""]
 
 
 @with_options(FILTERS)
@@ -101,7 +130,7 @@ def export_command(
 ) -> None:
     """Write trajectories as NDJSON, one per line. The file is created only when the export is complete."""
     count = 0
-    with _errors(), Client(url, client_key()) as client, _open_output(output) as out:
+    with _service(url) as client, _open_output(output) as out:
         for document in client.export(format, **where):
             out.write(strict_json.write(document).decode() + "\n")
             count += 1
@@ -124,10 +153,26 @@ def _open_output(output: str) -> Generator[TextIO]:
 
 
 @contextmanager
-def _errors() -> Generator[None]:
-    """Prints expected errors in one line, without a traceback, and exits with code 1."""
+def _service(url: str) -> Generator[Client]:
+    """A client of the service at the URL. Prints expected errors in one line, and exits with code 1.
+
+    If nothing answers at the URL, says so at once: the client itself would wait for a service that restarts.
+    """
     try:
-        yield
+        with Client(url, client_key()) as client:
+            _require_answer(url)
+            yield client
     except (EpisodicError, OSError, ValueError, httpx.InvalidURL) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _require_answer(url: str) -> None:
+    try:
+        httpx.get(f"{url.rstrip('/')}/healthz", timeout=_ANSWER_S)
+    except httpx.TransportError as error:
+        hint = "start one with `episodic serve`, or set --url or EPISODIC_URL"
+        raise ConnectionFailed(f"no service answers at {url} ({error}): {hint}") from error
+
+
+_ANSWER_S = 10.0

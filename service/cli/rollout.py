@@ -100,7 +100,10 @@ def rollout_command(
 
 
 async def _play(factory: EnvironmentFactory, run: Run, url: str, retry_s: float, numbers: dict[str, int]) -> Report:
-    factory.make().env.close()  # reports a wrong id or argument before the service is called
+    first = factory.make()  # reports a wrong id or argument before the service is called
+    first.env.close()
+    if note := getattr(first.text, "note", None):
+        typer.echo(f"Note: {note}", err=True)
     api_key = client_key()
     async with _client(url, api_key, Retry(total_s=retry_s)) as client:
         await _find_service(client, url, api_key, retry_s)

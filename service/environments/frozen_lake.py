@@ -16,6 +16,7 @@ from service.environments.base import JsonObject, discrete
 
 Maps = Literal["all", "train", "held_out"]
 Grid = npt.NDArray[np.bytes_]
+Moves = dict[int, dict[int, list[tuple[float, int, float, bool]]]]
 
 HELD_OUT_PERCENT = 20
 
@@ -78,6 +79,20 @@ class FrozenLakeRandom(Env[np.int64, np.int64]):
                 return rows
 
 
+def best_completion(moves: Moves, max_steps: int) -> float:
+    """The probability that an optimal policy reaches the goal from state 0, by value iteration.
+
+    `moves[state][action]` lists (probability, next state, reward, terminated), as Gymnasium's `P` does.
+    """
+    values = [0.0] * len(moves)
+    for _ in range(max_steps):
+        values = [
+            max(sum(p * (reward + (not end) * values[to]) for p, to, reward, end in results) for results in m.values())
+            for _, m in sorted(moves.items())
+        ]
+    return values[0]
+
+
 class FrozenLakeText:
     """FrozenLake in text. The first observation of an episode has the map and the position, later ones the position."""
 
@@ -88,6 +103,19 @@ class FrozenLakeText:
 
     def __init__(self, env: Env[Any, Any]) -> None:
         self._lake: Any = env.unwrapped
+        self._max_steps = env.spec.max_episode_steps if env.spec else None
+
+    @property
+    def note(self) -> str | None:
+        """Says what a good completion rate is on slippery ice, where no policy always reaches the goal."""
+        moves: Moves = getattr(self._lake, "P", {})  # FrozenLakeRandom has none: it is not slippery
+        if self._max_steps is None or all(len(results) == 1 for m in moves.values() for results in m.values()):
+            return None
+        best = f"{best_completion(moves, self._max_steps):.0%} of episodes of {self._max_steps} steps"
+        return (
+            f"Slippery ice: a move may go sideways instead. The best possible policy reaches the goal in {best}. "
+            "Without slipping: --env-kwargs '{\"is_slippery\": false}'"
+        )
 
     def observation(self, observation: Any, info: dict[str, Any]) -> str:
         where = self.position(int(observation), self._lake.desc.shape[1])

@@ -51,7 +51,8 @@ class Creation:
             raise Unprocessable(detail, "policy")
         name = request.get("policy") or info.model
         if name not in agent.policies:
-            raise Unprocessable(f"there is no policy {name[:200]!r}; GET /policy lists the policies", "policy")
+            detail = f"there is no policy {name[:200]!r}; the policies are {agent.policies.listing}"
+            raise Unprocessable(detail, "policy")
         unnamed = {field: value for field, value in self._defaults.items() if request.get(field) is None}
         request = {**request, **unnamed, "policy": name}
         options = await _checked(agent, request)

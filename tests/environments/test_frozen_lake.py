@@ -9,7 +9,7 @@ import pytest
 from gymnasium.envs.toy_text.frozen_lake import is_valid
 
 from service.environments import describe, register
-from service.environments.frozen_lake import FrozenLakeRandom, is_held_out
+from service.environments.frozen_lake import FrozenLakeRandom, best_completion, is_held_out
 
 ENV_ID = "episodic/FrozenLakeRandom-v0"
 
@@ -123,3 +123,22 @@ def test_gymnasium_finds_the_environment_by_module_and_id():
     code = f"import gymnasium; print(gymnasium.make('service.environments:{ENV_ID}').spec.id)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ENV_ID
+
+
+@pytest.mark.parametrize(("env", "percent"), [("FrozenLake-v1", "74%"), ("FrozenLake8x8-v1", "91%")])
+def test_note_on_slippery_ice_says_what_the_best_policy_reaches(env: str, percent: str):
+    note = describe(gymnasium.make(env)).note  # pyright: ignore[reportAttributeAccessIssue]
+    assert "is_slippery" in note
+    assert f"in {percent} of episodes" in note
+
+
+@pytest.mark.parametrize(
+    ("env", "kwargs"), [("FrozenLake-v1", {"is_slippery": False}), ("episodic/FrozenLakeRandom-v0", {})]
+)
+def test_note_is_none_without_slipping(env: str, kwargs: dict[str, Any]):
+    assert describe(gymnasium.make(env, **kwargs)).note is None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_best_completion_is_one_if_the_goal_can_be_reached_in_time():
+    moves = gymnasium.make("FrozenLake-v1", is_slippery=False).unwrapped.P  # pyright: ignore[reportAttributeAccessIssue]
+    assert [best_completion(moves, steps) for steps in (5, 6)] == [0.0, 1.0]

@@ -169,3 +169,12 @@ async def test_a_deleted_episodes_words_are_gone_from_the_disk(api: Served):
 async def test_an_id_that_no_text_can_hold_is_refused(api: Served):
     answer = await api.client.post("/episode", content=b'{"episode_id": "\\ud800"}')
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize("field", ["profile", "policy"])
+async def test_an_unknown_name_is_refused_with_the_valid_ones(api: Served, field: str):
+    valid = {"profile": "frozen-lake", "policy": (await api.client.get("/version")).json()["policy"]}
+    answer = await api.client.post("/episode", json={field: "no-such-name"})
+    assert answer.status_code == 422
+    assert "no-such-name" in answer.json()["detail"]
+    assert valid[field] in answer.json()["detail"]
