@@ -18,6 +18,7 @@ from service.validation.patterns import ANY_CHARACTER, PatternRefused, json_char
 
 _MAX_ALTERNATIVES = 512
 _MAX_DISJOINT_DEPTH = 4
+NO_TEXT = "/[a&&b]/"
 _EXPANDED = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 """Keywords that `Analysis` replaces by the subschemas that they refer to."""
 
@@ -42,6 +43,8 @@ class Texts:
 
     def terminal(self, after: str = "") -> str:
         """Returns a terminal for the JSON string, followed by some other text."""
+        if self.most is not None and self.least > self.most:
+            return NO_TEXT
         found = [f'{"" if must_match else "~"}/"(?:{text})"{after}/' for must_match, text in self.conditions]
         if self.least or self.most is not None or not any(must_match for must_match, _ in self.conditions):
             times = f"{{{self.least},{'' if self.most is None else self.most}}}"
@@ -314,7 +317,6 @@ def _can_be_stored(value: Any) -> bool:
 
 _TYPES: tuple[str, ...] = ("null", "boolean", "number", "string", "array", "object")
 _NEVER_ENFORCED = frozenset({"if", "$dynamicRef", "$recursiveRef"})
-_EVALUATING = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependentSchemas", "$dynamicRef"})
 
 
 def _shapes(analysis: Analysis, parts: Conjunction) -> Iterator[Shape]:
@@ -450,10 +452,10 @@ def _arrays(analysis: Analysis, parts: Conjunction) -> Arrays:
             analysis.refuse(part, "uniqueItems")
         if "contains" in words and (words.get("minContains", 1) > 0 or "maxContains" in words):
             analysis.refuse(part, "contains")
+        if words.get("unevaluatedItems", True) not in (True, {}):
+            analysis.refuse(part, "unevaluatedItems")
         others = part.child("items", "[]") if "items" in words else None
-        layers.append(
-            Items(tuple(part.children("prefixItems", "[]")), others or _unevaluated(analysis, part, "Items", "[]"))
-        )
+        layers.append(Items(tuple(part.children("prefixItems", "[]")), others))
     return Arrays(tuple(layers), least, most)
 
 
@@ -470,25 +472,10 @@ def _objects(analysis: Analysis, parts: Conjunction) -> Objects:
             analysis.refuse(part, "dependentSchemas")
         for pattern in words.get("patternProperties", ()):
             _parsed(part, "patternProperties", pattern)
+        if words.get("unevaluatedProperties", True) not in (True, {}):
+            analysis.refuse(part, "unevaluatedProperties")
         others = part.child("additionalProperties", ".*") if "additionalProperties" in words else None
-        layers.append(
-            Properties(
-                part.named("properties"),
-                part.named("patternProperties", "*"),
-                others or _unevaluated(analysis, part, "Properties", ".*"),
-            )
-        )
+        layers.append(Properties(part.named("properties"), part.named("patternProperties", "*"), others))
     names = tuple(part.child("propertyNames") for part in parts if "propertyNames" in part.keywords)
     counted = next((part for part in parts if "minProperties" in part.keywords), None)
     return Objects(tuple(layers), tuple(dict.fromkeys(required)), distinct(names), least, most, counted)
-
-
-def _unevaluated(analysis: Analysis, part: Subschema, suffix: str, place: str) -> Subschema | None:
-    """Returns the schema of `unevaluatedItems` or `unevaluatedProperties`, if it only concerns the subschema itself."""
-    keyword = f"unevaluated{suffix}"
-    if part.keywords.get(keyword, True) in (True, {}):
-        return None
-    if part.keywords.keys() & _EVALUATING or "contains" in part.keywords:
-        analysis.refuse(part, keyword)
-        return None
-    return part.child(keyword, place)

@@ -117,6 +117,7 @@ class Schema:
                 f"{self.where(place)}not a JSON schema: {f'{keyword!r}: ' if keyword else ''}{error.message[:300]}"
             ) from error
         self._check_references(self._schema, "")
+        self._check_unevaluated()
         self._validator: Any = _Validator(self._schema)
         self.root = self.subschema(self._schema, "")
 
@@ -197,6 +198,15 @@ class Schema:
                 if keyword in schema:
                     self._anchors[schema[keyword]] = schema
 
+    def _check_unevaluated(self) -> None:
+        """Refuses unevaluatedProperties where the library would match patterns with Python's `re`, without a limit."""
+        found = list(_subschemas(self._schema, ""))
+        place = next((place for schema, place in found if "unevaluatedProperties" in schema), None)
+        if place is not None and '"patternProperties"' in self.text:
+            raise SchemaRefused(
+                f"{self.where(place)}the keyword 'unevaluatedProperties' is not supported beside patternProperties"
+            )
+
     def _check_target(self, part: Subschema, reference: str, target: Node) -> None:
         """Checks the target of a reference to a place where no schema is expected, such as OpenAPI's `components`."""
         self._num_unchecked_bytes -= len(json.dumps(target))
@@ -237,6 +247,12 @@ _SCHEMAS_IN_ORDER = {"allOf": "", "anyOf": "", "oneOf": "", "prefixItems": "[]"}
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 
 
+_EVALUATING = frozenset(
+    {"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependentSchemas", "dependencies", "$dynamicRef", "contains"}
+)
+"""Keywords whose subschemas may evaluate properties or items of the same value."""
+
+
 def _modern(schema: Any) -> Any:
     """Returns a copy of a schema in which keywords of older drafts are translated to those of draft 2020-12."""
     if not isinstance(schema, dict):
@@ -261,6 +277,10 @@ def _translated(schema: Node) -> Node:
     for bound, keyword in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         if isinstance(schema.get(keyword), bool) and schema.pop(keyword) and bound in schema:
             schema[keyword] = schema.pop(bound)
+    for local, keyword in (("additionalProperties", "unevaluatedProperties"), ("items", "unevaluatedItems")):
+        if keyword in schema and not schema.keys() & _EVALUATING:  # then the two mean the same
+            schema[local] = schema.get(local, schema.pop(keyword))
+            schema.pop(keyword, None)
     if isinstance(dependencies := schema.get("dependencies"), dict):
         del schema["dependencies"]
         for name, needed in cast("Node", dependencies).items():

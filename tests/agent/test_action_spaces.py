@@ -91,11 +91,18 @@ def test_patterns_are_matched_in_linear_time():
         ({"patternProperties": {"^(a+)+!$": {"type": "string"}}}, {hostile: 1}),
         ({"patternProperties": {"^(a+)+$": {}}, "additionalProperties": False}, {hostile: 1}),
         ({"propertyNames": {"pattern": "^(a+)+$"}}, {hostile: 1}),
+        ({"patternProperties": {"^(a+)+$": {}}, "unevaluatedProperties": False}, {hostile: 1}),
     ):
         action, failure = JsonSpace.of({"schema": schema}).parse(json.dumps(value), "stop")
         assert action is None
         assert failure is not None
         assert failure.kind == "schema"
+
+
+def test_unevaluated_properties_are_not_matched_with_patterns_by_the_library():
+    schema = {"allOf": [{"patternProperties": {"^(a+)+$": {}}}], "unevaluatedProperties": False}
+    with pytest.raises(ActionSpaceRefused, match="'unevaluatedProperties'"):
+        JsonSpace.of({"schema": schema, "strict": False})
 
 
 def test_additional_properties_are_still_checked_where_no_pattern_says_which_they_are():

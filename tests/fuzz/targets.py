@@ -20,6 +20,7 @@ from service.client.streams import EventReader, LineReader
 from service.engine.base import ActionSpaceRefused
 from service.engine.decision_trie import DecisionTrie
 from service.errors import EpisodicError
+from service.store.base import NEWEST_FIRST, Ordering
 from service.trajectory import Sampling
 from service.validation import strict_json
 
@@ -87,8 +88,8 @@ def read_lines(data: bytes, generator: random.Random) -> None:
 
 
 def read_cursor(data: bytes, generator: random.Random) -> None:
-    created_at, episode_id = query.read_cursor(data.decode(errors="replace"))
-    assert isinstance(created_at, float)
+    *numbers, episode_id = query.read_cursor(data.decode(errors="replace"), generator.choice(_ORDERINGS))
+    assert all(isinstance(number, float) for number in numbers)
     assert isinstance(episode_id, str)
 
 
@@ -147,6 +148,8 @@ _APP = SimpleNamespace(state=SimpleNamespace(services=_SERVICES))
 _STORE: Any = _Store(_RECORD)
 _EMPTY: Any = _Store()
 _KEYS, _NO_KEYS = Keyring(_STORE), Keyring(_EMPTY)
+
+_ORDERINGS = (NEWEST_FIRST, Ordering("return", "asc"), Ordering("rating", "desc"))
 
 _TREE = {
     "type": "object",

@@ -76,6 +76,7 @@ async def test_a_tool_whose_form_is_not_clear_is_refused_with_the_form_that_is(
         ({"type": "json", "schema": {"allOf": [{"$ref": "#"}]}}, ["'$ref'", "without end"]),
         ({"type": "json", "schema": {"type": "integer", "minimum": 2, "maximum": 1}}, ["no value"]),
         ({"type": "json", "schema": {"type": "string", "pattern": "^a{3}$", "maxLength": 2}}, ["no value"]),
+        ({"type": "json", "schema": {"type": "string", "minLength": 3, "maxLength": 2}}, ["no value"]),
         ({"type": "regex", "pattern": "(a)\\1"}, ["backreference"]),
         ({"type": "regex", "pattern": "["}, ["pattern"]),
         ({"type": "json", "schema": True}, ["schema"]),
