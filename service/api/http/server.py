@@ -22,7 +22,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.api.http import middleware, problems
 from service.errors import EpisodicError, HeadersTooLarge, MalformedRequest
-from service.lifecycle import Lifecycle, Phase
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
@@ -124,7 +123,6 @@ class BoundedHttp(HttpToolsProtocol):
         super().__init__(*args, **options)
         app: Any = self.config.app
         self._limit_s: float = app.state.services.settings.receive_limit_s
-        self._lifecycle: Lifecycle = app.state.services.lifecycle
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_head = False
@@ -170,8 +168,6 @@ class BoundedHttp(HttpToolsProtocol):
             raise _Refused
         super().on_headers_complete()
         self.cycle.__class__ = _Cycle  # uvicorn has no hook for the class
-        if self._lifecycle.phase >= Phase.LEAVING:
-            self.cycle.keep_alive = False
         if len(self.pipeline) > MAX_PIPELINED:
             raise _Refused
 

@@ -32,7 +32,6 @@ def tool(**parameters: Any) -> dict[str, Any]:
         {"type": "json", "schema": {"pattern": "("}},
         {"type": "json", "schema": {"$ref": "http://localhost/x"}},
         tool(branch={"type": "string", "pattern": "("}),
-        tool(branch={"not": {}}),
         {"type": "nothing"},
         [],
     ],
