@@ -134,6 +134,16 @@ async def test_downgrade_and_upgrade_lose_nothing(url: str, revision: str):
         assert await store.trajectory("e") == (replace(record(), state=commit(0).state), [step(0)])
 
 
+async def test_a_downgrade_is_not_refused_for_tombstones_of_other_tenants(url: str):
+    async with SQLStore(url) as store:
+        await store.create(record())
+        await store.create(record("acme:" + "e" * 128))
+        await store.delete("acme:" + "e" * 128)
+    await SQLStore(url).migrate("0002")
+    async with SQLStore(url) as store:
+        assert await store.num_active() == 1
+
+
 @pytest.mark.parametrize(
     ("revision", "message"),
     [

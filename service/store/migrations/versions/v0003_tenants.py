@@ -40,9 +40,10 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    others = sa.text("SELECT tenant FROM episodes WHERE tenant <> 'default' LIMIT 1")
+    others = sa.text("SELECT tenant FROM episodes WHERE tenant <> 'default' AND deleted_at IS NULL LIMIT 1")
     if tenant := op.get_bind().execute(others).scalar():
         raise ValueError(f"after the downgrade all callers could read the episodes of the tenant {tenant!r}")
+    op.execute("DELETE FROM episodes WHERE tenant <> 'default'")  # only tombstones; no caller could name them any more
     op.drop_table("api_keys")
     op.drop_index("ix_episodes_active", "episodes")
     op.drop_index("ix_episodes_tenant", "episodes")
