@@ -1,7 +1,7 @@
 """The immutable values of a trajectory: the configuration and state of an episode, its steps, and how it ended."""
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, cast
 
@@ -239,6 +239,7 @@ class Feedback:
     step: index of the rated step; None if the rating is for the whole episode.
     rater: name of the person. A later rating of the same step by the same rater replaces the earlier one.
     created_at: Unix seconds.
+    idempotency_key: identifies a retry.
     """
 
     episode_id: str
@@ -247,6 +248,11 @@ class Feedback:
     comment: str | None
     rater: str | None
     created_at: float
+    idempotency_key: str | None = None
+
+    def repeats(self, other: "Feedback") -> bool:
+        """Returns whether this is the same rating, apart from its time."""
+        return replace(self, created_at=other.created_at) == other
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, SupportsFloat, TypedDict, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 import httpx
+from uuid_utils import uuid7
 
 from service.client.errors import ApiError, ConnectionFailed, problem, problem_of, reading
 from service.client.models import (
@@ -108,6 +109,7 @@ class Call(Generic[T]):
     accept: str | None = None
     accepted_status: int | None = None
     """An error status (400 or above) that counts as a success."""
+    idempotency_key: str | None = None
     repeatable: bool = True
     """Whether the request is idempotent, so that it can be retried after its response was lost."""
 
@@ -123,6 +125,8 @@ class Call(Generic[T]):
             headers["Accept"] = self.accept
         if self.body is not None:
             headers["Content-Type"] = "application/json"
+        if self.idempotency_key is not None:
+            headers["Idempotency-Key"] = self.idempotency_key
         timeout = httpx.USE_CLIENT_DEFAULT if self.timeout_s is None else self.timeout_s
         return http.build_request(self.method, self.path, content=self.body, headers=headers, timeout=timeout)
 
@@ -203,9 +207,8 @@ def fork(
 
 
 def feedback(episode_id: str, fields: JsonObject) -> Call[Feedback]:
-    named = fields.get("rater") is not None  # a second rating by the same rater replaces the first
-    path = f"{_path(episode_id)}/feedback"
-    return Call("POST", path, _feedback, episode_id, encode(fields), repeatable=named)
+    key = str(uuid7())  # the same for all attempts: a retry adds no second rating
+    return Call("POST", f"{_path(episode_id)}/feedback", _feedback, episode_id, encode(fields), idempotency_key=key)
 
 
 def profiles() -> Call[list[Profile]]:

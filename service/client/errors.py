@@ -32,7 +32,8 @@ class EpisodicError(Exception):
 class ConnectionFailed(EpisodicError):
     """No complete response arrived, so the call may or may not have taken effect.
 
-    Making the call again with the same arguments is safe, except for a rating without a rater, which would count twice.
+    Making the call again with the same arguments is safe, except for a rating without a rater, which gets a new
+    idempotency key and would count twice.
     """
 
 

@@ -134,16 +134,24 @@ class Sessions:
         """Returns the episode and its steps from index `first` to `last`, both included. Raises NotFound, Gone."""
         return await self._cache.trajectory(episode_id, first, last)
 
-    async def add_feedback(self, feedback: Feedback) -> None:
-        """Stores a rating. Raises NotFound, Gone, and Unprocessable for a step that does not exist."""
+    async def add_feedback(self, feedback: Feedback) -> tuple[Feedback, bool]:
+        """Stores a rating. Returns the stored rating, and whether it is new: a retry with the same idempotency key gets
+        the rating that the first request stored.
+
+        Raises NotFound, Gone, Conflict (idempotency_mismatch), and Unprocessable for a step that does not exist.
+        """
         stored = await self._cache.stored(feedback.episode_id)
         if feedback.step is not None and feedback.step >= stored.state.step:
             detail = f"there is no step {feedback.step}: the episode has {stored.state.step} steps"
             raise Unprocessable(detail, "step")
         try:
-            await self.store.add_feedback(feedback)
+            known = await self.store.add_feedback(feedback)
         except EpisodeGone as error:
             raise episode_deleted(public_id(feedback.episode_id)) from error
+        if not feedback.repeats(known):
+            detail = "This Idempotency-Key was already used for another rating. A retry must send the same body."
+            raise Conflict("idempotency_mismatch", detail)
+        return known, known is feedback
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         """Returns the episode's ratings, oldest first."""
@@ -204,6 +212,10 @@ class Sessions:
         if not await self.store.delete(episode_id):
             raise episode_deleted(public_id(episode_id))
         self._cache.drop_idle(episode_id)
+
+    def forget(self, episode_id: str) -> None:
+        """Must be called when an episode was deleted in the store by another part of the service."""
+        self._cache.drop(episode_id)
 
     async def abort_acts(self) -> int:
         """Aborts the acts whose commit has not begun, and all later ones. Their callers receive 503 `draining`.

@@ -152,9 +152,12 @@ class Store(Protocol):
         """Returns the ids of at most `limit` active episodes that expired by `now`, earliest expiry first."""
         ...
 
-    async def add_feedback(self, feedback: Feedback) -> None:
-        """Adds a rating. It replaces the rating that the same named rater gave for the same step. Raises
-        EpisodeGone."""
+    async def add_feedback(self, feedback: Feedback) -> Feedback:
+        """Adds a rating. It replaces the rating that the same named rater gave for the same step. Raises EpisodeGone.
+
+        Returns the stored rating: that of the episode with the same idempotency key, if there is one, which then stays
+        unchanged.
+        """
         ...
 
     async def feedback(self, episode_id: str) -> list[Feedback]:

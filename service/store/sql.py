@@ -189,17 +189,24 @@ class SQLStore:
         query = query.order_by(episodes.c.expires_at).limit(limit)
         return await self._read(lambda connection: list(connection.execute(query).scalars()))
 
-    async def add_feedback(self, feedback: Feedback) -> None:
+    async def add_feedback(self, feedback: Feedback) -> Feedback:
         row = feedback_row(feedback)
         same = [ratings.c[name].is_not_distinct_from(row[name]) for name in ("episode_id", "step", "rater")]
 
-        def write(connection: Connection) -> None:
+        has_key = [ratings.c[name] == row[name] for name in ("episode_id", "idempotency_key")]
+
+        def write(connection: Connection) -> Feedback:
             _lock_alive(connection, feedback.episode_id)
+            if feedback.idempotency_key is not None:
+                earlier = connection.execute(select(ratings).where(*has_key)).mappings().first()
+                if earlier is not None:
+                    return feedback_value(earlier)
             if feedback.rater is not None:
                 connection.execute(delete(ratings).where(*same))
             connection.execute(insert(ratings), row)
+            return feedback
 
-        await self._write(write)
+        return await self._write(write)
 
     async def feedback(self, episode_id: str) -> list[Feedback]:
         query = select(ratings).where(ratings.c.episode_id == episode_id).order_by(ratings.c.feedback_id)

@@ -98,12 +98,16 @@ class MemoryStore:
         due = [(row.state.expires_at, name) for name, row in self._episodes.items() if row.state.expires_at is not None]
         return [name for at, name in sorted(due) if at <= now][:limit]
 
-    async def add_feedback(self, feedback: Feedback) -> None:
+    async def add_feedback(self, feedback: Feedback) -> Feedback:
         self._check_alive(feedback.episode_id)
         ratings = self._feedback[feedback.episode_id]
+        for earlier in ratings:
+            if feedback.idempotency_key is not None and earlier.idempotency_key == feedback.idempotency_key:
+                return earlier
         if feedback.rater is not None:
             ratings[:] = [old for old in ratings if (old.step, old.rater) != (feedback.step, feedback.rater)]
         ratings.append(feedback)
+        return feedback
 
     def _check_alive(self, episode_id: str) -> None:
         record = self._episodes.get(episode_id)

@@ -39,6 +39,11 @@ IDEMPOTENCY_KEY = {
     "description": "Makes retries safe: a request with the same key and body returns the stored step and takes no new "
     "one. The same key with another body is refused (409 `idempotency_mismatch`). `step` has the same effect.",
 }
+RATING_KEY = {
+    **IDEMPOTENCY_KEY,
+    "description": "Makes retries safe: a request with the same key and body returns the stored rating and adds none. "
+    "The same key with another body is refused (409 `idempotency_mismatch`).",
+}
 _REFERENCE = "#/components/schemas/{model}"
 
 

@@ -149,7 +149,8 @@ def _page(record: StoredEpisode, rows: Sequence[Step], format: Format, window: W
 
 def rating(feedback: Feedback) -> Rendered:
     """Returns a rating, as `schemas.Feedback` describes it."""
-    return {**asdict(feedback), "episode_id": public_id(feedback.episode_id)}
+    fields = {name: value for name, value in asdict(feedback).items() if name != "idempotency_key"}
+    return {**fields, "episode_id": public_id(feedback.episode_id)}
 
 
 def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rendered:

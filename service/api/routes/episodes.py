@@ -14,7 +14,7 @@ from service.api.http import body, problems, schemas, serialization
 from service.api.http.acting import acting
 from service.api.http.answers import json_answer, long_answer
 from service.api.http.caller import caller, own
-from service.api.http.openapi import IDEMPOTENCY_KEY, request_body
+from service.api.http.openapi import IDEMPOTENCY_KEY, RATING_KEY, request_body
 from service.api.http.query import FilterQuery, FormatQuery, OrderQuery, cursor_of, read_cursor
 from service.api.http.routing import StrictRoute
 from service.api.http.serialization import Window, resource
@@ -143,15 +143,17 @@ async def fork(request: Request, episode_id: EpisodeIdPath) -> Response:
     summary="Rate an episode or a step",
     status_code=201,
     response_model=schemas.Feedback,
-    responses=problems.documented(400, 404, 410, 413, 422, 503),
-    openapi_extra={"requestBody": request_body(schemas.FeedbackRequest)},
+    responses={200: {"model": schemas.Feedback, "description": "A retry: this rating was stored earlier."}}
+    | problems.documented(400, 404, 409, 410, 413, 422, 503),
+    openapi_extra={"requestBody": request_body(schemas.FeedbackRequest), "parameters": [RATING_KEY]},
 )
 async def feedback(request: Request, episode_id: EpisodeIdPath) -> Response:
     """Stores a human's rating. If the same `rater` rates the same step again, the new rating replaces the old one."""
     parsed, _ = await body.read(request, schemas.FeedbackRequest)
-    given = trajectories.Feedback(own(request, episode_id), created_at=time.time(), **parsed.model_dump())
-    await services(request).sessions.add_feedback(given)
-    return json_answer(serialization.rating(given), 201)
+    key, fields = body.idempotency_key(request), parsed.model_dump()
+    given = trajectories.Feedback(own(request, episode_id), created_at=time.time(), idempotency_key=key, **fields)
+    stored, is_new = await services(request).sessions.add_feedback(given)
+    return json_answer(serialization.rating(stored), 201 if is_new else 200)
 
 
 @router.get(
