@@ -25,6 +25,7 @@ from service.engine.supervisor import Callback, Load, Supervisor, stop
 from service.lifecycle import Lifecycle
 from service.observability import logs, metrics
 from service.sessions.profiles import Profiles
+from service.sessions.retention import Retention
 from service.sessions.sessions import Sessions
 from service.settings import Settings
 from service.store.base import Store
@@ -58,6 +59,10 @@ def create_app(
         async with AsyncExitStack() as stack:
             await used_store.open()
             stack.push_async_callback(used_store.close)
+            if settings.retention_s is not None:
+                lifetimes = settings.retention_s, settings.tombstone_retention_s
+                retention = Retention(used_store, *lifetimes, services.sessions.forget)
+                stack.push_async_callback(stop, asyncio.create_task(retention.run(), name="retention"))
             running = asyncio.create_task(supervisor.run(), name="supervisor")
             running.add_done_callback(partial(_end_if_failed, on_fatal))
             stack.push_async_callback(stop, running)

@@ -105,6 +105,18 @@ class Settings(BaseSettings):
         description="Default idle timeout in seconds, for episodes that set none: an episode ends after this time "
         "without an act. Unset: no timeout.",
     )
+    retention_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after its end at which an episode is deleted. Unset: episodes stay until they are deleted "
+        "by a call.",
+    )
+    tombstone_retention_s: float = Field(
+        7 * 24 * 3600.0,
+        gt=0,
+        description="Seconds for which the id of a deleted episode gets 410, if EPISODIC_RETENTION_S is set. After "
+        "that the id can be used again, unless a fork still reads steps of the episode.",
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Maximum size of a request body, in bytes.")
     receive_limit_s: float = Field(
         30.0,

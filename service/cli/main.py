@@ -10,7 +10,7 @@ from service.cli.episodes import episodes_command, export_command
 from service.cli.keys import keys_app
 from service.cli.rollout import rollout_command
 from service.cli.serve import serve_command
-from service.cli.store import migrate_command
+from service.cli.store import migrate_command, purge_command
 from service.settings import Settings
 
 
@@ -39,6 +39,7 @@ app.command("episodes")(episodes_command)
 app.command("export")(export_command)
 app.add_typer(keys_app, name="keys")
 app.command("migrate")(migrate_command)
+app.command("purge")(purge_command)
 
 
 @app.command("settings")

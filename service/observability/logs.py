@@ -8,10 +8,13 @@ log line.
 import logging
 import re
 import sys
+import time
 import traceback
 from typing import Any, Literal, cast
 
 import structlog
+
+from service.observability.metrics import SUPPRESSED_LOG_LINES
 
 
 def configure(log_format: Literal["console", "json"], level: str) -> None:
@@ -40,6 +43,7 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
     )
     foreign: list[Any] = [*shared, structlog.stdlib.ExtraAdder(), _drop_colors]
     handler = logging.StreamHandler()
+    handler.addFilter(RateLimit())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=foreign,
@@ -57,6 +61,50 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
 def get(name: str) -> Any:
     """Returns a structlog logger. Keyword arguments of its methods become fields of the log line."""
     return structlog.stdlib.get_logger(name)
+
+
+_MAX_LINES = 20
+_WINDOW_S = 10.0
+_MAX_KEYS = 1_000
+
+
+class RateLimit(logging.Filter):
+    """Limits repeated lines, so that an outage does not flood the log.
+
+    Of each event, at most 20 lines are logged in 10 seconds. The first line after that has `num_suppressed`, the number
+    of lines left out. The limit applies to warnings, errors, and requests that failed; the latter by status.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._windows: dict[Any, list[float]] = {}  # by key: end of the window, lines logged, lines left out
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether to log the record."""
+        message = cast("object", record.msg)
+        event = cast("dict[str, Any]", message) if isinstance(message, dict) else None
+        status = event.get("status") if event else None
+        is_failed = isinstance(status, int) and status >= 400
+        if record.levelno < logging.WARNING and not is_failed:
+            return True
+        now = time.monotonic()
+        key = (record.name, event.get("event") if event else str(record.msg), status)
+        ends_at, num_logged, num_left_out = self._windows.get(key, (0.0, 0.0, 0.0))
+        if now < ends_at and num_logged >= _MAX_LINES:
+            self._windows[key][2] += 1
+            SUPPRESSED_LOG_LINES.inc()
+            return False
+        if len(self._windows) >= _MAX_KEYS:
+            self._windows.clear()
+        if now < ends_at:
+            self._windows[key] = [ends_at, num_logged + 1, num_left_out]
+            return True
+        self._windows[key] = [now + _WINDOW_S, 1, 0]
+        if num_left_out and event is not None:
+            event["num_suppressed"] = int(num_left_out)
+        elif num_left_out:
+            record.num_suppressed = int(num_left_out)
+        return True
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")

@@ -38,6 +38,14 @@ PARSE_FAILURES = Counter(
 UNEXPECTED_FAILURES = Counter(
     "agent_unexpected_failures", "Unexpected exceptions (bugs); callers receive the code internal_error."
 )
+PURGED = Counter(
+    "agent_purged",
+    "Ended episodes deleted by retention, and tombstones removed, by kind: episode, tombstone.",
+    ["kind"],
+)
+SUPPRESSED_LOG_LINES = Counter(
+    "agent_suppressed_log_lines", "Log lines left out because lines with the same event were too frequent."
+)
 STORE_COMMITS = Counter("agent_store_commits", "Commits to the store. Concurrent acts share one commit.")
 STORE_COMMIT_SECONDS = Histogram("agent_store_commit_seconds", "Duration of a commit in seconds.", buckets=_LATENCY_S)
 STORE_BATCH_SIZE = Histogram("agent_store_batch_size", "Acts and new episodes in one commit.", buckets=_BATCH)
@@ -78,6 +86,8 @@ for _outcome in OUTCOMES:
     ACTS.labels(_outcome)
 for _reason in StopReason:
     EPISODES_ENDED.labels(_reason)
+for _kind in ("episode", "tombstone"):
+    PURGED.labels(_kind)
 for _kind in ("length", "json", "schema"):
     PARSE_FAILURES.labels(_kind)
 

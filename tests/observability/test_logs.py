@@ -12,6 +12,7 @@ import structlog
 
 from service.engine.tokenizer import HFTokenizer
 from service.observability import logs
+from service.observability.logs import RateLimit
 from service.testing.scripted_engine import ScriptedEngine
 from tests.api.http.test_problems import BrokenEngine
 from tests.support.serving import DISCRETE, HeldEngine, serve, until
@@ -196,3 +197,47 @@ def test_a_lost_tasks_failure_is_told_without_its_message(log: Any):
     text = "\n".join(lines())
     assert "ValueError" in text
     assert "secret" not in text
+
+
+# --- repeated lines
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> tuple[RateLimit, list[float]]:
+    """A limit, and its clock: `clock[0]` is the time in seconds."""
+    clock = [100.0]
+    monkeypatch.setattr("service.observability.logs.time.monotonic", lambda: clock[0])
+    return RateLimit(), clock
+
+
+def line(event: str, level: int = logging.ERROR, **fields: Any) -> logging.LogRecord:
+    return logging.LogRecord("service.x", level, "", 0, {"event": event, **fields}, None, None)  # type: ignore[arg-type]
+
+
+def test_an_outage_does_not_flood_the_log(limit: tuple[RateLimit, list[float]]):
+    limited, clock = limit
+    lines = [line("store_unavailable") for _ in range(1000)]
+    requests = [line("request", logging.INFO, status=503) for _ in range(1000)]
+    assert sum(map(limited.filter, lines)) == 20
+    assert sum(map(limited.filter, requests)) == 20
+    assert limited.filter(line("engine_died")), "another event has its own limit"
+    assert limited.filter(line("request", logging.INFO, status=500)), "another status has its own limit"
+    clock[0] += 10.0
+    following = line("store_unavailable")
+    assert limited.filter(following)
+    assert following.msg["num_suppressed"] == 980  # type: ignore[index]
+    assert all(limited.filter(line("request", logging.INFO, status=200)) for _ in range(1000))
+    assert all(limited.filter(line("purged", logging.INFO)) for _ in range(1000))
+
+
+def test_lines_of_libraries_are_limited_too(limit: tuple[RateLimit, list[float]]):
+    limited, clock = limit
+
+    def foreign() -> logging.LogRecord:
+        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, "Exception in %s", ("x",), None)
+
+    assert sum(limited.filter(foreign()) for _ in range(100)) == 20
+    clock[0] += 10.0
+    following = foreign()
+    assert limited.filter(following)
+    assert following.__dict__["num_suppressed"] == 80

@@ -362,7 +362,7 @@ async def test_a_rating_is_not_left_behind_by_a_delete_and_a_rater_has_one(store
         assert len(await store.feedback(name)) == 1
         racers = (store.add_feedback(replace(rating, rater=None)), other.delete(name))
         results = await asyncio.gather(*racers, return_exceptions=True)
-        assert isinstance(results[0], EpisodeGone | None)
+        assert isinstance(results[0], EpisodeGone | Feedback)
     assert await in_database(url, lambda connection: connection.execute(select(ratings)).all()) == []
 
 
