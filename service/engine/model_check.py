@@ -39,16 +39,21 @@ def _check_folder(path: Path) -> str:
 
 def _check_hub(model: str) -> str:
     """Looks for the model in the local cache of the hub, and otherwise whether the hub can be reached."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants, get_token, try_to_load_from_cache
 
+    name, token = model.partition(":")[0], get_token()
     missing = f"EPISODIC_MODEL: there is no folder and no packaged policy {model!r}"
     hub: Any = constants
-    if any(isinstance(try_to_load_from_cache(model.partition(":")[0], name), str) for name in _CONFIGURATIONS):
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in _CONFIGURATIONS):
         return f"{model}, in the local cache of the Hugging Face hub"
     if hub.HF_HUB_OFFLINE:
         raise EngineRefused(f"{missing}, the hub's local cache does not have it, and HF_HUB_OFFLINE is set. {_CHOICES}")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        httpx.head(hub.ENDPOINT, timeout=_HUB_S)
+        answer = httpx.get(f"{hub.ENDPOINT}/api/models/{name}", headers=headers, timeout=_HUB_S, follow_redirects=True)
     except httpx.TransportError as error:
         raise EngineRefused(f"{missing}, and {hub.ENDPOINT} cannot be reached ({error}). {_CHOICES}") from error
+    if answer.status_code in (401, 403, 404):  # 401 for a model that does not exist, too
+        private = "If it is private, set HF_TOKEN."
+        raise EngineRefused(f"{missing}, and {hub.ENDPOINT} has no such model. {private} {_CHOICES}")
     return f"{model}, which the Hugging Face hub downloads"

@@ -7,7 +7,9 @@ import re
 import socket
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -131,18 +133,39 @@ def test_missing_model_is_found_before_vllm_is_imported(model: str, line: str):
     assert ran.stdout == "False\n", "vLLM was imported"
 
 
-def test_hub_that_cannot_be_reached_is_reported_at_once():
-    environment = {
-        **os.environ,
-        "EPISODIC_MODEL": "org/unknown",
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": ROOT,
-    }
+def serve_from_hub(endpoint: str) -> str:
+    """Starts the service with an unknown model; what it prints."""
+    hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "EPISODIC_MODEL": "org/unknown"}
+    environment = {**os.environ, **hub, "PYTHONPATH": ROOT}
     command = [sys.executable, "-m", "service", "serve"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 2
-    assert "http://127.0.0.1:9 cannot be reached" in ran.stderr
+    (line,) = ran.stderr.splitlines()
+    return line
+
+
+def test_hub_that_cannot_be_reached_is_reported_at_once():
+    assert "http://127.0.0.1:9 cannot be reached" in serve_from_hub("http://127.0.0.1:9")
+
+
+class EmptyHub(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def test_model_that_the_hub_does_not_have_is_reported_at_once():
+    with HTTPServer(("127.0.0.1", 0), EmptyHub) as hub:
+        thread = Thread(target=hub.serve_forever)
+        thread.start()
+        line = serve_from_hub(f"http://127.0.0.1:{hub.server_port}")
+        hub.shutdown()
+        thread.join()
+    assert re.search(r"EPISODIC_MODEL: .*'org/unknown', and http://127.0.0.1:\d+ has no such model", line)
 
 
 def test_port_in_use_is_named():

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,13 @@ async def test_the_examples_run(tmp_path: Path, tokenizer: HFTokenizer) -> None:
         for example in examples:
             script = example.replace("http://127.0.0.1:8000", api.url)
             command = [sys.executable, "-c", script]
-            ran = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
+            ran = await asyncio.to_thread(
+                subprocess.run,
+                command,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                env={**os.environ, "EPISODIC_URL": api.url},
+            )
             assert ran.returncode == 0, ran.stderr
             assert ran.stdout

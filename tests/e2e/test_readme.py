@@ -22,17 +22,19 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def shell(script: str, server: Server, folder: Path) -> str:
     script = script.replace("127.0.0.1:8000", server.url.removeprefix("http://")).replace(".venv/bin/", f"{BIN}/")
-    script = re.sub(r"curl -s(N?) ", r"curl -sS\1 --fail-with-body ", script)
-    ran = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=200, cwd=folder)
+    script = re.sub(r"curl -sS(N?) ", r"curl -sS\1 --fail-with-body ", script)
+    environment = {**os.environ, "EPISODIC_URL": server.url}
+    ran = subprocess.run(
+        ["bash", "-euc", script], capture_output=True, text=True, timeout=200, cwd=folder, env=environment
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
 
 def python(script: str, server: Server) -> str:
     script = script.replace("http://127.0.0.1:8000", server.url)
-    ran = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env={**os.environ}
-    )
+    environment = {**os.environ, "EPISODIC_URL": server.url}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -52,7 +54,7 @@ def test_the_readmes_shell_lines_work_in_their_order(server: Server, tmp_path: P
 
 def test_the_readmes_python_lines_work(server: Server) -> None:
     (loop,) = (python(script, server) for script in blocks(README, "python"))
-    assert "return 1.0" in loop
+    assert "return 1.0 success True" in loop
 
 
 def test_the_quickstarts_lines_work(server: Server, tmp_path: Path) -> None:

@@ -44,11 +44,12 @@ async def test_the_examples_run(tmp_path: Path, tokenizer: HFTokenizer) -> None:
     outputs: list[str] = []
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api:
         for language, block in blocks:
-            script = block.replace("http://127.0.0.1:8000", api.url)
+            script = f"export EPISODIC_URL={api.url}\n{block}" if language == "sh" else block
             if language == "sh":
                 outputs.append(await run(["bash", "-ec", script.replace(".venv/bin/episodic", EPISODIC)], tmp_path))
             elif "play_vector" in block:
-                outputs.append(await run([sys.executable, "-c", script], tmp_path))
+                program = script.replace("Client()", f"Client({api.url!r})")
+                outputs.append(await run([sys.executable, "-c", program], tmp_path))
             else:
                 with (tmp_path / "number.py").open("a") as file:
                     file.write(script)
