@@ -101,6 +101,7 @@ def _services(settings: Settings, store: Store) -> Services:
         defaults=settings.episode_defaults,
         admission=admission,
         lifecycle=lifecycle,
+        model_names=(settings.served_name, *settings.model_aliases),
     )
     presets = Profiles(EpisodeFields, settings.profiles)
     for preset in presets:
@@ -112,7 +113,8 @@ def _services(settings: Settings, store: Store) -> Services:
 async def _serving(services: Services, on_ready: Callback, engine: Engine) -> AsyncGenerator[None]:
     """Serves acts with this engine, and ends expired episodes, until the context exits."""
     settings, sessions = services.settings, services.sessions
-    adapters = Policies(engine, sessions.store, source=settings.adapters, kept=settings.data / "adapters")
+    kept, aliases = settings.data / "adapters", settings.model_aliases
+    adapters = Policies(engine, sessions.store, source=settings.adapters, kept=kept, aliases=aliases)
     await adapters.restore()
     sessions.serve(engine, adapters)
     on_ready()

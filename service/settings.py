@@ -18,6 +18,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from service.trajectory import policy_name
+
 _POLICIES = Path(__file__).parent / "packaged" / "policies"
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _STORE_URL = re.compile(r"sqlite:///(?!:memory:$|file:).+|postgresql(\+asyncpg)?://[^/?#]+/[^/?#]+(\?.*)?", re.DOTALL)
@@ -58,6 +60,12 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on. Addresses other than loopback need API keys.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 picks a free port.")
     model: str = Field("toy-text", description="Model to serve: a packaged policy, a folder or a Hugging Face id.")
+    model_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.:-]{1,128}$",
+        description="Name of the model for callers. Default: the last part of EPISODIC_MODEL. Callers may also use the "
+        "default name and EPISODIC_MODEL itself, so that episodes go on when this setting changes.",
+    )
     engine: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of vLLM's AsyncEngineArgs, for example EPISODIC_ENGINE__MAX_NUM_SEQS=64.",
@@ -246,6 +254,25 @@ class Settings(BaseSettings):
         """The model that the engine loads: the folder of a packaged policy, or else `model` unchanged."""
         packaged = _POLICIES / self.model
         return str(packaged) if "/" not in self.model and (packaged / "config.json").is_file() else self.model
+
+    @property
+    def served_name(self) -> str:
+        """The name of the model for callers."""
+        return self.model_name or self._default_name
+
+    @property
+    def model_aliases(self) -> tuple[str, ...]:
+        """Further names of the model that callers may use. They may contain the path of its folder, so no answer shows
+        them."""
+        names = {self.model, self._default_name}
+        if Path(self.model).is_dir():
+            names.add(str(Path(self.model).resolve()))
+        return tuple(sorted(names - {self.served_name}))
+
+    @property
+    def _default_name(self) -> str:
+        name = policy_name(self.model)
+        return Path(self.model).resolve().name or name if name in (".", "..") else name
 
     @classmethod
     def markdown(cls) -> str:

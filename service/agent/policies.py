@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from service.engine.base import Adapter, Engine, EngineUnavailable
 from service.errors import NotFound, Unprocessable
 from service.observability import logs
 from service.store.base import Store
-from service.trajectory import StoredPolicy
+from service.trajectory import StoredPolicy, policy_name
 
 _log = logs.get(__name__)
 
@@ -38,16 +38,24 @@ class Policies:
 
     source: the folder from which adapters are loaded; None disables adapters.
     kept: the folder for copies of the loaded adapters.
+    aliases: further names of the base model.
     """
 
     def __init__(
-        self, engine: Engine, store: Store, *, source: Path | None = None, kept: Path = Path("adapters")
+        self,
+        engine: Engine,
+        store: Store,
+        *,
+        source: Path | None = None,
+        kept: Path = Path("adapters"),
+        aliases: Iterable[str] = (),
     ) -> None:
         self._engine = engine
         self._store = store
         self._source = source
         self._kept = kept
         self._base = Policy(engine.info.model, engine.info.version)
+        self._base_names = {self._base.name, *aliases}
         self._adapters: dict[str, Policy] = {}
         self._changing = asyncio.Lock()
 
@@ -60,10 +68,13 @@ class Policies:
 
     def get(self, name: str) -> Policy:
         """Returns the policy with this name. Raises EngineUnavailable if it is not, or no longer, served."""
-        if name == self._base.name:
+        if name in self._base_names:
             return self._base
         if name not in self._adapters:
-            raise EngineUnavailable(f"the policy {name!r} of the episode is not served; GET /policy lists the policies")
+            shown = policy_name(name)
+            raise EngineUnavailable(
+                f"the policy {shown!r} of the episode is not served; GET /policy lists the policies"
+            )
         return self._adapters[name]
 
     @property
@@ -73,7 +84,7 @@ class Policies:
         return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
     def __contains__(self, name: str) -> bool:
-        return name == self._base.name or name in self._adapters
+        return name in self._base_names or name in self._adapters
 
     async def restore(self) -> None:
         """Loads the adapters that are in the store. One that cannot be loaded is logged and skipped."""
@@ -96,8 +107,8 @@ class Policies:
         """
         if self._source is None:
             raise Unprocessable("adapters are disabled; set EPISODIC_ADAPTERS to the folder that contains them", "path")
-        if name == self._base.name:
-            raise Unprocessable(f"{name!r} is the name of the base model; choose another name", "name")
+        if name in self._base_names:
+            raise Unprocessable(f"{name!r} is a name of the base model; choose another name", "name")
         folder = _below(self._source, path)
         async with self._changing:
             try:
@@ -120,7 +131,7 @@ class Policies:
 
     async def remove(self, name: str) -> None:
         """Removes an adapter. Raises NotFound, Unprocessable for the base model, StoreUnavailable."""
-        if name == self._base.name:
+        if name in self._base_names:
             raise Unprocessable(f"{name!r} is the base model and cannot be removed", "name")
         async with self._changing:
             policy = self._adapters.get(name)

@@ -18,7 +18,8 @@ async def load_engine(settings: Settings) -> Engine:
     engine = await VLLMEngine.load(
         settings.model_path,
         {**lora, **settings.engine},
-        name=settings.model,
+        name=settings.served_name,
+        aliases=settings.model_aliases,
         grammar_limit_s=settings.constraint_limit_s,
         openai_options=settings.openai,
         media_hosts=settings.media_hosts,

@@ -54,7 +54,7 @@ class Creation:
             detail = f"there is no policy {name[:200]!r}; the policies are {agent.policies.listing}"
             raise Unprocessable(detail, "policy")
         unnamed = {field: value for field, value in self._defaults.items() if request.get(field) is None}
-        request = {**request, **unnamed, "policy": name}
+        request = {**request, **unnamed, "policy": agent.policies.get(name).name}
         options = await _checked(agent, request)
         config = EpisodeConfig(episode_id, request, digest, agent.policies.get(name).version, now)
         stored = StoredEpisode(config, EpisodeState(updated_at=now, expires_at=options.expires_at(now)))

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 from service.access.admission import Admission
 from service.agent.agent import Agent
@@ -57,9 +57,12 @@ class Sessions:
         defaults: Mapping[str, JsonValue] = _NONE,
         admission: Admission | None = None,
         lifecycle: Lifecycle | None = None,
+        model_names: tuple[str, ...] = (),
     ) -> None:
-        """`defaults`: fields of POST /episode, for requests that leave them out."""
+        """`defaults`: fields of POST /episode, for requests that leave them out. `model_names`: all names of the base
+        model."""
         self.store = store
+        self._model_names = model_names
         self.admission = admission or Admission()
         self.lifecycle = lifecycle or Lifecycle()
         self.expiry = Expiry(store, self.expire)
@@ -124,6 +127,8 @@ class Sessions:
 
         before: the place that the previous page returned; None for the first page. After the last page it is None.
         """
+        if where.get("policy") in self._model_names:
+            where = cast("EpisodeFilter", {**where, "policy": self._model_names})
         found = await self.store.episodes(
             limit=limit + 1, before=before, tenant=tenant, where=where, ordering=ordering
         )  # one more than the page has shows whether there is a next page

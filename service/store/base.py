@@ -120,7 +120,7 @@ class Store(Protocol):
         limit: maximum number of episodes.
         before: place of the last episode of the previous page (keyset pagination); None for the first page.
         tenant: only episodes of this tenant; None for all tenants.
-        where: only episodes that match this filter.
+        where: only episodes that match this filter. A label may be a tuple, of which one text must match.
         ordering: how the list is sorted. The mean rating is returned only if the list is sorted by it.
         """
         ...

@@ -96,4 +96,4 @@ def _condition(name: str, value: Any) -> ColumnElement[bool]:
         case "tag":
             return episodes.c.episode_id.in_(select(tags.c.episode_id).where(tags.c.tag == value))
         case _:
-            return LABEL_COLUMNS[name] == value
+            return LABEL_COLUMNS[name].in_(value) if isinstance(value, tuple) else LABEL_COLUMNS[name] == value

@@ -202,4 +202,5 @@ def _has(stored: StoredEpisode, name: str, value: Any) -> bool:
             found = metadata_of(request)
             return all(found.get(key) == as_text(wanted) for key, wanted in value.items())
         case _:
-            return labels_of(request)[name] == value
+            label = labels_of(request)[name]
+            return label in value if isinstance(value, tuple) else label == value

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from service.agent.options import system_text
 from service.engine.prompt import observation_text
-from service.trajectory import Feedback, JsonValue, Step, StoredEpisode, public_id
+from service.trajectory import Feedback, JsonValue, Step, StoredEpisode, policy_name, public_id
 
 Rendered = dict[str, JsonValue]
 
@@ -33,6 +33,7 @@ def resource(record: StoredEpisode) -> dict[str, JsonValue]:
     return {
         **_RESOURCE_DEFAULTS,
         **config.request,
+        "policy": policy_name(config.request["policy"]),
         "episode_id": public_id(config.episode_id),
         "status": state.status,
         "stop_reason": state.stop_reason,

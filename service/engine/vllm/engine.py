@@ -72,6 +72,7 @@ class VLLMEngine(DecoderOnlyEngine):
         options: dict[str, Any],
         *,
         name: str,
+        aliases: Sequence[str] = (),
         grammar_limit_s: float,
         openai_options: dict[str, Any] | None = None,
         media_hosts: Sequence[str] = (),
@@ -80,7 +81,7 @@ class VLLMEngine(DecoderOnlyEngine):
 
         model: a folder or the id of a model on the Hugging Face hub.
         options: engine options, the fields of vLLM's AsyncEngineArgs.
-        name: the name of the model for callers.
+        name: the name of the model for callers. aliases: further names that they may use in /v1.
         grammar_limit_s: timeout for compiling one constraint, in seconds.
         openai_options: options of /v1; see `openai_app.OPTIONS`.
         media_hosts: hosts from which /v1 may fetch media.
@@ -91,14 +92,14 @@ class VLLMEngine(DecoderOnlyEngine):
         """
         openai_app.check_options(openai_options or {})
         heartbeat = Heartbeat()
-        llm, tokenizer = await in_daemon_thread(lambda: build(model, options, heartbeat))
+        llm, tokenizer = await in_daemon_thread(lambda: build(model, name, options, heartbeat))
         grammar = GrammarChecker(tokenizer, limit_s=grammar_limit_s)
         try:
             tasks = tuple(await _result(llm, llm.get_supported_tasks()))
             info = model_info(llm, model, name)
             if "generate" not in tasks:
                 info = replace(info, generates=False, no_episodes="it cannot generate text")
-            served = openai_app.Served(model, name, openai_options or {}, tuple(media_hosts), tasks)
+            served = openai_app.Served(name, tuple(aliases), openai_options or {}, tuple(media_hosts), tasks)
             engine = cls(llm, info, heartbeat, grammar, OpenAIApp(llm, served, grammar.check))
         except BaseException:
             await asyncio.to_thread(llm.shutdown)

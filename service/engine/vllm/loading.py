@@ -78,7 +78,7 @@ async def in_daemon_thread(function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(future)
 
 
-def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[Any, TokenizerData]:
+def build(model: str, served_name: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[Any, TokenizerData]:
     """Builds the engine. Returns it and its tokenizer. Raises EngineRefused.
 
     Arguments are those of `VLLMEngine.load`. The heartbeat counts the engine's steps.
@@ -91,7 +91,13 @@ def build(model: str, options: dict[str, Any], heartbeat: Heartbeat) -> tuple[An
 
     _check_names(options, {field.name for field in fields(AsyncEngineArgs)})
     _quiet_engine_process()
-    merged: dict[str, Any] = {"model": model, **OPTIONS, **(CPU_OPTIONS if on_cpu else {}), **options}
+    merged: dict[str, Any] = {
+        "model": model,
+        "served_model_name": served_name,
+        **OPTIONS,
+        **(CPU_OPTIONS if on_cpu else {}),
+        **options,
+    }
     structured: Any = merged["structured_outputs_config"]
     if isinstance(structured, dict):  # vLLM later sets an attribute of it, so it must not be a dict
         merged["structured_outputs_config"] = StructuredOutputsConfig(**cast("dict[str, Any]", structured))

@@ -146,15 +146,15 @@ def _salted(prompt: Any) -> Any:
 class Served:
     """What the app of /v1 serves.
 
-    model: the model that the engine loaded.
     name: the name of the model for callers.
+    aliases: further names that they may use. No answer shows them.
     options: options of vLLM's API server.
     media_hosts: hosts from which media may be fetched.
     tasks: the tasks that the engine supports, as vLLM names them.
     """
 
-    model: str
     name: str
+    aliases: Sequence[str]
     options: dict[str, Any]
     media_hosts: Sequence[str]
     tasks: Any
@@ -198,7 +198,20 @@ async def _build(llm: Any, served: Served, check: Check) -> Any:
     await init_app_state(client, app.state, app.state.args, served.tasks)
     if "generate" in served.tasks:
         app.state.openai_serving_completion.engine_client = PlainTextClient(client)
+    _hide_paths(app.state.openai_serving_models, served.aliases)
     return app
+
+
+def _hide_paths(models: Any, aliases: Sequence[str]) -> None:
+    """Removes the aliases and the paths of files on the server from the list of models."""
+    listed = models.show_available_models
+
+    async def shown() -> Any:
+        answer = await listed()
+        answer.data = [card.model_copy(update={"root": card.id}) for card in answer.data if card.id not in aliases]
+        return answer
+
+    models.show_available_models = shown
 
 
 def _app(llm: Any, served: Served) -> Any:
@@ -212,7 +225,7 @@ def _app(llm: Any, served: Served) -> Any:
     from service.engine.vllm import media
 
     parser: Any = make_arg_parser(FlexibleArgumentParser())
-    args: Any = parser.parse_args(["--model", served.model, "--served-model-name", served.name])
+    args: Any = parser.parse_args(["--model", served.name, "--served-model-name", served.name, *served.aliases])
     for option, value in {**_DEFAULTS, **served.options}.items():
         setattr(args, option, value)
     args.structured_outputs_config = llm.vllm_config.structured_outputs_config
