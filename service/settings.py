@@ -18,8 +18,6 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from service.trajectory import policy_name
-
 _POLICIES = Path(__file__).parent / "packaged" / "policies"
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _STORE_URL = re.compile(r"sqlite:///(?!:memory:$|file:).+|postgresql(\+asyncpg)?://[^/?#]+/[^/?#]+(\?.*)?", re.DOTALL)
@@ -322,6 +320,14 @@ def given_names(settings: Settings) -> list[str]:
     """The names of all EPISODIC_* variables of the environment, and of the files of the secrets folder."""
     files = [path.name for path in settings.secrets.iterdir()] if settings.secrets else []
     return sorted({name for name in (*os.environ, *files) if name.upper().startswith("EPISODIC_")})
+
+
+def policy_name(model: str) -> str:
+    """Returns the name under which callers see a policy: the last part of a model's path or hub id.
+
+    Older versions stored the whole path or id with each episode.
+    """
+    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def client_key() -> str | None:

@@ -27,14 +27,6 @@ def public_id(episode_id: str) -> str:
     return episode_id.rpartition(":")[2]
 
 
-def policy_name(model: str) -> str:
-    """Returns the name under which callers see a policy: the last part of a model's path or hub id.
-
-    Older versions stored the whole path or id with each episode.
-    """
-    return model.rstrip("/").rpartition("/")[2] or model
-
-
 class StopReason(StrEnum):
     """Why an episode ended. `terminated` and `truncated` have the same meaning as in Gymnasium."""
 

@@ -1,5 +1,6 @@
 """The README and docs/ are complete and current: settings, error codes, metrics, links, and the names of tests."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,19 @@ def test_guarantees_and_mitigations_name_existing_tests(page: str) -> None:
     tables = found(r"^\|.*\| test \|\n\|.*\n((?:\|.*\n)+)", text)
     for row in "".join(tables).splitlines():
         assert "::" in row.split("|")[-2], f"{page}: this row names no test: {row}"
+
+
+def test_the_deployment_page_states_the_measured_cpu_time_of_an_act() -> None:
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    ((low, high),) = found(r"([\d.]+) to ([\d.]+) ms of CPU time per discrete act with 32 callers", text)
+    cells = json.loads((ROOT / "bench" / "results.json").read_text())["cells"]
+    measured = [
+        round(cell["medians"]["service"]["cpu_ms_per_step"], 1)
+        for cell in cells
+        if cell["workload"].startswith("choice") and cell["episodes"] == 32
+    ]
+    assert measured, "no discrete acts with 32 callers were measured"
+    assert (min(measured), max(measured)) == (float(low), float(high))
 
 
 def test_deployment_page_names_existing_files_and_targets() -> None:

@@ -12,8 +12,9 @@ from service.engine.adapters import AdapterRefused, adopt
 from service.engine.base import Adapter, Engine, EngineUnavailable
 from service.errors import NotFound, Unprocessable
 from service.observability import logs
+from service.settings import policy_name
 from service.store.base import Store
-from service.trajectory import StoredPolicy, policy_name
+from service.trajectory import StoredPolicy
 
 _log = logs.get(__name__)
 

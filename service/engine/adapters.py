@@ -66,21 +66,30 @@ def adopt(source: Path, kept: Path, *, base: Shapes | None, max_rank: int) -> Ad
             shutil.copyfile(file, copy / name)
         rank = _check(copy, base, max_rank)
         digest = hashlib.sha256(b"".join(_digest(copy / name) for name in (_CONFIG, _WEIGHTS))).hexdigest()
-        folder = kept / digest
-        if not folder.is_dir():
-            complete = copy / "complete"
-            complete.mkdir()
-            for name in (_CONFIG, _WEIGHTS):
-                os.replace(copy / name, complete / name)
+        folder, complete = kept / digest, copy / "complete"
+        complete.mkdir()
+        for name in (_CONFIG, _WEIGHTS):
+            os.replace(copy / name, complete / name)
+        try:
             os.replace(complete, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # The same files are there already: from an earlier load, or from another replica at this moment.
     return AdapterFiles(folder, digest, rank)
 
 
 def base_shapes(folder: Path) -> Shapes | None:
-    """Reads the shapes of a model's weights from its safetensors files in `folder`. Returns None if there are none."""
+    """Reads the shapes of a model's weights from its safetensors files in `folder`. Returns None if there are none.
+
+    If the embeddings are tied, the output layer has no weights of its own. Its shape is that of the embeddings.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         shapes.update(_read_shapes(path))
+    tied = next((shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), None)
+    if tied is not None:
+        shapes.setdefault("lm_head.weight", tied)
     return shapes or None
 
 
@@ -144,6 +153,10 @@ def _modules(shapes: Shapes) -> dict[str, dict[str, tuple[int, int]]]:
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for name, shape in shapes.items():
         module, _, half = name.removesuffix(".weight").rpartition(".")
+        if half.startswith("lora_embedding"):
+            raise AdapterRefused(
+                f"{_WEIGHTS}: LoRA on embeddings ({module}) is not supported; train without it in target_modules"
+            )
         if not name.startswith(_PREFIX) or half not in ("lora_A", "lora_B") or len(shape) != 2:
             raise AdapterRefused(f"{_WEIGHTS}: the tensor {name[:200]!r} is not part of a LoRA pair")
         found.setdefault(module.removeprefix(_PREFIX), {})[half] = (shape[0], shape[1])

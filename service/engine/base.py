@@ -30,6 +30,8 @@ class EngineUnavailable(Exception):
     """The engine is loading, has failed, or was closed. A retry may succeed once it is loaded."""
 
     code: ClassVar = "engine_unavailable"
+    retry_after_s: ClassVar = 5
+    """Value of Retry-After: loading takes at least this many seconds."""
 
 
 class EngineRefused(ValueError):

@@ -23,6 +23,7 @@ async def load_engine(settings: Settings) -> Engine:
         grammar_limit_s=settings.constraint_limit_s,
         openai_options=settings.openai,
         media_hosts=settings.media_hosts,
+        cache=settings.data / "weights.json",
     )
     if settings.max_tokens:
         sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)

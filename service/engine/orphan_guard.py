@@ -16,9 +16,20 @@ from threading import Thread
 
 from service.engine.vllm import structured_outputs
 
+_MARK = "_EPISODIC_ENGINE"
+"""Environment variable that marks this service's process and the processes that it starts. It is no setting."""
+
+
+def arm() -> None:
+    """Activates `register` in the processes that this process starts from now on."""
+    os.environ[_MARK] = "1"
+
 
 def register() -> None:
-    """Makes this process end when its parent ends. Does nothing in a process that multiprocessing did not start.
+    """Makes this process end when its parent ends.
+
+    Does nothing in a process that multiprocessing did not start, or that does not belong to this service: other
+    programs that use vLLM may run in the same Python environment.
 
     The process also gets the service's backend for structured outputs, and it ignores SIGINT. On Ctrl-C, a terminal
     sends it to both parent and child, but the parent still needs the engine while it drains.
@@ -27,7 +38,7 @@ def register() -> None:
     points in every process that it starts.
     """
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent is not None and _MARK in os.environ:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         Thread(target=_exit_after, args=[parent.sentinel], name="lifeline", daemon=True).start()

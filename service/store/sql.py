@@ -273,7 +273,11 @@ class SQLStore:
     async def _write(self, function: Callable[[Connection], _T]) -> _T:
         try:
             return await self._connections.write(function)
-        except IntegrityError as error:  # another replica wrote the same row at the same time
+        except IntegrityError:  # another replica wrote the same row at the same time; the next try reads its row
+            pass
+        try:
+            return await self._connections.write(function)
+        except IntegrityError as error:
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
     async def _write_together(self, changes: Sequence[Change]) -> Sequence[Exception | None]:

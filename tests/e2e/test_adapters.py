@@ -18,6 +18,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("lora")
     for seed, name in enumerate(("one", "two"), start=1):
         make_adapter(folder / "in" / name, seed)
+    make_adapter(folder / "in" / "output", 3, modules=("lm_head",))
     make_adapter(folder / "in" / "high", 1, rank=64)
     make_adapter(folder / "in" / "other-model", 1, num_in=48)
     started = Server(folder, adapters=str(folder / "in")).start()
@@ -56,8 +57,12 @@ def test_adapters_act_and_a_replaced_one_meets_no_stale_prefix(lora: Server) -> 
         versions.append(load(http, "one").json()["policy_version"])
         assert near(first, probs(http, "walker"))
         assert versions[0] == versions[2] != versions[1]
-        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["toy-text", "walker"]
-
+        models = http.get("/v1/models").json()["data"]
+        assert [(model["id"], model["root"]) for model in models] == [("toy-text", "toy-text"), ("walker", "walker")]
+        load(http, "output")
+        assert not near(base, probs(http, "walker")), "the adapter of the output layer has no effect"
+        assert near(base, probs(http, "toy-text")), "the base model's tied weights have changed"
+        load(http, "one")
         for path in ("high", "other-model", "none", "../.."):
             refused = load(http, path)
             assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request"), path

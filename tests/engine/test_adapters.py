@@ -1,6 +1,7 @@
 """The check of LoRA adapters: invalid ones are refused, and valid ones are copied to a folder named by their digest."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,39 @@ def test_valid_adapter_is_copied_under_its_digest(tmp_path: Path):
     assert len(list((tmp_path / "kept").iterdir())) == 2, "a temporary folder remains"
     make_adapter(tmp_path / "a", 3)
     assert adopt_from(tmp_path / "b", tmp_path) == first, "the copy changed with its source"
+
+
+def test_two_replicas_can_adopt_an_adapter_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = make_adapter(tmp_path / "a", 1)
+    replace, others = os.replace, []
+
+    def replaced(*paths: Path) -> None:
+        if not others:  # the other replica does everything in this moment
+            others.append(None)
+            others[0] = adopt_from(folder, tmp_path)
+        replace(*paths)
+
+    monkeypatch.setattr("os.replace", replaced)
+    assert adopt_from(folder, tmp_path) == others[0]
+    assert len(list((tmp_path / "kept").iterdir())) == 1, "a temporary folder remains"
+
+
+def test_an_adapter_of_the_output_layer_fits_a_model_with_tied_embeddings(tmp_path: Path):
+    assert adopt_from(make_adapter(tmp_path / "a", 1, modules=("q_proj", "lm_head")), tmp_path).rank == 4
+    with pytest.raises(AdapterRefused, match="lm_head has shape"):
+        adopt_from(make_adapter(tmp_path / "b", 1, modules=("lm_head",), num_in=48), tmp_path)
+
+
+def test_an_adapter_of_the_embeddings_is_refused_by_name(tmp_path: Path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_adapter(tmp_path / "a", 1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = tensors.pop(first)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterRefused, match="LoRA on embeddings"):
+        adopt_from(folder, tmp_path)
 
 
 @pytest.mark.parametrize(

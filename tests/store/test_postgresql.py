@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.store.base import EpisodeExists, StepTaken, StoreRefused, StoreUnavailable
 from service.store.connections import Patience
 from service.store.sql import SQLStore
-from service.trajectory import Feedback
+from service.trajectory import Feedback, StoredPolicy
 from tests.store.test_stores import commit, record
 from tests.support.postgres import Postgres
 
@@ -198,6 +198,15 @@ async def test_replicas_that_open_the_same_episodes_do_not_wait_in_a_circle(own_
     assert kinds == {type(None): len(NAMES), EpisodeExists: len(NAMES)}
     await one.close()
     await two.close()
+
+
+async def test_replicas_that_store_the_same_policy_at_the_same_time_both_succeed(own_server: Postgres):
+    url = own_server.new()
+    async with SQLStore(url) as one, SQLStore(url) as other:
+        for number in range(20):
+            policy = StoredPolicy(f"adapter-{number}", "digest", "v", 8, 1.0)
+            await asyncio.gather(one.put_policy(policy), other.put_policy(policy))
+        assert len(await one.policies()) == 20
 
 
 async def test_concurrent_acts_do_not_deadlock(own_server: Postgres):

@@ -27,12 +27,14 @@ def make_adapter(
     model = json.loads((POLICY / "config.json").read_text())
     width, heads = model["hidden_size"], model["num_attention_heads"]
     head_dim = model.get("head_dim") or width // heads
-    outs = {"q_proj": heads * head_dim, "v_proj": model["num_key_value_heads"] * head_dim}
+    kv_width, num_tokens = model["num_key_value_heads"] * head_dim, model["vocab_size"]
+    outs = {"q_proj": heads * head_dim, "v_proj": kv_width, "lm_head": num_tokens}
     random = np.random.default_rng(seed)
     tensors: dict[str, Any] = {}
-    for layer in range(model["num_hidden_layers"]):
-        for module in modules:
-            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+    layers = [f"model.layers.{layer}.self_attn." for layer in range(model["num_hidden_layers"])]
+    for module in modules:
+        for place in [""] if module == "lm_head" else layers:
+            name = f"base_model.model.{place}{module}"
             tensors[f"{name}.lora_A.weight"] = random.normal(size=(rank, num_in or width)).astype(np.float32)
             shape = (outs.get(module, width), rank)
             tensors[f"{name}.lora_B.weight"] = random.normal(size=shape).astype(np.float32) * 0.3

@@ -23,8 +23,6 @@ _log = logs.get(__name__)
 CLIENT_CLOSED = 499
 """The caller disconnected. Nobody receives this status; it appears in the log and in metrics."""
 _RETRY_AFTER_S = 1
-_LOAD_S = 5
-"""Retry-After while the engine is unavailable: loading takes at least this many seconds."""
 
 CODES: dict[int, tuple[str, ...]] = {
     400: ("malformed_json", "malformed_request"),
@@ -83,7 +81,7 @@ def expected(error: Exception) -> EpisodicError:
             return error
         case EngineUnavailable():
             _log.warning("engine_unavailable", reason=str(error))
-            return Unavailable("engine_unavailable", str(error), retry_after_s=_LOAD_S)
+            return Unavailable("engine_unavailable", str(error), retry_after_s=error.retry_after_s)
         case StoreUnavailable():
             _log.error("store_unavailable", reason=str(error))
             # The store's own message may contain file names and host names.

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from service.agent.options import system_text
 from service.engine.prompt import observation_text
-from service.trajectory import Feedback, JsonValue, Step, StoredEpisode, policy_name, public_id
+from service.settings import policy_name
+from service.trajectory import Feedback, JsonValue, Step, StoredEpisode, public_id
 
 Rendered = dict[str, JsonValue]
 

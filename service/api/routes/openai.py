@@ -13,10 +13,9 @@ from service.api.http.caller import caller
 from service.api.http.media_types import content_type
 from service.api.http.openai_errors import ROOTS, openai_error, refusal
 from service.api.http.services import services
-from service.engine.base import CACHE_SALT, cache_salt
+from service.engine.base import CACHE_SALT, EngineUnavailable, cache_salt
 from service.errors import EpisodicError, TooManyRequests
 
-_RETRY_AFTER_S = "5"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 """Bodies that are not JSON. vLLM parses any other body as JSON, or refuses it."""
 
@@ -28,7 +27,7 @@ class _OpenAI:
         request = Request(scope, receive)
         behind = services(request)
         if reason := behind.lifecycle.unready_reason:
-            headers = {"Retry-After": _RETRY_AFTER_S}
+            headers = {"Retry-After": str(EngineUnavailable.retry_after_s)}
             detail = f"The service is not ready ({reason}). Retry after the number of seconds in Retry-After."
             await openai_error(503, detail, reason, headers)(scope, receive, send)
             return

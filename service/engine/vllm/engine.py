@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.types import ASGIApp
@@ -76,6 +77,7 @@ class VLLMEngine(DecoderOnlyEngine):
         grammar_limit_s: float,
         openai_options: dict[str, Any] | None = None,
         media_hosts: Sequence[str] = (),
+        cache: Path | None = None,
     ) -> "VLLMEngine":
         """Loads the weights and starts the engine's processes. It takes seconds to minutes, and runs in a thread.
 
@@ -85,6 +87,7 @@ class VLLMEngine(DecoderOnlyEngine):
         grammar_limit_s: timeout for compiling one constraint, in seconds.
         openai_options: options of /v1; see `openai_app.OPTIONS`.
         media_hosts: hosts from which /v1 may fetch media.
+        cache: a file with digests of weight files; see `weights_version`.
 
         Raises EngineRefused for a model or an option that is not supported, and whatever vLLM raises otherwise. If this
         is cancelled, the thread continues, because vLLM cannot be interrupted. It does not prevent the process from
@@ -96,7 +99,7 @@ class VLLMEngine(DecoderOnlyEngine):
         grammar = GrammarChecker(tokenizer, limit_s=grammar_limit_s)
         try:
             tasks = tuple(await _result(llm, llm.get_supported_tasks()))
-            info = model_info(llm, model, name)
+            info = await asyncio.to_thread(model_info, llm, model, name, cache)
             if "generate" not in tasks:
                 info = replace(info, generates=False, no_episodes="it cannot generate text")
             served = openai_app.Served(name, tuple(aliases), openai_options or {}, tuple(media_hosts), tasks)

@@ -1,7 +1,6 @@
 """Builds the vLLM engine: its options and environment variables, and the description of its model."""
 
 import asyncio
-import hashlib
 import importlib
 import importlib.metadata
 import logging
@@ -18,10 +17,12 @@ from typing import Any, TypeVar, cast
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
+from service.engine import orphan_guard
 from service.engine.adapters import base_shapes
 from service.engine.base import EngineInfo, EngineRefused
 from service.engine.grammar import TokenizerData
 from service.engine.vllm import structured_outputs
+from service.engine.weights import weights_version
 from service.trajectory import Sampling
 
 T = TypeVar("T")
@@ -202,6 +203,7 @@ def prepare_environment(options: dict[str, Any]) -> bool:
 
     Returns whether the CPU build of vLLM is installed. Variables that are already set are not changed.
     """
+    orphan_guard.arm()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # the service's own handlers format vLLM's records
     try:
@@ -217,8 +219,8 @@ def prepare_environment(options: dict[str, Any]) -> bool:
     return True
 
 
-def model_info(llm: Any, model: str, name: str) -> EngineInfo:
-    """Describes the model of a vLLM engine. `model` and `name` are those of `VLLMEngine.load`."""
+def model_info(llm: Any, model: str, name: str, cache: Path | None) -> EngineInfo:
+    """Describes the model of a vLLM engine. The other arguments are those of `VLLMEngine.load`."""
     defaults = llm.model_config.get_diff_sampling_param()
     sampling = Sampling(
         temperature=defaults.get("temperature", 1.0),
@@ -228,7 +230,9 @@ def model_info(llm: Any, model: str, name: str) -> EngineInfo:
         max_tokens=defaults.get("max_tokens", Sampling().max_tokens),
     )
     lora = llm.vllm_config.lora_config
-    version = _weights_version(Path(model)) or getattr(llm.model_config.hf_config, "_commit_hash", None) or "unknown"
+    version = (
+        weights_version(Path(model), cache) or getattr(llm.model_config.hf_config, "_commit_hash", None) or "unknown"
+    )
     return EngineInfo(
         model=name,
         version=version[:12],
@@ -262,19 +266,3 @@ def _think_tags(llm: Any) -> tuple[str, str] | None:
     if not start or not end:  # vLLM enforces constraints only after the end tag, so prompts must contain it
         raise EngineOptionError(f"the reasoning parser {name!r} is not supported: it defines no tags around a thought")
     return start, end
-
-
-def _weights_version(folder: Path) -> str | None:
-    """Returns a digest of a local model's weights; None if the folder has none, as for a model of the hub.
-
-    The digest covers the name, the size, and the first and last MiB of each file, so that large models load quickly.
-    """
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    for path in files:
-        with path.open("rb") as weights:
-            digest.update(path.name.encode() + weights.read(1 << 20))
-            size = weights.seek(0, os.SEEK_END)
-            weights.seek(max(size - (1 << 20), 0))
-            digest.update(size.to_bytes(8, "big") + weights.read())
-    return digest.hexdigest() if files else None

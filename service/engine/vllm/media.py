@@ -78,11 +78,22 @@ def _no_bombs() -> Generator[None]:
         raise MediaRefused("the image has too many pixels; send a smaller one") from error
 
 
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""The IPv6 addresses that IANA assigns to the public Internet. All others are private, or translated to IPv4."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""IPv4 addresses as IPv6 networks without IPv4 see them (RFC 6052)."""
+
+
 def is_public(address: str) -> bool:
     """Returns whether an IP address is public. If an IPv6 address embeds an IPv4 address, the latter is checked."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    checked = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
-    return checked.is_global and not checked.is_multicast
+    if isinstance(found, ipaddress.IPv6Address):
+        nat64 = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if found in _NAT64 else None
+        embedded = found.ipv4_mapped or found.sixtofour or nat64
+        if embedded is None and found not in _UNICAST:
+            return False
+        found = embedded or found
+    return found.is_global and not found.is_multicast
 
 
 class _PublicResolver(AbstractResolver):

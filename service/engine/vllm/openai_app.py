@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from service.engine.base import CACHE_SALT, Constraint, ConstraintRefused, EngineRefused
+from service.engine.base import CACHE_SALT, Constraint, ConstraintRefused, EngineRefused, EngineUnavailable
 from service.engine.vllm.structured_outputs import MARK
 
 Check = Callable[[Constraint], Awaitable[None]]
@@ -74,10 +74,12 @@ class SaltedClient:
 
 
 class CheckedClient:
-    """Wraps vLLM's engine for its serving classes. Checks the constraint of every request before vLLM compiles it.
+    """Wraps vLLM's engine for its serving classes. Checks every request for what would harm the engine.
 
-    vLLM would compile it without a limit of time or memory. All routes put a request's constraint into the sampling
-    parameters, so one check here is sufficient.
+    A constraint: vLLM would compile it without a limit of time or memory. All routes put a request's constraint into
+    the sampling parameters, so one check here is sufficient.
+
+    Token ids: vLLM accepts every id of the tokenizer, but one without an embedding in the model crashes the engine.
     """
 
     def __init__(self, llm: Any, check: Check) -> None:
@@ -89,6 +91,7 @@ class CheckedClient:
 
     async def generate(self, prompt: Any, sampling_params: Any, *args: Any, **options: Any) -> AsyncGenerator[Any]:
         """Raises ValueError if the constraint is refused. vLLM's serving classes turn it into status 400."""
+        self._check_tokens(prompt)
         if sampling_params.structured_outputs is not None:
             try:
                 await self._check(_constraint(sampling_params.structured_outputs))
@@ -97,6 +100,19 @@ class CheckedClient:
         async with aclosing(self._llm.generate(prompt, sampling_params, *args, **options)) as outputs:
             async for output in outputs:
                 yield output
+
+    def encode(self, prompt: Any, *args: Any, **options: Any) -> Any:
+        self._check_tokens(prompt)
+        return self._llm.encode(prompt, *args, **options)
+
+    def _check_tokens(self, prompt: Any) -> None:
+        from vllm.exceptions import VLLMUnprocessableEntityError
+
+        size = self._llm.model_config.get_vocab_size()
+        if (highest := max(prompt.get("prompt_token_ids") or [0])) >= size:
+            raise VLLMUnprocessableEntityError(
+                f"token id {highest} is out of range: the model has {size} tokens", parameter="prompt"
+            )
 
 
 class PlainTextClient:
@@ -248,7 +264,7 @@ async def _engine_died(_: Request, __: Exception) -> Response:
         "param": None,
         "code": "engine_unavailable",
     }
-    return JSONResponse({"error": error}, 503, {"Retry-After": "5"})
+    return JSONResponse({"error": error}, 503, {"Retry-After": str(EngineUnavailable.retry_after_s)})
 
 
 async def _model(name: str, request: Request) -> Response:
