@@ -221,7 +221,7 @@ def test_the_system_message(instructions: str, goal: str | None, text: str):
         ("as it is\n", "as it is\n"),
         ({"pos": [1, 2], "ü": None}, '{"pos":[1,2],"ü":null}'),
         ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
-        ([], ""),
+        ([], "[]"),
     ],
 )
 def test_the_text_of_an_observation(observation: Any, text: str):

@@ -247,7 +247,7 @@ def _app(llm: Any, served: Served) -> Any:
     args.structured_outputs_config = llm.vllm_config.structured_outputs_config
     media.guard(served.media_hosts)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.args = args
+    app.state.args, app.state.served = args, served
     # If the engine dies, vLLM's handler stops its server. This object replaces it, so that the service keeps running.
     app.state.server = SimpleNamespace()
     init_exception_handler(app)
@@ -270,8 +270,9 @@ async def _engine_died(_: Request, __: Exception) -> Response:
 async def _model(name: str, request: Request) -> Response:
     """GET /v1/models/{name}, which vLLM lacks: returns one entry of GET /v1/models."""
     models = await request.app.state.openai_serving_models.show_available_models()
+    served: Served = request.app.state.served
     for model in models.data:
-        if model.id == name:
+        if model.id == (served.name if name in served.aliases else name):
             return JSONResponse(model.model_dump())
     known = ", ".join(repr(model.id) for model in models.data)
     raise HTTPException(404, f"There is no model {name!r}. The models are {known}.")

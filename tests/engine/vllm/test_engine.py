@@ -126,6 +126,7 @@ async def test_v1_accepts_the_aliases_and_shows_no_path(chatml: VLLMEngine):
         assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
         (card,) = (await client.get("/v1/models")).json()["data"]
         assert (card["id"], card["root"]) == ("tiny", "tiny")
+        assert (await client.get(f"/v1/models/{alias}")).json()["id"] == "tiny"
     from prometheus_client import generate_latest
 
     assert b"models/tiny" not in generate_latest()
