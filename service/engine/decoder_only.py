@@ -216,10 +216,9 @@ class DecoderOnlyEngine(ABC):
         the template puts before a reply, and stops where the template ends a reply.
         """
         on_text = wanted.sink and wanted.sink.of("text")
-        sampling, space_before = _seeded(wanted, ""), ""
+        sampling, space_before = replace(_seeded(wanted, ""), stop_token_ids=self.prompt.stop_token_ids), ""
         if space.constraint is None:
-            stops = self.prompt.stop_token_ids
-            sampling = replace(sampling, stop=sampling.stop + self.prompt.stop, stop_token_ids=stops)
+            sampling = replace(sampling, stop=sampling.stop + self.prompt.stop)
             space_before = self.prompt.reply_space
         async with wanted.slot():
             drawn = await self.generate(

@@ -96,4 +96,5 @@ def _condition(name: str, value: Any) -> ColumnElement[bool]:
         case "tag":
             return episodes.c.episode_id.in_(select(tags.c.episode_id).where(tags.c.tag == value))
         case _:
-            return LABEL_COLUMNS[name].in_(value) if isinstance(value, tuple) else LABEL_COLUMNS[name] == value
+            values: tuple[str, ...] = (value,) if isinstance(value, str) else value
+            return LABEL_COLUMNS[name].in_(values)
