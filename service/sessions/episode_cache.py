@@ -6,6 +6,7 @@ An episode is dropped whenever it may differ from the store's copy. The next cal
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 
 from service.agent.options import restored
@@ -52,7 +53,7 @@ class EpisodeCache:
         task = self._loading.get(episode_id)
         if task is None:
             task = self._loading[episode_id] = asyncio.create_task(self._load(episode_id))
-            task.add_done_callback(lambda _: self._loading.pop(episode_id, None))
+            task.add_done_callback(partial(self._loaded, episode_id))
         return await asyncio.shield(task)
 
     def keep(self, episode: Episode) -> Episode:
@@ -103,6 +104,11 @@ class EpisodeCache:
             self.drop_idle(episode_id)
             raise episode_deleted(public_id(episode_id))
         return stored
+
+    def _loaded(self, episode_id: str, task: asyncio.Task[Episode]) -> None:
+        del self._loading[episode_id]
+        if not task.cancelled():
+            task.exception()  # marks it as retrieved: asyncio would log it if all callers have left
 
     async def _load(self, episode_id: str) -> Episode:
         engine = self._engine()

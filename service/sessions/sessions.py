@@ -176,6 +176,8 @@ class Sessions:
                     episode = await self._cache.find(episode_id)
                 except EngineUnavailable:
                     return await self._replay_without_engine(episode_id, request)
+                if request.sink:
+                    episode = await self._refreshed(episode)
                 try:
                     return await self._answer(episode, request, limit)
                 except (Conflict, Unprocessable) as refusal:
@@ -255,6 +257,17 @@ class Sessions:
             self._cache.drop_idle(episode.episode_id)
         return await self._cache.find(episode.episode_id)
 
+    async def _refreshed(self, episode: Episode) -> Episode:
+        """Loads the episode again if another replica has committed steps. Raises Gone, StoreUnavailable.
+
+        A stream needs this before it starts: it cannot take back text that it generated for a step that exists.
+        """
+        head = (await self._cache.stored(episode.episode_id)).state
+        if episode.in_flight or _is_current(episode, head):
+            return episode
+        self._cache.drop_idle(episode.episode_id)
+        return await self._cache.find(episode.episode_id)
+
     async def _answer(self, episode: Episode, request: ActRequest, limit: asyncio.Timeout) -> Answer:
         if step := await committed_step(self.store, episode, request):
             await self._cache.stored(episode.episode_id)  # raises Gone: forks keep the steps of a deleted episode
@@ -306,6 +319,8 @@ class Sessions:
             "total_s": ended - request.arrived,
         }
         if committed is not step:
+            if request.sink and request.sink.has_emitted:
+                raise _overtaken()  # the text that was streamed is not that of the stored step
             metrics.ACTS.labels("replayed").inc()
             return ActResult(committed, timing, replayed=True)
         metrics.count_act(step, timing)
@@ -372,6 +387,11 @@ class _Slots:
                 self._has_begun = True
                 self.first_at = time.perf_counter()
             yield
+
+
+def _overtaken() -> Conflict:
+    detail = "Another replica committed this step while it was streamed. Send the act again to get the stored answer."
+    return Conflict("step_conflict", detail)
 
 
 def _draining() -> Unavailable:

@@ -105,6 +105,21 @@ async def test_what_fails_later_is_an_error_event(api: Served, monkeypatch: pyte
     assert (kind, problem["code"], problem["status"]) == ("error", "engine_unavailable", 503)
 
 
+async def test_a_retry_at_a_replica_that_missed_the_step_streams_the_stored_text(
+    tmp_path: Path, tokenizer: HFTokenizer
+):
+    store = MemoryStore()
+    async with (
+        serve(tmp_path / "behind", ScriptedEngine(tokenizer, reply=lambda _: "left"), store=store) as behind,
+        serve(tmp_path / "ahead", ScriptedEngine(tokenizer, reply=lambda _: "right"), store=store) as ahead,
+    ):
+        await behind.open()  # it caches the episode without steps
+        await ahead.act(step=0)
+        (_, data), (kind, act) = await stream(behind, step=0)
+    assert (kind, act["replayed"]) == ("act", True)
+    assert data["delta"] == act["text"] == "right"
+
+
 async def test_nothing_is_sent_before_the_commit(api: Served, monkeypatch: pytest.MonkeyPatch):
     await api.open()
     store, at_commit = api.app.state.services.sessions.store, asyncio.Event()
