@@ -5,6 +5,7 @@ DEVICE ?= cpu
 MODEL   =
 ROUNDS  = 100
 SEED    = 7
+SEQUENCES = 20000
 STORE   = both
 MINUTES = 30
 BIN    := .venv/bin
@@ -19,6 +20,7 @@ help: ## List the commands
 	@echo "  MODEL=NAME|PATH      the model that serve loads (default: the packaged policy)"
 	@echo "  PYTHON=python3.12    the Python interpreter for .venv (now: $(PYTHON))"
 	@echo "  ROUNDS=100 SEED=7 STORE=sqlite|postgresql|both    options of faults"
+	@echo "  SEQUENCES=20000 SEED=7    options of fuzz"
 	@echo "  MINUTES=30           duration of soak"
 
 install: ## Set up .venv for DEVICE, unless it is up to date
@@ -45,8 +47,9 @@ check-deploy: ## Check the Dockerfile, the compose files and deploy/
 rules: ## Generate the Kubernetes object from deploy/prometheus/rules.yml
 	@$(PYTHON) deploy/prometheus_rule.py
 
-fuzz: install ## Send a million hostile inputs to every parser and check 10,000 schemas; SEED=N for others
+fuzz: install ## Send a million hostile inputs to every parser, check 10,000 schemas, and play SEQUENCES of calls
 	@$(BIN)/python -m tests.fuzz --seed $(SEED)
+	@$(BIN)/python -m tests.combinations --sequences $(SEQUENCES) --seed $(SEED)
 
 audit: install ## Check the locked packages for known vulnerabilities
 	@$(BIN)/python deploy/audit.py
