@@ -77,7 +77,7 @@ async def test_a_reply_stops_at_the_templates_end_of_turn(chatml: VLLMEngine):
 
 async def test_probabilities_that_are_not_numbers_fail_by_name(chatml: VLLMEngine):
     actions = DiscreteSpace(("a", "b"))
-    for space in (TextSpace(), actions, RegexSpace("[a-z]+")):
+    for space in (TextSpace(), actions, RegexSpace.of({"type": "regex", "pattern": "[a-z]+"})):
         with pytest.raises(PolicyFailed):
             await decide(chatml, space, f"look {SICK}", max_tokens=4)
         await decide(chatml, space, max_tokens=4)
@@ -94,7 +94,7 @@ async def test_a_streams_text_is_that_of_the_act_and_matches_the_pattern(llama_2
             assert not found, (heard.text, heard.finish_reason, drawn(heard))
     for pattern in (" go( to)*", "go to", "(▁|é|🙂){3}"):
         deltas = []
-        held = await decide(engine, RegexSpace(pattern), deltas=deltas, max_tokens=200)
+        held = await decide(engine, RegexSpace.of({"type": "regex", "pattern": pattern}), deltas=deltas, max_tokens=200)
         assert "".join(deltas) == held.text
         assert held.finish_reason == "length" or re.fullmatch(pattern, held.text)
 
