@@ -1,7 +1,7 @@
 """A short run of random sequences of calls and faults; `make fuzz` is a long one."""
 
 from service.engine.tokenizer import HFTokenizer
-from tests.combinations.__main__ import play
+from tests.combinations.runs import play
 
 
 def test_every_answer_and_all_that_is_stored_agree_with_the_model(tokenizer: HFTokenizer):
