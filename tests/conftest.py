@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import service
 from service.engine.tokenizer import HFTokenizer
 
 pytest_plugins = ["tests.support.databases"]
+
+settings.register_profile("episodic", deadline=None)  # a test asserts no time
+settings.load_profile("episodic")
 
 IN_CI = bool(os.environ.get("CI"))
 
