@@ -233,8 +233,9 @@ class Player(Acting):
 
     async def pass_time(self) -> None:
         """Lets more time pass than the idle timeout of episodes."""
-        if not any(replica.may_load.is_set() for replica in self.world.replicas):
-            await self.recover()  # episodes expire while an engine serves
+        if not any(replica.may_load.is_set() and replica.gate != "commits" for replica in self.world.replicas):
+            await self.release()
+            await self.recover()  # episodes expire where an engine serves and commits do not wait
         self.world.clock.advance(2 * TTL_S)
         for replica in self.world.replicas:
             replica.services.sessions.expiry.expect(0.0)
