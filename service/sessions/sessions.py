@@ -14,7 +14,7 @@ from service.access.admission import Admission
 from service.agent.agent import Agent
 from service.agent.policies import Policies
 from service.engine.base import ActionSpaceRefused, Engine, EngineUnavailable, Overflow, Recorded
-from service.errors import Conflict, Unavailable, Unprocessable, episode_deleted
+from service.errors import Conflict, PolicyFailed, Unavailable, Unprocessable, episode_deleted
 from service.filters import EpisodeFilter
 from service.lifecycle import Lifecycle, Phase
 from service.observability import metrics
@@ -180,7 +180,7 @@ class Sessions:
                     episode = await self._refreshed(episode)
                 try:
                     return await self._answer(episode, request, limit)
-                except (Conflict, Unprocessable) as refusal:
+                except (Conflict, Unprocessable, PolicyFailed, EngineUnavailable) as refusal:
                     if request.sink and request.sink.has_emitted:
                         raise
                     if limit.expired():  # while the commit was awaited, which has failed
@@ -242,9 +242,9 @@ class Sessions:
         if episode and act and not act.request.message.ends and stored.state.step <= episode.state.step:
             raise busy()
 
-    async def _reloaded(self, episode: Episode, refusal: Conflict | Unprocessable) -> Episode:
-        """Loads the episode again if it is stale, because another replica has committed steps. Otherwise raises the
-        refusal.
+    async def _reloaded(self, episode: Episode, refusal: Exception) -> Episode:
+        """Loads the episode again if it is stale, because another replica has committed steps: the act may then be a
+        retry. Otherwise raises the refusal.
 
         Waits until an act that another replica has overtaken has ended. Raises Gone.
         """

@@ -64,10 +64,9 @@ class GroupCommit:
         started = time.perf_counter()
         try:
             results = await self._write([change for change, _ in batch])
+            self._on_commit(len(batch), time.perf_counter() - started)
         except Exception as error:  # noqa: BLE001 - every waiting act must get the error, and the task must continue
             results = [error] * len(batch)
-        else:
-            self._on_commit(len(batch), time.perf_counter() - started)
         for (_, done), error in zip(batch, results, strict=True):
             if done.done():
                 continue

@@ -207,3 +207,18 @@ async def test_an_act_on_an_episode_that_expires_meanwhile_is_refused(tmp_path: 
         slow.engine.release.set()
         answer = await acting
         assert (answer.status_code, answer.json()["code"]) == (409, "episode_ended")
+
+
+async def test_a_retry_at_a_replica_whose_engine_died_gets_the_stored_step(
+    tmp_path: Path, tokenizer: HFTokenizer
+) -> None:
+    async with replicas(tmp_path, tokenizer) as (one, two):
+        await one.open(action_space=DISCRETE)
+        await one.get()
+        stored = await two.act(step=0)
+        one.engine.die()
+        retried = await one.post_act(step=0)
+        assert retried.status_code == 200, retried.text
+        assert retried.json()["replayed"]
+        assert retried.json()["action"] == stored["action"]
+        assert (await one.post_act(step=1)).json()["code"] == "engine_unavailable"
