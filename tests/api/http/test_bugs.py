@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from sqlalchemy.exc import CompileError
-from structlog.testing import capture_logs
+from structlog.testing import LogCapture
 
+from service.api.http import problems
 from service.engine.tokenizer import HFTokenizer
 from service.store import changes
 from service.testing.scripted_engine import ScriptedEngine
@@ -36,11 +38,12 @@ async def test_a_bug_in_a_commit_is_reported_as_one_and_harms_no_other_act(
     for name in "abc":
         await api.open(name)
     monkeypatch.setattr(changes, "step_row", broken)
-    with capture_logs() as logged:
-        answers = await asyncio.gather(*(api.post_act(name, step=0) for name in "abc"))
+    logged = LogCapture()
+    monkeypatch.setattr(problems, "_log", structlog.wrap_logger(None, processors=[logged]))
+    answers = await asyncio.gather(*(api.post_act(name, step=0) for name in "abc"))
     assert [answer.status_code for answer in answers] == [200, 500, 200]
     assert answers[1].json()["code"] == "internal_error"
-    (failure,) = [event for event in logged if event["event"] == "unexpected_failure"]
+    (failure,) = [event for event in logged.entries if event["event"] == "unexpected_failure"]
     assert isinstance(failure["exc_info"], bug)
     assert "broken" in _names(failure["exc_info"])
     monkeypatch.undo()

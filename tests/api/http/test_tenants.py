@@ -52,7 +52,7 @@ class Keyed(Served):
 @pytest.fixture(autouse=True)
 def _fresh_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the service read the keys at each call instead of once per second."""
-    monkeypatch.setattr("service.access.keys._FRESH_S", 0.0)
+    monkeypatch.setattr("service.access.keys.FRESH_S", 0.0)
 
 
 @pytest.fixture
