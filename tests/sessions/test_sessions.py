@@ -304,16 +304,19 @@ async def test_lost_race_returns_the_committed_step(tokenizer: HFTokenizer):
 
 async def test_streamed_act_that_loses_a_race_returns_409(tokenizer: HFTokenizer):
     """The caller has already received text. The text of a second attempt must not follow it."""
-    store = MemoryStore()
+    store, engine = MemoryStore(), HeldEngine(tokenizer)
     replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
-    for replica in replicas:
-        replica.serve(ScriptedEngine(tokenizer))
+    replicas[0].serve(engine)
+    replicas[1].serve(ScriptedEngine(tokenizer))
     await replicas[0].create("e", {}, b"body")
-    await replicas[1].act("e", call("zero"))  # the cached episode of replica 0 is now stale
     received: list[str] = []
     streamed = replace(call("one"), sink=TextSink(lambda _, delta: received.append(delta)))
+    losing = asyncio.create_task(replicas[0].act("e", streamed))
+    await until(lambda: engine.num_held == 1)
+    await replicas[1].act("e", call("zero"))
+    engine.release.set()
     with pytest.raises(Conflict) as conflict:
-        await replicas[0].act("e", streamed)
+        await losing
     assert (conflict.value.code, conflict.value.context["expected_step"]) == ("step_conflict", 1)
     assert "".join(received) == "ok"
     assert len(await store.steps("e")) == 1

@@ -109,7 +109,7 @@ async def test_batch_larger_than_the_queue_is_answered_completely(api: Served):
 
 
 async def test_overload_by_one_tenant_does_not_block_another(api: Served, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("service.access.keys._FRESH_S", 0.0)
+    monkeypatch.setattr("service.access.keys.FRESH_S", 0.0)
     store = api.app.state.services.sessions.store
     headers = []
     for tenant in ("flood", "calm"):
@@ -170,7 +170,7 @@ def random_actions(num_actions: int) -> dict[str, Any]:
 async def test_each_request_of_a_discrete_act_takes_a_slot(
     tmp_path: Path, tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch, max_candidates: int | None
 ):
-    monkeypatch.setattr("service.access.keys._FRESH_S", 0.0)
+    monkeypatch.setattr("service.access.keys.FRESH_S", 0.0)
     engine = CountingEngine(tokenizer)
     engine.max_candidates = max_candidates
     async with serve(tmp_path, engine, max_running_acts=8) as api:
