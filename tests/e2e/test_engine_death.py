@@ -92,8 +92,11 @@ def test_whole_service_uses_the_new_engine(server: Server) -> None:
         assert (
             http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 4}).json()["usage"]["completion_tokens"] > 0
         )
-        schema = {"type": "object", "properties": {"go": {"enum": ["left", "up"]}}, "required": ["go"]}
-        http.post("/episode", json={"episode_id": "json", "action_space": {"type": "json", "schema": schema}})
+        go = {"properties": {"go": {"enum": ["left", "up"]}}, "required": ["go"], "additionalProperties": False}
+        http.post(
+            "/episode",
+            json={"episode_id": "json", "action_space": {"type": "json", "schema": {"type": "object", **go}}},
+        )
         act = http.post("/act", json={"episode_id": "json", "observation": "row 0"}).json()
         assert act["action"]["go"] in ("left", "up")
         metrics = http.get("/metrics").text

@@ -18,7 +18,15 @@ from tests.e2e.test_episodes import acted, opened
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 SPACES: list[Any] = [
     {"type": "discrete", "actions": ["left", "right"]},
-    {"type": "json", "schema": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}},
+    {
+        "type": "json",
+        "schema": {
+            "type": "object",
+            "properties": {"x": {"enum": [1, 2]}},
+            "required": ["x"],
+            "additionalProperties": False,
+        },
+    },
     {"type": "tools", "tools": [{"name": "wait"}]},
     {"type": "regex", "pattern": "go (up|down)"},
 ]

@@ -14,8 +14,8 @@ _NUM_LANES = 16
 
 async def read(client: AsyncClient, history: History, ledger: Ledger) -> None:
     """Compares the stored episode with its history, and remembers its tokens. No act may be in flight meanwhile."""
-    stored = await client.run(calls.trajectory(history.episode_id, "steps"))
-    tokens = await client.run(calls.trajectory(history.episode_id, "tokens"))
+    stored = await client.run(calls.trajectory(history.episode_id, "steps", None, None))
+    tokens = await client.run(calls.trajectory(history.episode_id, "tokens", None, None))
     found = check(history, stored, tokens)
     ledger.findings += found
     if not found:
