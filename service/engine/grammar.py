@@ -91,6 +91,9 @@ class GrammarChecker:
             self._child.kill()
             await self._child.wait()
         self._child = None
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
 
     async def _compile(self, request: dict[str, Any]) -> str:
         """Returns why the child refuses the constraint; empty if it accepts it. A child that crashed may have been
@@ -117,11 +120,11 @@ class GrammarChecker:
     async def _crash(self, child: Process) -> str:
         """Returns why the child has ended."""
         code = await child.wait()
-        await self._end_child()
         self._check_open()  # if `close` killed the child, the constraint is not at fault
         assert self._stderr is not None
         self._stderr.seek(0)
         output = self._stderr.read()[-2000:].decode(errors="replace")
+        await self._end_child()
         if any(word in output for word in _MEMORY_WORDS):
             return _OUT_OF_MEMORY
         _log.warning("grammar_compiler_crashed", returncode=code, output=output)
@@ -131,6 +134,7 @@ class GrammarChecker:
     async def _running_child(self) -> Process:
         self._check_open()
         if self._child is None or self._child.returncode is not None:
+            await self._end_child()
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
             self._child = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", __spec__.name, stdin=PIPE, stdout=PIPE, stderr=self._stderr, limit=1 << 20

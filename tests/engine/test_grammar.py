@@ -6,6 +6,7 @@ import signal
 import warnings
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +31,8 @@ def data(hf_tokenizer: Any) -> TokenizerData:
         warnings.simplefilter("ignore")  # of xgrammar, when it is imported
         import xgrammar
 
-        info = xgrammar.TokenizerInfo.from_huggingface(hf_tokenizer, vocab_size=768)
-    return TokenizerData(info.serialize_json(), tokenizer_json(hf_tokenizer), 768, hf_tokenizer.eos_token_id)
+        info = xgrammar.TokenizerInfo.from_huggingface(hf_tokenizer, vocab_size=832)
+    return TokenizerData(info.serialize_json(), tokenizer_json(hf_tokenizer), 832, hf_tokenizer.eos_token_id)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -214,6 +215,7 @@ class Client:
     def __init__(self) -> None:
         self.num_calls = 0
         self.errored = False
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: 832)
 
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> Any:
         self.num_calls += 1
@@ -231,7 +233,7 @@ async def _generate(checker: GrammarChecker, wanted: dict[str, Any] | None) -> C
     params = SamplingParams(structured_outputs=wanted and StructuredOutputsParams(**wanted))
     checked: Any = CheckedClient(client, checker.check)
     assert checked.errored is False
-    assert [output async for output in checked.generate("prompt", params, "id")] == ["id"]
+    assert [output async for output in checked.generate({"prompt_token_ids": [0]}, params, "id")] == ["id"]
     return client
 
 
