@@ -36,13 +36,15 @@ class Scores:
 
 
 class CompletionText:
-    """The text of a completion while it is generated. It is emitted piece by piece.
+    """The text of a completion while it is generated: the text before the first stop string. It is emitted in pieces.
 
-    Text that could be the start of a stop string is held back until that is ruled out.
+    Text that could be the start of a stop string is held back until that is ruled out. The engine may find a stop
+    string some tokens late, behind an incomplete character; text from the stop string on is not emitted meanwhile.
     """
 
     def __init__(self, decoder: TextDecoder, stop: Sequence[str] = (), emit: OnText | None = None) -> None:
         self._decoder = decoder
+        self._stop = stop
         self._emit = emit
         self._num_held_back = max((len(text) for text in stop), default=1) - 1
         self._text = ""
@@ -50,18 +52,24 @@ class CompletionText:
 
     def update(self, token_ids: Sequence[int]) -> None:
         """Receives all tokens so far."""
-        self._text += self._decoder.add(token_ids[self._num_tokens :])
-        self._num_tokens = len(token_ids)
-        self._emit_up_to(len(self._text) - self._num_held_back)
+        self._add(token_ids)
+        self._emit_up_to(min(self._end(), len(self._text) - self._num_held_back))
 
-    def finish(self, token_ids: Sequence[int], stop: str | None = None) -> str:
-        """Receives all tokens of the text, and the stop string that ended it. Returns the text before that string. All
-        emitted pieces together equal the returned text."""
-        self._text += self._decoder.add(token_ids[self._num_tokens :])
-        if stop:
-            self._text = self._text.partition(stop)[0]
+    def finish(self, token_ids: Sequence[int]) -> str:
+        """Receives all tokens of the text, and returns the text. All emitted pieces together equal it."""
+        self._add(token_ids)
+        self._text = self._text[: self._end()]
         self._emit_up_to(len(self._text))
         return self._text
+
+    def _add(self, token_ids: Sequence[int]) -> None:
+        self._text += self._decoder.add(token_ids[self._num_tokens :])
+        self._num_tokens = len(token_ids)
+
+    def _end(self) -> int:
+        """Where the first stop string starts. What was emitted contains none."""
+        places = [place for stop in self._stop if (place := self._text.find(stop, self._num_emitted)) >= 0]
+        return min(places, default=len(self._text))
 
     def _emit_up_to(self, end: int) -> None:
         if self._emit and end > self._num_emitted:

@@ -8,17 +8,19 @@ the response as a line of JSON.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from asyncio.subprocess import PIPE, Process
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
 import structlog
 
@@ -26,6 +28,7 @@ from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
 
 _MEMORY_LIMIT_BYTES = 3 << 30
 _START_LIMIT_S = 120.0
+_EXIT_LIMIT_S = 5.0
 _PARSE_LIMIT_S = 0.25
 """Limit of CPU time in seconds. It is low, because vLLM parses constraints of /v1 again, on the event loop."""
 _SIMPLIFY = "use a simpler schema or pattern"
@@ -60,8 +63,7 @@ class GrammarChecker:
         self._tokenizer = tokenizer
         self._limit_s = limit_s
         self._limit_bytes = limit_bytes
-        self._child: Process | None = None
-        self._stderr: IO[bytes] | None = None
+        self._child: _Child | None = None
         self._lock = asyncio.Lock()  # the child handles one request at a time
         self._accepted: set[Constraint] = set()
         self._is_closed = False
@@ -87,13 +89,9 @@ class GrammarChecker:
         await self._end_child()
 
     async def _end_child(self) -> None:
-        if self._child is not None and self._child.returncode is None:
-            self._child.kill()
-            await self._child.wait()
+        if self._child is not None:
+            await asyncio.to_thread(self._child.kill)
         self._child = None
-        if self._stderr is not None:
-            self._stderr.close()
-            self._stderr = None
 
     async def _compile(self, request: dict[str, Any]) -> str:
         """Returns why the child refuses the constraint; empty if it accepts it. A child that crashed may have been
@@ -103,7 +101,7 @@ class GrammarChecker:
             child = await self._running_child()
             try:
                 async with asyncio.timeout(self._limit_s):
-                    response = await _exchange(child, request)
+                    response = await asyncio.to_thread(child.exchange, request)
             except TimeoutError:
                 await self._end_child()
                 return f"compiling the constraint takes more than {self._limit_s:g} s; {_SIMPLIFY}"
@@ -112,38 +110,21 @@ class GrammarChecker:
                 raise
             if response is not None:
                 return response["error"]
-            error = await self._crash(child)
+            error = await asyncio.to_thread(child.why_ended)
+            self._check_open()  # if `close` killed the child, the constraint is not at fault
             if error == _OUT_OF_MEMORY:
                 break
         return error
 
-    async def _crash(self, child: Process) -> str:
-        """Returns why the child has ended."""
-        code = await child.wait()
-        self._check_open()  # if `close` killed the child, the constraint is not at fault
-        assert self._stderr is not None
-        self._stderr.seek(0)
-        output = self._stderr.read()[-2000:].decode(errors="replace")
-        await self._end_child()
-        if any(word in output for word in _MEMORY_WORDS):
-            return _OUT_OF_MEMORY
-        _log.warning("grammar_compiler_crashed", returncode=code, output=output)
-        cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
-        return f"the compiler of constraints ended {cause} on this constraint; {_SIMPLIFY}"
-
-    async def _running_child(self) -> Process:
+    async def _running_child(self) -> "_Child":
         self._check_open()
-        if self._child is None or self._child.returncode is not None:
+        if self._child is None or not self._child.is_alive:
             await self._end_child()
-            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
-            self._child = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", __spec__.name, stdin=PIPE, stdout=PIPE, stderr=self._stderr, limit=1 << 20
-            )
+            self._child = _Child()
             try:
                 async with asyncio.timeout(_START_LIMIT_S):
-                    response = await _exchange(
-                        self._child, {"limit_bytes": self._limit_bytes, **asdict(self._tokenizer)}
-                    )
+                    start = {"limit_bytes": self._limit_bytes, **asdict(self._tokenizer)}
+                    response = await asyncio.to_thread(self._child.exchange, start)
                 self._check_open()  # `close` may have been called before there was a child that it could kill
                 if response is None:
                     raise EngineUnavailable("the process that compiles constraints ended while it started")
@@ -159,17 +140,68 @@ class GrammarChecker:
             raise EngineUnavailable("the engine was closed")
 
 
-async def _exchange(child: Process, request: dict[str, Any]) -> dict[str, Any] | None:
-    """Sends a request to the child. Returns its response, or None if the child died."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        child.stdin.write(json.dumps(request).encode() + b"\n")
-        await child.stdin.drain()
-        line = await child.stdout.readline()
-    except (BrokenPipeError, ConnectionResetError):
-        return None
-    return json.loads(line) if line else None
+class _Child:
+    """The child process. Its methods block.
+
+    It is started by `subprocess`, which uses vfork. asyncio's subprocesses on uvloop fork: handlers of fork then run in
+    a copy of this process that has only one thread, and torch's may wait there for a lock forever, and with them the
+    event loop.
+    """
+
+    def __init__(self) -> None:
+        self._ending = threading.Lock()
+        self._output = ""
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
+        command = [sys.executable, "-m", __spec__.name]
+        self._process = subprocess.Popen(  # noqa: S603 - a fixed command
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._responses = self._process.stdin, self._process.stdout
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def exchange(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Sends a request. Returns the response, or None if the child died."""
+        try:
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+            line = self._responses.readline()
+        except (OSError, ValueError):  # ValueError: `kill` has closed the pipes
+            return None
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def kill(self) -> None:
+        """Kills the child, which ends a pending exchange, and closes the pipes. May be called again."""
+        with self._ending:
+            if self._stderr.closed:
+                return
+            self._process.kill()
+            self._process.wait()
+            self._stderr.seek(0)
+            self._output = self._stderr.read()[-2000:].decode(errors="replace")
+            for file in (self._stderr, self._requests, self._responses):
+                with contextlib.suppress(BrokenPipeError):  # closing flushes
+                    file.close()
+
+    def why_ended(self) -> str:
+        """Returns why the child ended without a response."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_EXIT_LIMIT_S)
+        self.kill()
+        if any(word in self._output for word in _MEMORY_WORDS):
+            return _OUT_OF_MEMORY
+        code = self._process.returncode
+        _log.warning("grammar_compiler_crashed", returncode=code, output=self._output)
+        cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+        return f"the compiler of constraints ended {cause} on this constraint; {_SIMPLIFY}"
 
 
 def _serve() -> None:

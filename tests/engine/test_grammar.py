@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import warnings
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import uvloop
 
 from service.engine import grammar
 from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
@@ -97,10 +99,23 @@ async def test_the_child_that_died_is_replaced(checker: GrammarChecker):
     await checker.check(SIMPLE)
     child = checker._child
     assert child is not None
-    child.kill()
-    await child.wait()
+    os.kill(child.pid, signal.SIGKILL)
     await checker.check(Constraint("regex", "after the death"))
     assert checker._child is not child
+
+
+async def test_the_child_starts_without_a_fork_of_this_process(data: TokenizerData):
+    """Handlers of fork that wait, such as torch's, must not stop the event loop of the server, which is uvloop."""
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(os.getpid()))
+
+    async def check_one() -> None:
+        checker = GrammarChecker(data, limit_s=5.0)
+        await checker.check(SIMPLE)
+        await checker.close()
+
+    await asyncio.to_thread(uvloop.run, check_one())
+    assert forks == []
 
 
 async def test_closing_while_the_child_starts_ends_all_questions_and_starts_no_other(data: TokenizerData):
@@ -154,15 +169,15 @@ async def test_out_of_memory_is_told_apart_from_a_crash(data: TokenizerData, mon
 async def test_a_crash_is_tried_again_and_then_refused_as_a_crash(
     checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
 ):
-    exchange, children = grammar._exchange, list[Any]()
+    exchange, children = grammar._Child.exchange, list[Any]()
 
-    async def crashing(child: Any, request: dict[str, Any]) -> Any:
+    def crashing(child: Any, request: dict[str, Any]) -> Any:
         if "spec" in request:
             children.append(child)
-            child.send_signal(signal.SIGSEGV)
-        return await exchange(child, request)
+            os.kill(child.pid, signal.SIGSEGV)
+        return exchange(child, request)
 
-    monkeypatch.setattr(grammar, "_exchange", crashing)
+    monkeypatch.setattr(grammar._Child, "exchange", crashing)
     with pytest.raises(ConstraintRefused, match="SIGSEGV"):
         await checker.check(Constraint("regex", "crashes"))
     assert len(set(children)) == 2

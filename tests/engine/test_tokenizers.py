@@ -165,20 +165,22 @@ class Words:
         return "".join(self._words[token] for token in token_ids)
 
 
-@given(st.lists(st.text("ab\n", max_size=4), max_size=8), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
-def test_the_emitted_pieces_are_the_text_and_contain_no_stop_string(words: list[str], stop: list[str]):
+@given(
+    st.lists(st.text("ab\n", max_size=4), max_size=8),
+    st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 3),
+)
+def test_the_emitted_pieces_are_the_text_before_the_first_stop_string(words: list[str], stop: list[str], late: int):
+    """The engine may find a stop string some tokens late."""
     emitted: list[str] = []
     text = CompletionText(Words(words), stop, emitted.append)
-    whole, hit = "", None
-    for size in range(1, len(words) + 1):
-        whole += words[size - 1]
-        hit = next((string for string in stop if string in whole), None)
-        if hit or size == len(words):
-            words = words[:size]
-            break
-        text.update(range(size))
-    found = text.finish(range(len(words)), hit)
-    assert found == (whole.partition(hit)[0] if hit else whole)
+    is_found = [any(string in "".join(words[:size]) for string in stop) for size in range(len(words) + 1)]
+    size = min(is_found.index(True) + late if any(is_found) else len(words), len(words))
+    for number in range(1, size):
+        text.update(range(number))
+    whole = "".join(words[:size])
+    found = text.finish(range(size))
+    assert found == min((whole.partition(string)[0] for string in stop), key=len, default=whole)
     assert "".join(emitted) == found
 
 

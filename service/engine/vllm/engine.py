@@ -150,9 +150,8 @@ class VLLMEngine(DecoderOnlyEngine):
         chosen = output.outputs[0]
         token_ids = tuple(chosen.token_ids)
         logprobs = tuple(chosen.logprobs.logprobs[start] for start in chosen.logprobs.start_indices)
-        stop = chosen.stop_reason if isinstance(chosen.stop_reason, str) else None
-        is_ended_by_token = chosen.finish_reason == "stop" and stop is None
-        found = text.finish(token_ids[:-1] if is_ended_by_token else token_ids, stop)
+        is_ended_by_token = chosen.finish_reason == "stop" and not isinstance(chosen.stop_reason, str)
+        found = text.finish(token_ids[:-1] if is_ended_by_token else token_ids)
         return Completion(token_ids, logprobs, found, str(chosen.finish_reason), output.num_cached_tokens or 0)
 
     async def score(
