@@ -179,6 +179,17 @@ class _Players:
         return Outcome(seed, end.episode_return, length, success, cut=cut)
 
     async def _begin(self, worker: TextEnvironment, game: _Game) -> AsyncEpisode:
+        """Opens an episode. If it is cancelled meanwhile, waits for the answer and ends the episode."""
+        opening = asyncio.create_task(self._open(worker, game))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            with suppress(EpisodicError, EpisodeRefused, TimeoutError):
+                async with asyncio.timeout(_ABANDON_S):
+                    await self._abandon(await opening)
+            raise
+
+    async def _open(self, worker: TextEnvironment, game: _Game) -> AsyncEpisode:
         try:
             return await self.client.episode(**self.run.fields(worker.text, self.env_id, game.seed, game.group))
         except ApiError as error:

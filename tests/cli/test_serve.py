@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from service.api.http import server
 from service.cli.main import app
+from tests.support.postgres import free_port
 
 ROOT = str(Path(__file__).parents[2])
 SCRIPT = "import sys; from service.cli.main import app\ntry: app()\nfinally: print('vllm' in sys.modules)"
@@ -31,7 +32,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(*arguments: str, **variables: str) -> Any:
     """Starts the service with settings that must fail."""
-    return CliRunner().invoke(app, ["serve", *arguments], env=variables)
+    return CliRunner().invoke(app, ["serve", *arguments], env={"EPISODIC_PORT": str(free_port()), **variables})
 
 
 @pytest.mark.parametrize(

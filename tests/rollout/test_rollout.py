@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from typer.testing import CliRunner
 
 from service.cli.rollout import rollout_command
-from service.client import AsyncClient, Retry
+from service.client import AsyncClient, AsyncEpisode, Retry
 from service.environments import describe
 from service.rollout import EnvironmentFactory, Report, Run, UnusableEnvironment, rollout
 from service.rollout.report import Outcome, percentile, summarize
@@ -198,6 +198,29 @@ async def test_a_rollout_that_is_cancelled_ends_its_episodes(fake: FakeService, 
         with pytest.raises(asyncio.CancelledError):
             await playing
     assert all(episode.stop_reason for episode in fake.episodes.values())
+
+
+async def test_an_episode_that_is_opened_during_a_cancellation_ends(
+    fake: FakeService, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service has opened it, but the answer has not arrived."""
+    is_opened, opened = asyncio.Event(), AsyncClient.episode
+
+    async def slow(client: AsyncClient, **fields: Any) -> AsyncEpisode:
+        episode = await opened(client, **fields)
+        is_opened.set()
+        await asyncio.sleep(0.05)
+        return episode
+
+    monkeypatch.setattr(AsyncClient, "episode", slow)
+    async with AsyncClient(url, retry=RETRY) as client:
+        playing = asyncio.create_task(rollout(EnvironmentFactory("Endless-v0", {}, 10_000), client, episodes=1))
+        await is_opened.wait()
+        playing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await playing
+    (episode,) = fake.episodes.values()
+    assert episode.stop_reason
 
 
 @pytest.mark.filterwarnings("ignore:.*NaN value")

@@ -17,6 +17,7 @@ from service.engine.tokenizer import HFTokenizer
 from service.sessions.profiles import PACKAGED, ProfileError, Profiles
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.databases import execute
+from tests.support.postgres import free_port
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
 
 CALL = {"name": "move", "arguments": {"to": "door"}}
@@ -610,7 +611,8 @@ async def test_an_episode_that_is_not_accepted_any_more_ends_all_the_same(tmp_pa
 def test_a_bad_profile_stops_the_start_and_is_named(tmp_path: Path):
     (tmp_path / "mine.toml").write_text("instruction = 'typo'")
     command = [sys.executable, "-m", "service", "serve"]
-    environment = {**os.environ, "EPISODIC_PROFILES": str(tmp_path), "EPISODIC_DATA": str(tmp_path)}
+    folders = {"EPISODIC_PROFILES": str(tmp_path), "EPISODIC_DATA": str(tmp_path)}
+    environment = {**os.environ, "EPISODIC_PORT": str(free_port()), **folders}
     failed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert failed.returncode == 2
     assert "'mine': instruction" in failed.stderr
