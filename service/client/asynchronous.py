@@ -225,12 +225,13 @@ class AsyncClient:
         """See `Client.act_batch`."""
         batch, attempts = Batch(acts), Attempts(self._retry, link=self._link)
         while batch.pending:
-            batch.take(await self.run(batch.call()))
+            for part in batch.parts():
+                batch.take(part, await self.run(batch.call(part)))
             wait_s = attempts.backoff_s() if batch.pending else None
             if wait_s is None:
                 break
             await asyncio.sleep(wait_s)
-        return batch.results
+        return batch.finish()
 
     @keywords(Filters)
     async def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:

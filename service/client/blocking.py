@@ -250,7 +250,7 @@ class Client:
         return Episode(self, self.run(calls.get_episode(episode_id)))
 
     def act_batch(self, acts: Sequence[BatchItem[Episode]]) -> list[Act | ApiError]:
-        """Acts in several distinct episodes with one request.
+        """Acts in several distinct episodes with one request, or with one for every 1,024 of them.
 
         Each item is an episode, its observation and, optionally, a dict with further arguments of `Episode.act`, for
         example `(episode, "row 0", {"reward": 1.0})`. Returns the results in the same order.
@@ -258,12 +258,13 @@ class Client:
         """
         batch, attempts = Batch(acts), Attempts(self._retry, link=self._link)
         while batch.pending:
-            batch.take(self.run(batch.call()))
+            for part in batch.parts():
+                batch.take(part, self.run(batch.call(part)))
             wait_s = attempts.backoff_s() if batch.pending else None
             if wait_s is None:
                 break
             time.sleep(wait_s)
-        return batch.results
+        return batch.finish()
 
     @keywords(Filters)
     def list_episodes(self, **filters: Unpack[Filters]) -> EpisodePage:

@@ -26,6 +26,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 2.0
+MAX_BATCH = 1024
+"""The maximum number of acts in one request."""
 
 
 class HttpOptions(TypedDict):
@@ -69,7 +71,8 @@ class EpisodeState(Generic[Owner]):
 class Batch:
     """A batch of acts in distinct episodes.
 
-    `pending` has the indices of the acts to send: first all, then those that failed with a retryable error.
+    `pending` has the indices of the acts to send: first all, then those that failed with a retryable error. The
+    episodes advance only in `finish`: if a request fails before that, the caller can make the whole call again.
     """
 
     def __init__(self, acts: Sequence[BatchItem[Any]]) -> None:
@@ -78,23 +81,29 @@ class Batch:
         self._results: dict[int, Act | ApiError] = {}
         self.pending = list(range(len(acts)))
 
-    @property
-    def results(self) -> list[Act | ApiError]:
-        """The latest result of each act, in order."""
-        return [self._results[index] for index in range(len(self._items))]
+    def parts(self) -> list[list[int]]:
+        """The pending indices, in parts that each fit into one request."""
+        return [self.pending[start : start + MAX_BATCH] for start in range(0, len(self.pending), MAX_BATCH)]
 
-    def call(self) -> Call[list[Act | ApiError]]:
-        """The request for the pending acts."""
-        return calls.batch([self._items[index] for index in self.pending])
+    def call(self, part: list[int]) -> Call[list[Act | ApiError]]:
+        """The request for a part of the pending acts."""
+        return calls.batch([self._items[index] for index in part])
 
-    def take(self, results: list[Act | ApiError]) -> None:
-        """Stores the results of the pending acts. Those that are Unavailable stay pending."""
-        received = dict(zip(self.pending, results, strict=True))
+    def take(self, part: list[int], results: list[Act | ApiError]) -> None:
+        """Stores the results of a part. Its acts that are Unavailable stay pending."""
+        received = dict(zip(part, results, strict=True))
         self._results |= received
-        for index, result in received.items():
+        self.pending = [
+            index for index in self.pending if index not in received or isinstance(received[index], Unavailable)
+        ]
+
+    def finish(self) -> list[Act | ApiError]:
+        """Advances the episodes, and returns the latest result of each act, in order."""
+        results = [self._results[index] for index in range(len(self._items))]
+        for episode, result in zip(self._episodes, results, strict=True):
             if isinstance(result, Act):
-                self._episodes[index].advance(result)
-        self.pending = [index for index, result in received.items() if isinstance(result, Unavailable)]
+                episode.advance(result)
+        return results
 
 
 def keywords(fields: type[Any]) -> Callable[[F], F]:

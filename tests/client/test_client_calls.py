@@ -24,6 +24,7 @@ from service.client import (
     Delta,
     EpisodeDeleted,
     EpisodeNotFound,
+    EpisodicError,
     IdempotencyMismatch,
     InvalidResponse,
     Retry,
@@ -31,6 +32,7 @@ from service.client import (
     calls,
 )
 from service.client.calls import ActFields
+from service.client.state import MAX_BATCH
 from service.client.streams import EventReader
 from service.engine.base import EngineUnavailable
 from service.engine.tokenizer import HFTokenizer
@@ -416,6 +418,29 @@ def test_a_batchs_passing_problems_are_sent_again():
         assert (one.step, two.step) == (1, 1)
     again = json.loads(transport.requests[-1].content)["acts"]
     assert [act["episode_id"] for act in again] == ["b"]
+
+
+@pytest.mark.parametrize("failure", [httpx.Response(403, json={}), httpx.ReadError("lost")])
+def test_a_batch_that_fails_halfway_can_be_sent_again(failure: Any):
+    opened = [httpx.Response(200, json={"episode_id": name, "status": "active", "step": 0}) for name in "ab"]
+    first = {"episode_id": "a", "step": 0, "action": "go"}
+    busy = {"status": 503, "code": "engine_unavailable"}
+    halfway = httpx.Response(200, json={"results": [first, busy]})
+    with client_of(Answers(*opened, halfway, failure)) as client:
+        one, two = client.resume("a"), client.resume("b")
+        with pytest.raises(EpisodicError):
+            client.act_batch([(one, "x"), (two, "y")])
+    assert (one.step, two.step) == (0, 0), "the same call would take another step"
+
+
+async def test_a_batch_of_any_size_is_sent_in_parts(api: Served):
+    def use(client: Client) -> None:
+        episodes = [*client.episode(action_space=DISCRETE).fork(MAX_BATCH), client.episode(action_space=DISCRETE)]
+        results = client.act_batch([(episode, "x") for episode in episodes])
+        assert [result.episode_id for result in results if isinstance(result, Act)] == [one.id for one in episodes]
+        assert {episode.step for episode in episodes} == {1}
+
+    await blocking(api, use)
 
 
 async def test_a_batch_needs_no_further_fields(api: Served):
