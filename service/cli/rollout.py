@@ -15,7 +15,6 @@ from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicE
 from service.environments import describe
 from service.rollout.environment import (
     EnvironmentFactory,
-    RewardNotFinite,
     UnusableEnvironment,
     load_description,
     search_working_folder,
@@ -86,7 +85,7 @@ def rollout_command(
         factory = EnvironmentFactory(env, kwargs, max_episode_steps, describe_as)
         numbers = {"episodes": episodes, "repeat": repeat, "concurrency": concurrency, "seed": seed}
         report = asyncio.run(_play(factory, run, url, retry_s, numbers))
-    except (UnusableEnvironment, EpisodeRefused, RewardNotFinite, EpisodicError) as error:
+    except (UnusableEnvironment, EpisodeRefused, EpisodicError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     export = _export_command(run, url)

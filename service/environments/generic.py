@@ -19,6 +19,8 @@ MAX_ELEMENTS = 4096
 
 SIGNIFICANT_DIGITS = 6
 
+_REMEDY = "write a description of the environment (--describe)"
+
 
 class GenericText:
     """The generic description.
@@ -83,7 +85,7 @@ def schema(space: Space) -> JsonObject:
             choices = enumerate(_parts(space))
             return {"anyOf": [_items([_integer(number, number), schema(part)]) for number, part in choices]}
         case _:
-            raise ValueError(f"an action space of type {type(space).__name__} cannot be represented as text")
+            raise ValueError(f"an action space of type {type(space).__name__} cannot be represented as text; {_REMEDY}")
 
 
 def _integer(low: int, high: int) -> JsonObject:
@@ -93,7 +95,9 @@ def _integer(low: int, high: int) -> JsonObject:
 def _array(low: Any, high: Any, *, whole: bool) -> JsonObject:
     """The schema of an array, or of a number if the shape is (). `low` and `high` are its elementwise bounds."""
     if low.size > MAX_ELEMENTS:
-        raise ValueError(f"the action has {low.size} elements; actions in text can have at most {MAX_ELEMENTS}")
+        raise ValueError(
+            f"the action has {low.size} elements; actions in text can have at most {MAX_ELEMENTS}; {_REMEDY}"
+        )
     if low.ndim:
         return _items([_array(below, above, whole=whole) for below, above in zip(low, high, strict=True)])
     kind = int if whole else float
@@ -108,15 +112,18 @@ def _array(low: Any, high: Any, *, whole: bool) -> JsonObject:
 def _string(space: spaces.Text) -> JsonObject:
     if escaped := sorted(char for char in space.character_set if char in '"\\' or char < " "):
         raise ValueError(
-            f"a Text space with the character {escaped[0]!r} cannot be part of another space, because JSON escapes it"
+            f"a Text space with the character {escaped[0]!r} cannot be part of another space, because JSON escapes it; "
+            f"{_REMEDY}"
         )
     return {"type": "string", "pattern": f"^{_pattern(space)}$"}
 
 
 def _items(parts: list[JsonObject]) -> JsonObject:
+    if not parts:
+        return {"type": "array", "maxItems": 0}
     same = all(part == parts[0] for part in parts)
     bounds = {"minItems": len(parts), "maxItems": len(parts)}
-    if parts and same:
+    if same:
         return {"type": "array", "items": parts[0], **bounds}
     return {"type": "array", "prefixItems": parts, **bounds}
 
@@ -196,7 +203,7 @@ def to_json(value: Any) -> Any:
         case Iterable():
             return [to_json(part) for part in cast(Iterable[Any], value)]
         case _:
-            raise ValueError(f"an observation of type {type(value).__name__} cannot be represented as text")
+            raise ValueError(f"an observation of type {type(value).__name__} cannot be represented as text; {_REMEDY}")
 
 
 def _parts(space: Any) -> tuple[Space, ...]:

@@ -4,11 +4,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 
 from service.environments import Describe, TextDescription, describe
 
@@ -21,7 +22,7 @@ class UnusableEnvironment(Exception):
 
 
 class RewardNotFinite(Exception):
-    """The environment returned NaN or infinity as a reward. JSON cannot represent it, and no mean can include it."""
+    """A reward or a return is NaN, infinity or no number. JSON cannot represent it, and no mean can include it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,14 @@ def search_working_folder() -> None:
         sys.path.append(folder)
 
 
-def finite(reward: Any) -> float:
-    """The reward as a float. Raises RewardNotFinite for NaN and infinity."""
-    number = float(reward)
+def added(episode_return: float, reward: Any) -> tuple[float, float]:
+    """The reward as a float, and its sum with the return so far. Raises RewardNotFinite."""
+    try:
+        number = float(np.asarray(reward, dtype=float).item())  # a number, or an array with one element
+    except (TypeError, ValueError, OverflowError):
+        number = nan
     if not isfinite(number):
-        raise RewardNotFinite(f"the environment returned {number} as a reward; rewards must be finite numbers")
-    return number
+        raise RewardNotFinite(f"the environment returned {reward!s:.100} as a reward; rewards must be finite numbers")
+    if not isfinite(episode_return + number):
+        raise RewardNotFinite("the sum of the environment's rewards is not a finite number")
+    return number, episode_return + number

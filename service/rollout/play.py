@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from service.client import Act, ApiError, AsyncClient, AsyncEpisode, EpisodicError
-from service.rollout.environment import EnvironmentFactory, TextEnvironment, finite
+from service.rollout.environment import EnvironmentFactory, TextEnvironment, UnusableEnvironment, added
 from service.rollout.report import Cut, Failure, Outcome, Report, percentile, summarize
 from service.rollout.run import End, Run
 
@@ -53,16 +53,16 @@ async def rollout(
     temperature.
 
     An episode with a failed call, with an error in the environment or with a reward that is not finite is reported as a
-    failure, and ended. Raises UnusableEnvironment before any episode is played, EpisodeRefused if the service refuses
-    to open an episode, and what the environment raises while the random policy plays.
+    failure, and ended. Raises UnusableEnvironment if no episode can be played, also with the random policy, and
+    EpisodeRefused if the service refuses to open an episode.
     """
     run = (run or Run()).at(temperature)
     seeds = range(seed, seed + episodes)
     games = _games(seeds, repeat, run)
     first = factory.make()
-    random, step_s = await _play_random(first, run, seeds, on_episode)
+    random, step_s, failures = await _play_random(first, factory.name, run, seeds, on_episode)
     workers = [first, *(factory.make() for _ in range(min(concurrency, len(games)) - 1))]
-    players = _Players(client, factory.name, run, in_threads=step_s > SLOW_STEP_S)
+    players = _Players(client, factory.name, run, in_threads=step_s > SLOW_STEP_S, failures=failures)
     began = time.perf_counter()
     await _play_all(players, workers, games, on_episode)
     wall_s = time.perf_counter() - began
@@ -142,7 +142,7 @@ class _Players:
         except EpisodeRefused:
             raise
         except Exception as error:  # noqa: BLE001 - an error in one episode, also of its environment, spoils no other
-            self.failures.append(Failure(game.seed, f"{type(error).__name__}: {error}"))
+            self.failures.append(Failure(game.seed, _named(error)))
 
     async def _play(self, worker: TextEnvironment, game: _Game) -> Outcome:
         observation, info = await self._in_env(worker.env.reset, seed=game.seed)
@@ -162,8 +162,9 @@ class _Players:
         act = await self._act(episode, text.observation(observation, info), None)
         while not act.done and (action := _action(worker, act)) is not None:
             observation, raw, terminated, truncated, info = await self._in_env(env.step, action.value)
-            reward, length = finite(raw), length + 1
-            end = End(reward, bool(terminated), bool(truncated), end.episode_return + reward, info)
+            reward, episode_return = added(end.episode_return, raw)
+            length += 1
+            end = End(reward, bool(terminated), bool(truncated), episode_return, info)
             described = text.observation(observation, info)
             if terminated or truncated:
                 success = self.run.success(text, end)
@@ -238,16 +239,26 @@ def _action(worker: TextEnvironment, act: Act) -> _Action | None:
 
 
 async def _play_random(
-    worker: TextEnvironment, run: Run, seeds: range, on_episode: OnEpisode
-) -> tuple[list[Outcome], float]:
+    worker: TextEnvironment, env_id: str, run: Run, seeds: range, on_episode: OnEpisode
+) -> tuple[list[Outcome], float, list[Failure]]:
     """Plays all episodes with a uniformly random policy. Also returns the mean time of a step in seconds."""
     outcomes: list[Outcome] = []
+    failures: list[Failure] = []
     began = time.perf_counter()
     for seed in seeds:
-        outcomes.append(random_episode(worker, run, seed))
+        try:
+            outcomes.append(random_episode(worker, run, seed))
+        except Exception as error:
+            failures.append(Failure(seed, f"random policy: {_named(error)}"))
+            if len(failures) == len(seeds):
+                raise UnusableEnvironment(f"{env_id}: {_named(error)}") from error
         on_episode("random")
         await asyncio.sleep(0)  # gives the event loop a chance to deliver a cancellation
-    return outcomes, (time.perf_counter() - began) / sum(outcome.length for outcome in outcomes)
+    return outcomes, (time.perf_counter() - began) / sum(outcome.length for outcome in outcomes), failures
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def random_episode(worker: TextEnvironment, run: Run, seed: int) -> Outcome:
@@ -258,8 +269,8 @@ def random_episode(worker: TextEnvironment, run: Run, seed: int) -> Outcome:
     length, episode_return = 0, 0.0
     while True:
         _, raw, terminated, truncated, info = env.step(env.action_space.sample())
-        reward = finite(raw)
-        length, episode_return = length + 1, episode_return + reward
+        reward, episode_return = added(episode_return, raw)
+        length += 1
         if terminated or truncated:
             end = End(reward, bool(terminated), bool(truncated), episode_return, info)
             return Outcome(seed, episode_return, length, run.success(worker.text, end), end.terminated)

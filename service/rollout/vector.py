@@ -1,19 +1,24 @@
 """Plays a Gymnasium vector environment: one batch of acts for each step of all its copies."""
 
+import logging
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any, cast
 
+import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 
 from service.client import Act, ActFields, ApiError, BatchItem, Client, Episode
 from service.environments import Describe, TextDescription, describe
-from service.rollout.environment import finite
+from service.rollout.environment import RewardNotFinite, added
 from service.rollout.run import End, Run
 
 Info = dict[str, Any]
+
+_log = logging.getLogger("episodic")
 
 
 def play_vector(
@@ -34,8 +39,11 @@ def play_vector(
 
     `envs` is a SyncVectorEnv, or one in vector wrappers. It must be made with AutoresetMode.DISABLED, because a copy
     may be reset only after the service has received its last reward. If a policy's text is no action, or the service
-    ends an episode, this episode is over. Raises ValueError for another vector environment, and ApiError if an act
-    fails.
+    ends an episode, this episode is over. If an act fails or a reward is not finite, the episode is over, too: it is
+    ended as `aborted`, the error is logged to the logger `episodic`, and no return is yielded.
+
+    Raises ValueError for another vector environment, EpisodicError if a whole batch fails or an episode cannot be
+    opened, and what the environment raises.
     """
     inner = envs.unwrapped
     if not isinstance(inner, SyncVectorEnv):
@@ -45,13 +53,14 @@ def play_vector(
     if envs.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
         raise ValueError("make the environment with vector_kwargs={'autoreset_mode': AutoresetMode.DISABLED}")
     seeds, run = count(seed), (run or Run()).at(temperature)
-    lanes = [_Lane(client, run, env, describe(env), next(seeds)) for env in inner.envs]
+    copies = [_as_seen(envs, env) for env in inner.envs]
+    lanes = [_Lane(client, run, env, describe(env), next(seeds)) for env in copies]
     observations, infos = envs.reset(seed=cast(Any, [lane.seed for lane in lanes]))
     texts = _texts(envs, lanes, observations, infos)
     num_played = 0
     try:
         while num_played < num_episodes:
-            acts = _act_all(client, [lane.act(text) for lane, text in zip(lanes, texts, strict=True)])
+            acts = client.act_batch([lane.act(text) for lane, text in zip(lanes, texts, strict=True)])
             actions = [lane.action(act) for lane, act in zip(lanes, acts, strict=True)]
             observations, rewards, terminated, truncated, infos = envs.step(_batched(envs, actions))
             texts = _texts(envs, lanes, observations, infos)
@@ -60,10 +69,10 @@ def play_vector(
             over = [i for i, lane in enumerate(lanes) if lane.is_over]
             if not over:
                 continue
-            _act_all(client, [lanes[i].act(texts[i]) for i in over if not lanes[i].is_cut])
-            for i in over:
-                num_played += 1
-                yield lanes[i].finish(next(seeds))
+            _close(client, {lanes[i]: texts[i] for i in over if not lanes[i].is_cut})
+            returns = [lanes[i].finish(next(seeds)) for i in over]
+            num_played += len(over)
+            yield from (finished for finished in returns if finished is not None)
             mask = np.array([i in over for i in range(len(lanes))])
             new_seeds = [lane.seed if is_over else None for lane, is_over in zip(lanes, mask, strict=True)]
             observations, infos = envs.reset(seed=cast(Any, new_seeds), options={"reset_mask": mask})
@@ -83,6 +92,7 @@ class _Lane:
         self.is_over = False
         self.is_cut = False
         """Whether the policy or the service ended the episode before the environment did."""
+        self._has_failed = False
         self._client, self._run, self._env = client, run, env
         self._fields = ActFields()
         self._episode: Episode | None = None
@@ -98,9 +108,21 @@ class _Lane:
         """The copy's part of the next batch."""
         return self.episode, text, self._fields
 
-    def action(self, act: Act) -> Any:
+    def check(self, result: Act | ApiError) -> Act | None:
+        """The act, or None if it failed: then the episode is over, and the others go on."""
+        if isinstance(result, Act):
+            return result
+        self._fail(result)
+        return None
+
+    def _fail(self, error: Exception) -> None:
+        _log.warning("%s failed, and the others go on: %s", self.episode, error)
+        self._has_failed = True
+
+    def action(self, result: Act | ApiError) -> Any:
         """The environment's action. If there is none, the episode is cut, and any action is taken before the reset."""
-        if not act.done and act.parse_failure is None:
+        act = self.check(result)
+        if act and not act.done and act.parse_failure is None:
             try:
                 return self.text.action(act.action)
             except ValueError:
@@ -113,32 +135,58 @@ class _Lane:
         if self.is_cut:
             self.leave()
             return
-        number = finite(reward)
-        self._end = End(number, bool(terminated), bool(truncated), self._end.episode_return + number, info)
-        self._fields = ActFields(reward=number)
+        self._fields = ActFields()  # the act has reported the reward before this one
+        try:
+            number, episode_return = added(self._end.episode_return, reward)
+        except RewardNotFinite as error:
+            self._fail(error)
+            self.is_cut = self.is_over = True
+            return
+        self._end = End(number, bool(terminated), bool(truncated), episode_return, info)
+        self._fields["reward"] = number
         if terminated or truncated:
             self.is_over = True
             self._fields.update(terminated=self._end.terminated, truncated=self._end.truncated)
             self._fields["success"] = self._run.success(self.text, self._end)
 
-    def finish(self, next_seed: int) -> float:
-        """Returns the return of the episode that ended, and prepares for the next one."""
-        finished = self._end.episode_return
+    def finish(self, next_seed: int) -> float | None:
+        """Returns the return of the episode that ended, or None if it failed. Prepares for the next one."""
+        finished = None if self._has_failed else self._end.episode_return
+        self.leave()
         self._episode, self._fields, self._end, self.seed = None, ActFields(), _START, next_seed
-        self.is_over = self.is_cut = False
+        self.is_over = self.is_cut = self._has_failed = False
         return finished
 
     def leave(self) -> None:
-        """Truncates the episode if it is still running. Reports its last reward, unless an act has reported it."""
+        """Ends the episode if it is still running. Reports its last reward, unless an act has reported it."""
         if self._episode is None or self._episode.done:
             return
-        if self.is_cut:
-            self._episode.end(truncated=True, success=self._run.success_of_cut(self.text, self._end))
-        else:
-            self._episode.end(reward=self._fields.get("reward"), truncated=True)
+        with suppress(ApiError):  # for example, somebody deleted the episode
+            if self._has_failed:
+                self._episode.end(reward=self._fields.get("reward"))
+            elif self.is_cut:
+                self._episode.end(truncated=True, success=self._run.success_of_cut(self.text, self._end))
+            else:
+                self._episode.end(reward=self._fields.get("reward"), truncated=True)
 
 
 _START = End(0.0, False, False, 0.0, {})
+
+
+def _close(client: Client, lanes: dict[_Lane, str]) -> None:
+    """Ends the lanes' episodes by an act with the last observation."""
+    results = client.act_batch([lane.act(text) for lane, text in lanes.items()])
+    for lane, result in zip(lanes, results, strict=True):
+        lane.check(result)
+
+
+def _as_seen(envs: Any, env: Any) -> Any:
+    """A copy with the spaces that its observations and actions have outside of the vector wrappers."""
+    if envs.single_observation_space == env.observation_space and envs.single_action_space == env.action_space:
+        return env
+    seen: Any = gymnasium.Wrapper(env)
+    seen.observation_space, seen.action_space = envs.single_observation_space, envs.single_action_space
+    return seen
 
 
 def _env_id(env: Any) -> str:
@@ -183,11 +231,3 @@ def _value(values: Any, i: int) -> Any:
         return _info(cast(Any, values), i)
     array: Any = values
     return array[i] if isinstance(values, list | tuple) or np.ndim(array) else array
-
-
-def _act_all(client: Client, acts: Sequence[BatchItem[Episode]]) -> list[Act]:
-    results = client.act_batch(acts)
-    for result in results:
-        if isinstance(result, ApiError):
-            raise result
-    return [result for result in results if isinstance(result, Act)]

@@ -34,6 +34,10 @@ SPACES = [
     spaces.Box(np.float32(0.1), np.float32(0.3), (2, 2)),
     spaces.Box(-np.inf, np.inf, (), np.float64),
     spaces.Box(0, 255, (2, 2), np.uint8),
+    spaces.Box(0.0, 1.0, (0,)),
+    spaces.Box(0.0, 1.0, (2, 0)),
+    spaces.Tuple(()),
+    spaces.Dict({}),
     spaces.Text(5),
     spaces.Text(3, min_length=0, charset="]^-[ä€ "),
     spaces.Sequence(spaces.Discrete(3)),
@@ -50,6 +54,7 @@ SPACES = [
 def test_actions_survive_json(space: spaces.Space[Any]):
     space.seed(0)
     validator = jsonschema.Draft202012Validator(schema(space))
+    validator.check_schema(validator.schema)
     for _ in range(20):
         action = space.sample()
         value = json.loads(json.dumps(exact(action)))

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from service.cli.rollout import rollout_command
 from service.client import AsyncClient, AsyncEpisode, Retry
 from service.environments import describe
-from service.rollout import EnvironmentFactory, Report, Run, UnusableEnvironment, rollout
+from service.rollout import EnvironmentFactory, Report, RewardNotFinite, Run, UnusableEnvironment, rollout
+from service.rollout.environment import added
 from service.rollout.report import Outcome, percentile, summarize
 from tests.client.fake_service import FakeEpisode, FakeService, answer, drop_after, overloaded, problem, serve
 
@@ -236,10 +237,46 @@ async def test_a_reward_that_is_no_number_fails_its_episode_alone(fake: FakeServ
 
 
 @pytest.mark.filterwarnings("ignore:.*NaN value")
-def test_an_environment_that_the_random_policy_breaks_is_named(url: str) -> None:
-    ran = CliRunner().invoke(app, ["--env", "Broken-v0", "--episodes", "20", "--url", url])
-    message = "the environment returned nan as a reward; rewards must be finite numbers"
-    assert (ran.exit_code, ran.stderr) == (1, f"Error: {message}\n")
+async def test_an_episode_that_the_random_policy_breaks_fails_alone(fake: FakeService, url: str) -> None:
+    report = await play(url, "Broken-v0", episodes=20)
+    broken = sum(random_action(seed) for seed in range(20))
+    assert (report.policy.episodes, report.random.episodes) == (20, 20 - broken)
+    assert len(report.failures) == broken
+    assert all(failure.error.startswith("random policy: RewardNotFinite: ") for failure in report.failures)
+
+
+@pytest.mark.parametrize("place", ["reset", "step"])
+def test_an_environment_that_always_fails_is_named(url: str, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("the simulator is gone")
+
+    monkeypatch.setattr(Endless, place, fail)
+    ran = CliRunner().invoke(app, ["--env", "Endless-v0", "--episodes", "2", "--url", url])
+    assert (ran.exit_code, ran.stderr) == (1, "Error: Endless-v0: RuntimeError: the simulator is gone\n")
+
+
+@pytest.mark.parametrize(
+    ("reward", "number"),
+    [
+        (np.float32(1.5), 1.5),
+        (np.array([2]), 2.0),
+        (np.array(2.5), 2.5),
+        (True, 1.0),
+        (10**30, 1e30),
+        *((wrong, None) for wrong in (None, "x", math.inf, 10**400, [1.0, 2.0], object())),
+    ],
+)
+def test_a_reward_is_one_finite_number(reward: Any, number: float | None) -> None:
+    if number is not None:
+        assert added(1.0, reward) == (number, 1.0 + number)
+        return
+    with pytest.raises(RewardNotFinite, match="as a reward"):
+        added(1.0, reward)
+
+
+def test_a_return_beyond_the_floats_is_refused() -> None:
+    with pytest.raises(RewardNotFinite, match="sum"):
+        added(1.7e308, 1.7e308)
 
 
 def random_action(seed: int) -> int:

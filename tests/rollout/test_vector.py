@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import RecordEpisodeStatistics
+from gymnasium.wrappers import RecordEpisodeStatistics, vector
 from gymnasium.wrappers.vector import DictInfoToList
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as RecordVectorEpisodeStatistics
 
@@ -182,6 +182,7 @@ REPLIES = [
     (spaces.Sequence(spaces.Discrete(3)), "[0, 2]"),
     (spaces.OneOf((spaces.Discrete(2), spaces.Text(3))), '[1, "xy"]'),
     (spaces.Box(-1, 1, (2, 2), np.int8), "[[0, 1], [-1, 0]]"),
+    (spaces.Tuple((spaces.Box(0.0, 1.0, (0,)), spaces.Discrete(2))), "[[], 1]"),
 ]
 
 
@@ -205,6 +206,66 @@ async def test_an_episode_without_an_action_is_over_and_the_others_go_on(tmp_pat
         assert await episodes(api, status="active") == []
         assert [e["episode_return"] for e in found if e["step"] == 2] == [1.0] * 4
         assert {e["success"] for e in found if e["step"] == 2} == {False}
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+async def test_an_episode_whose_act_fails_is_over_and_the_others_go_on(
+    api: Served, caplog: pytest.LogCaptureFixture, at_end: bool
+):
+    class Stranger(GenericText):
+        """Another caller deletes the episode of seed 1 before its second or its last act."""
+
+        def observation(self, observation: Any, info: dict[str, Any]) -> str:
+            if info.get("steps") == (2 if at_end else 1) and not deleted:
+                with Client(api.url) as other:
+                    deleted.append(next(other.episodes(metadata={"seed": 1})).episode_id)
+                    other.resume(deleted[0]).delete()
+            return super().observation(observation, info)
+
+    deleted: list[str] = []
+    envs = SyncVectorEnv([lambda: Coins(spaces.Discrete(2))] * 3, autoreset_mode=AutoresetMode.DISABLED)
+    assert await play(api, envs, num_episodes=6, describe=Stranger) == [2.0] * 5
+    assert await episodes(api, status="active") == []
+    assert deleted[0] in caplog.text
+
+
+class Faulty(Coins):
+    """The second reward of seed 1 is NaN."""
+
+    def step(self, action: Any) -> Any:
+        observation, reward, *others = super().step(action)
+        return observation, np.nan if (self.seed, self.num_steps) == (1, 2) else reward, *others
+
+
+async def test_a_reward_that_is_no_number_fails_its_episode_alone(api: Served):
+    envs = SyncVectorEnv([lambda: Faulty(spaces.Discrete(2))] * 2, autoreset_mode=AutoresetMode.DISABLED)
+    assert await play(api, envs, num_episodes=4) == [2.0] * 3
+    (failed,) = await episodes(api, **{"metadata.seed": 1})
+    assert (failed["stop_reason"], failed["episode_return"]) == ("aborted", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "shown"),
+    [
+        (lambda envs: vector.RescaleAction(envs, np.float32(-5), np.float32(5)), {"minimum": -5.0, "maximum": 5.0}),
+        (lambda envs: vector.ReshapeObservation(envs, (3, 1)), None),
+    ],
+)
+async def test_the_policy_is_told_of_the_spaces_that_vector_wrappers_make(
+    tmp_path: Path, tokenizer: HFTokenizer, wrap: Callable[[Any], Any], shown: dict[str, float] | None
+):
+    envs = wrap(
+        gymnasium.make_vec(
+            "Pendulum-v1", num_envs=2, vectorization_mode="sync", vector_kwargs=MODE, max_episode_steps=2
+        )
+    )
+    async with serve(tmp_path, ScriptedEngine(tokenizer, reply=lambda _: "[1.5]")) as api:
+        assert len(await play(api, envs, num_episodes=2)) == 2
+        found = await episodes(api, status="ended")
+    assert {episode["action_space"]["type"] for episode in found} == {"json"}, "described without the wrapper"
+    if shown is not None:
+        items = found[0]["action_space"]["schema"]["items"]
+        assert {name: items[name] for name in shown} == shown
 
 
 def test_a_vector_environment_without_copies_is_refused():
