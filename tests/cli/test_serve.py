@@ -179,7 +179,8 @@ def test_port_in_use_is_named():
 
 def test_address_of_another_machine_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server, "listen", _refuse)
-    assert "EPISODIC_HOST: cannot listen on localhost:8000" in start(EPISODIC_HOST="localhost").stderr
+    refused = start(EPISODIC_HOST="localhost", EPISODIC_PORT="8000")
+    assert "EPISODIC_HOST: cannot listen on localhost:8000" in refused.stderr
 
 
 def _refuse(*_: Any) -> Any:
