@@ -12,11 +12,13 @@ import pytest
 import pytest_asyncio
 
 from service.agent.action_spaces import DiscreteSpace, RegexSpace, TextSpace
-from service.engine.base import TextSink, Transcript, Wanted
+from service.engine.base import EngineRefused, TextSink, Transcript, Wanted
 from service.engine.vllm.engine import VLLMEngine
 from service.engine.vllm.loading import EngineOptionError, build
+from service.engine.vllm.openai_app import InferenceOptionError, check_options
 from service.errors import PolicyFailed
 from service.trajectory import Decision, Sampling
+from tests.conftest import POLICY
 from tests.support import tokenizers as kinds
 from tests.support.acts import slot
 from tests.support.tiny_models import make_model
@@ -138,3 +140,13 @@ async def test_v1_accepts_the_aliases_and_shows_no_path(chatml: VLLMEngine):
 async def test_an_engine_option_that_is_a_setting_is_refused_by_name(option: str, setting: str):
     with pytest.raises(EngineOptionError, match=setting):
         build("model", "name", {option: "x"}, None)  # type: ignore[arg-type]
+
+
+async def test_an_invalid_value_of_an_engine_option_is_refused_by_name():
+    with pytest.raises(EngineRefused, match=r"EPISODIC_ENGINE__BLOCK_SIZE: Input should be a valid integer"):
+        build(str(POLICY), "name", {"block_size": "seven"}, None)  # type: ignore[arg-type]
+
+
+async def test_an_unknown_option_of_v1_is_refused_by_name():
+    with pytest.raises(InferenceOptionError, match="EPISODIC_OPENAI__TOOL_PARSER"):
+        check_options({"tool_parser": "hermes"})
