@@ -6,12 +6,16 @@ lock there. Every file is checked against its hash in the lock. Nothing happens 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from run_uv import TORCH_CPU_INDEX, uv
@@ -31,6 +35,26 @@ OLDEST_PYTHON = (3, 11)
 def main(what: str) -> None:
     if what not in LOCKS:
         sys.exit(f"DEVICE is cpu or gpu, not {what!r}.")
+    with only_one():
+        set_up(what)
+
+
+@contextmanager
+def only_one() -> Iterator[None]:
+    """Waits while another process sets up an environment in this folder."""
+    folder = os.open(ROOT, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Waiting for another command that sets up this folder")
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def set_up(what: str) -> None:
     started = time.monotonic()
     venv = ROOT / (".venv-deploy" if what == "deploy" else ".venv")
     stamp = venv / ".installed"

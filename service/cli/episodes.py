@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from service.cli.options import no_service
 from service.client import DEFAULT_URL, Client, ConnectionFailed, EpisodeResource, EpisodicError
 from service.filters import FILTERS, ORDERS, EpisodeFilter, EpisodeQuery, Time
 from service.settings import client_key
@@ -98,7 +99,10 @@ def _print_table(found: Iterable[EpisodeResource]) -> None:
         table.add_column(name, no_wrap=True)
     for episode in found:
         table.add_row(*map(escape, cells(episode)))
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    else:
+        typer.echo("no episodes", err=True)
 
 
 _UNLIMITED = 10_000
@@ -171,8 +175,7 @@ def _require_answer(url: str) -> None:
     try:
         httpx.get(f"{url.rstrip('/')}/healthz", timeout=_ANSWER_S)
     except httpx.TransportError as error:
-        hint = "start one with `episodic serve`, or set --url or EPISODIC_URL"
-        raise ConnectionFailed(f"no service answers at {url} ({error}): {hint}") from error
+        raise ConnectionFailed(no_service(url, error)) from error
 
 
 _ANSWER_S = 10.0

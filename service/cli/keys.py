@@ -53,7 +53,10 @@ def list_keys() -> None:
     for record in _on_store(lambda store: store.keys()):
         revoked = "" if record.revoked_at is None else _format_time(record.revoked_at)
         table.add_row(record.key_id, record.tenant, ",".join(record.scopes), _format_time(record.created_at), revoked)
-    Console().print(table)
+    if table.row_count:
+        Console().print(table)
+    else:
+        typer.echo("no keys", err=True)
 
 
 @keys_app.command()

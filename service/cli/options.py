@@ -1,5 +1,8 @@
 """Options that several commands share, the function that makes settings from them, and how a command fails."""
 
+import shutil
+import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -42,6 +45,20 @@ def read_settings(given: dict[str, Any], engine: dict[str, str] | None = None) -
 def store_variable(settings: Settings) -> str:
     """The variable that says where the store is."""
     return "EPISODIC_STORE" if settings.store else "EPISODIC_DATA"
+
+
+def program() -> str:
+    """The name with which the user can call this program again: a path, unless the shell finds it by itself."""
+    called = Path(sys.argv[0])
+    if called.name != "episodic" or shutil.which("episodic") == str(called.absolute()):
+        return "episodic"
+    return sys.argv[0]
+
+
+def no_service(url: str, reason: object) -> str:
+    """The error if no service answers at a URL."""
+    hint = f"start one with `{program()} serve`, or set --url or EPISODIC_URL"
+    return f"no service answers at {url} ({reason}): {hint}"
 
 
 def fail(*lines: str, code: int = 2) -> NoReturn:

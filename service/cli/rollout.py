@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from service.cli.options import no_service, program
 from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Retry, Unavailable
 from service.environments import describe
 from service.rollout.environment import (
@@ -124,8 +125,7 @@ async def _find_service(client: AsyncClient, url: str, api_key: str | None, retr
     except Unavailable:
         pass  # the service is there, and will be ready
     except ConnectionFailed as error:
-        hint = "start one with `episodic serve`, or set --url"
-        raise ConnectionFailed(f"no service answers at {url} ({error.__cause__}): {hint}") from error
+        raise ConnectionFailed(no_service(url, error.__cause__)) from error
     await client.wait_ready(retry_s)
 
 
@@ -154,7 +154,7 @@ def _progress() -> Progress:
 
 def _export_command(run: Run, url: str) -> str:
     """The command that exports exactly this run's episodes."""
-    command = ["episodic", "export", "--tag", run.tag, "--format", "tokens", "--output", f"{run.run_id}.ndjson"]
+    command = [program(), "export", "--tag", run.tag, "--format", "tokens", "--output", f"{run.run_id}.ndjson"]
     return shlex.join(command if url == DEFAULT_URL else [*command, "--url", url])
 
 
@@ -170,7 +170,9 @@ def print_table(report: Report) -> None:
     table.add_row("/act p99", _milliseconds(report.p99_s), "")
     console = Console()
     console.print(table)
-    console.print("[dim]95% confidence intervals: Wilson for the rate, Student's t for the mean.[/dim]")
+    console.print(
+        "[dim]95% confidence intervals: Wilson for the rate, Student's t for the mean.[/dim]", highlight=False
+    )
     if num_unknown := report.policy.success_unknown:
         console.print(_UNKNOWN.format(num_unknown, report.policy.episodes), style="yellow", markup=False)
     for reason, count in report.ended_early.items():

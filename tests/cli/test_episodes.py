@@ -1,17 +1,19 @@
 """`episodic episodes`: a table that fits the terminal, JSON as the API has it, and a wrong URL reported at once."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from service.cli import episodes
+from service.cli import episodes, options
 from service.cli.main import app
 
 ID = "0198c2f4-5b7e-7c3a-9d21-4f6e8a1b2c3d"
@@ -31,8 +33,10 @@ EPISODE = {
 
 
 class Service(BaseHTTPRequestHandler):
+    episodes: ClassVar[list[Any]] = [EPISODE]
+
     def do_GET(self) -> None:
-        body = json.dumps({"episodes": [EPISODE], "next_cursor": None}).encode()
+        body = json.dumps({"episodes": self.episodes, "next_cursor": None}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -71,6 +75,25 @@ def test_table_is_not_folded_if_it_is_not_written_to_a_terminal(url: str):
     _, row = run("episodes", "--url", url).output.splitlines()
     assert ID in row
     assert "a-group" in row
+
+
+def test_a_list_without_episodes_says_so(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Service, "episodes", [])
+    listed = run("episodes", "--url", url)
+    assert (listed.exit_code, listed.stdout, listed.stderr) == (0, "", "no episodes\n")
+
+
+def test_commands_that_are_shown_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = tmp_path / "bin" / "episodic"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bin/episodic", "rollout"])
+    assert options.program() == "bin/episodic"
+    assert "bin/episodic serve" in run("episodes", "--url", "http://127.0.0.1:9").stderr
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "argv", [str(script), "rollout"])
+    assert options.program() == "episodic"
 
 
 def test_json_has_the_times_of_the_api(url: str):

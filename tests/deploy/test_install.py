@@ -1,5 +1,7 @@
 """deploy/install.py: what it does to an environment that is up to date, out of date, or for another device."""
 
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,20 @@ def test_an_environment_that_is_up_to_date_is_left_alone(install: Any) -> None:
     assert install.steps == ["create", "install cpu"]
     install.main("cpu")
     assert install.steps == ["create", "install cpu"]
+
+
+def test_another_set_up_of_the_same_folder_waits(install: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def say(line: str) -> None:
+        if line.startswith("Waiting"):
+            install.steps.append("wait")
+            os.close(other)  # the other one is done
+
+    monkeypatch.setattr(install, "say", say)
+    install.main("cpu")
+    assert install.steps == ["wait", "create", "install cpu"]
 
 
 @pytest.mark.parametrize("file", ["cpu.lock", "pyproject.toml"])

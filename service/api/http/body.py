@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
@@ -60,10 +62,28 @@ def validated(document: dict[str, Any], model: type[Model]) -> Model:
         return model.model_validate(document)
     except ValidationError as error:
         errors = [
-            {"loc": [part for part in item["loc"] if part != "__root__"], "msg": item["msg"]}
+            {"loc": [part for part in item["loc"] if part != "__root__"], "msg": _message(dict(item), model)}
             for item in error.errors(include_url=False, include_context=False, include_input=False)[:20]
         ]
         raise Unprocessable(f"{_dotted(errors[0]['loc'])}: {errors[0]['msg']}", errors=errors) from error
+
+
+def _message(error: dict[str, Any], model: type[BaseModel]) -> str:
+    if error["type"] != "extra_forbidden":
+        return error["msg"]
+    *parents, name = error["loc"]
+    names = _fields(model)[bool(parents)]
+    if near := get_close_matches(str(name), names, n=1):
+        return f"unknown field. Did you mean {near[0]!r}?"
+    return "unknown field. Check it for typos." if parents else f"unknown field. The fields are {', '.join(names)}."
+
+
+@cache
+def _fields(model: type[BaseModel]) -> tuple[list[str], list[str]]:
+    """The names of the model's fields, and those of the fields of its parts."""
+    schema = model.model_json_schema()
+    parts = {name for part in schema.get("$defs", {}).values() for name in part.get("properties", ())}
+    return list(schema["properties"]), sorted(parts)
 
 
 async def read_bytes(request: Request) -> bytes:
@@ -104,7 +124,7 @@ def check_json(content: bytes) -> None:
         value = strict_json.parse(content, object_pairs_hook=strict_json.without_twins)
         strict_json.dump(value, max_bits=64)
     except ValueError as error:
-        raise BadRequest("malformed_json", f"The request body is not valid JSON: {error}.") from error
+        raise _malformed(content, error) from error
 
 
 def _parse(body: bytes) -> Any:
@@ -113,7 +133,13 @@ def _parse(body: bytes) -> Any:
     except strict_json.Unstorable as error:
         raise _unstorable(error) from error
     except ValueError as error:
-        raise BadRequest("malformed_json", f"The request body is not valid JSON: {error}.") from error
+        raise _malformed(body, error) from error
+
+
+def _malformed(content: bytes, error: ValueError) -> BadRequest:
+    if content:
+        return BadRequest("malformed_json", f"The request body is not valid JSON: {error}.")
+    return BadRequest("malformed_json", "The request body is empty. Send a JSON object of named fields: {...}.")
 
 
 def digest(document: dict[str, Any]) -> bytes:

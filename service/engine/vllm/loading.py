@@ -91,7 +91,7 @@ def build(model: str, served_name: str, options: dict[str, Any], heartbeat: Hear
     from vllm.v1.engine.async_llm import AsyncLLM
 
     _check_names(options, {field.name for field in fields(AsyncEngineArgs)})
-    _quiet_engine_process()
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "1"  # for the engine's process, which does not use our log
     merged: dict[str, Any] = {
         "model": model,
         "served_model_name": served_name,
@@ -168,10 +168,9 @@ def _variables(loc: tuple[str | int, ...]) -> list[str]:
     return [f"EPISODIC_ENGINE__{str(loc[0]).upper()}"] if loc else []
 
 
-def _quiet_engine_process() -> None:
-    """Leaves only errors in the output of the engine's process, which starts after this and does not use our log."""
+def _quiet_libraries() -> None:
+    """Leaves only errors in the output of torch, which has its own log, and of the engine's process."""
     level = "WARNING" if logging.getLogger("vllm").isEnabledFor(logging.WARNING) else "ERROR"
-    os.environ["VLLM_CONFIGURE_LOGGING"] = "1"
     for name, value in {
         "VLLM_LOGGING_LEVEL": level,
         "TORCH_CPP_LOG_LEVEL": level,
@@ -204,6 +203,7 @@ def prepare_environment(options: dict[str, Any]) -> bool:
     Returns whether the CPU build of vLLM is installed. Variables that are already set are not changed.
     """
     orphan_guard.arm()
+    _quiet_libraries()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # the service's own handlers format vLLM's records
     try:

@@ -282,7 +282,32 @@ async def test_an_empty_body_is_an_empty_object_where_every_field_is_optional(ap
 async def test_an_empty_body_is_malformed_where_a_field_is_required(api: Served):
     await api.open()
     for path in ("/act", "/act/batch", f"{api.path}/action", f"{api.path}/feedback"):
-        assert (await api.client.post(path)).json()["code"] == "malformed_json"
+        problem = (await api.client.post(path)).json()
+        assert problem["code"] == "malformed_json"
+        assert "empty" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "detail"),
+    [
+        ("/act", {"episode_id": "e", "observaton": "x"}, "observaton: unknown field. Did you mean 'observation'?"),
+        (
+            "/episode",
+            {"sampling": {"temprature": 1}},
+            "sampling.temprature: unknown field. Did you mean 'temperature'?",
+        ),
+        (
+            "/episode/e/feedback",
+            {"rating": 1, "stars": 5},
+            "stars: unknown field. The fields are rating, comment, rater, step.",
+        ),
+        ("/episode", {"context": {"zzz": 1}}, "context.zzz: unknown field. Check it for typos."),
+    ],
+)
+async def test_an_unknown_field_is_named_with_the_one_that_was_meant(api: Served, path: str, body: Any, detail: str):
+    await api.open()
+    refused = await api.client.post(path, json=body)
+    assert (refused.status_code, refused.json()["detail"]) == (422, detail)
 
 
 @pytest.mark.parametrize(
