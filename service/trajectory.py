@@ -143,7 +143,9 @@ class Decision:
     window_start: index of the oldest step in the context, apart from step 0.
     logprob: log-probability of the action under the distribution that it was sampled from (at temperature 0: under that
     of temperature 1); None if the caller chose it.
-    action_probs: probability of each legal action; None if the action space is not discrete.
+    action_probs: probability of each legal action, or of the known ones; None if the action space is not discrete.
+    legal_mass: the probability of all legal actions before the policy was restricted to them, at the first place where
+    they differ; None if the policy had no choice.
     dropped: range of the span that later windows leave out: a thought, if the episode does not keep thoughts.
     """
 
@@ -156,6 +158,7 @@ class Decision:
     finish_reason: str
     usage: Usage
     action_probs: dict[str, float] | None = None
+    legal_mass: float | None = None
     parse_failure: ParseFailure | None = None
     reasoning: str | None = None
     dropped: tuple[int, int] = (0, 0)

@@ -8,10 +8,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Self, cast
 
-from service.engine.base import ActionSpaceRefused, Constraint
+from service.engine.base import ActionSpaceRefused, Constraint, Probs
 from service.engine.json_grammar import compiled, compiled_calls, compiled_pattern
 from service.trajectory import JsonValue, ParseFailure
 from service.validation import patterns, strict_json
@@ -49,6 +49,11 @@ class Space(ABC):
     @property
     def choices(self) -> tuple[str, ...] | None:
         """The legal actions as distinct texts; None if an action is generated text."""
+        return None
+
+    @property
+    def probs(self) -> Probs | None:
+        """Of which choices the decision gives the probability; None leaves it to the engine."""
         return None
 
     @property
@@ -95,17 +100,21 @@ class TextSpace(Space):
         return _text(action)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DiscreteSpace(Space):
-    """An action is one of `actions`: 2 to 1,024 distinct strings. One act may narrow them to one or more."""
+    """An action is one of `actions`: 2 to 1,024 distinct strings. One act may narrow them to one or more.
+
+    asked_probs: the value of `probs` in the request.
+    """
 
     type = "discrete"
 
     actions: tuple[str, ...]
+    asked_probs: Probs | None = None
 
     @classmethod
     def of(cls, asked: Asked) -> "DiscreteSpace":
-        return _discrete(tuple(asked["actions"]))
+        return _discrete(tuple(asked["actions"]), asked.get("probs"))
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -116,9 +125,17 @@ class DiscreteSpace(Space):
             return self
         if not legal_actions or len(set(legal_actions)) < len(legal_actions):
             raise ActionSpaceRefused("legal_actions must be a non-empty list of distinct actions", "legal_actions")
-        if unknown := set(legal_actions) - set(self.actions):
+        if unknown := set(legal_actions) - self._known:
             raise ActionSpaceRefused(f"the legal action {min(unknown)!r} is not in the action space", "legal_actions")
-        return DiscreteSpace(legal_actions)
+        return DiscreteSpace(legal_actions, self.asked_probs)
+
+    @property
+    def probs(self) -> Probs | None:
+        return self.asked_probs
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.actions)
 
     def parse(self, text: str, finish_reason: str) -> tuple[JsonValue, ParseFailure | None]:
         return text, None
@@ -130,7 +147,7 @@ class DiscreteSpace(Space):
 
 
 @lru_cache(maxsize=1024)
-def _discrete(actions: tuple[str, ...]) -> DiscreteSpace:
+def _discrete(actions: tuple[str, ...], probs: Probs | None) -> DiscreteSpace:
     """Builds a discrete space. Equal requests share one object."""
     if not 2 <= len(actions) <= MAX_ACTIONS:
         raise ActionSpaceRefused(f"the action space has {len(actions)} actions; 2 to {MAX_ACTIONS} are allowed")
@@ -138,7 +155,7 @@ def _discrete(actions: tuple[str, ...]) -> DiscreteSpace:
         raise ActionSpaceRefused("actions must be distinct")
     if not all(actions):
         raise ActionSpaceRefused("an action must not be an empty string")
-    return DiscreteSpace(actions)
+    return DiscreteSpace(actions, probs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,9 @@ class Act(Value):
     """The response to one observation.
 
     `action` is None if the episode is `done`, or if the completion could not be parsed (see `parse_failure`).
-    `action_probs` maps each legal action of a discrete action space to its probability.
+    `action_probs` maps each legal action of a discrete action space to its probability; with `"probs": "taken"`, only
+    the action taken and others that became known on the way. `legal_mass` is the probability of all legal actions
+    before the policy was restricted to them.
     """
 
     episode_id: str
@@ -59,6 +61,7 @@ class Act(Value):
     text: str | None = None
     reasoning: str | None = None
     action_probs: dict[str, float] | None = None
+    legal_mass: float | None = None
     logprob: float | None = None
     finish_reason: str | None = None
     parse_failure: ParseFailure | None = None

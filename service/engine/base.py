@@ -20,6 +20,9 @@ from service.engine.adapters import Shapes
 from service.trajectory import DEFAULT_TENANT, Decision, JsonValue, ParseFailure, Sampling, Step
 
 StreamKind = Literal["reasoning", "text"]
+Probs = Literal["all", "taken"]
+"""Which probabilities of discrete actions a decision gives: those of all, or that of the action taken and of others
+that became known on the way. The action is drawn from the same distribution."""
 OnText = Callable[[str], None]
 Slot = Callable[[], AbstractAsyncContextManager[None]]
 """Returns a context manager that waits for a slot of the engine, and occupies the slot until it exits. The engine uses
@@ -69,6 +72,11 @@ class ActionSpace(Protocol):
     @property
     def choices(self) -> tuple[str, ...] | None:
         """The legal actions as distinct texts; None if an action is generated text."""
+        ...
+
+    @property
+    def probs(self) -> Probs | None:
+        """Of which choices the decision gives the probability; None leaves it to the engine."""
         ...
 
     @property

@@ -1,11 +1,12 @@
 """Decision tries: discrete actions as a trie of token sequences, which gives their exact distribution.
 
-All functions are pure: the caller asks the model for logprobs.
+All functions are pure: the caller asks the model for logprobs. `decision_plans` says which ones a decision needs.
 """
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,7 +37,7 @@ class Chosen:
     logprobs: one for each token under the distribution that it was drawn from (at temperature 0: under that of
     temperature 1); 0 if it was forced.
     logprob: of the whole action.
-    probs: the probability of every action.
+    probs: the probability of every action that is known: of all actions, or of some.
     """
 
     action: str
@@ -65,7 +66,22 @@ class DecisionTrie:
                 names = f"{action!r} and {next_action!r}"
                 raise ActionSpaceRefused(f"the policy's tokenizer cannot distinguish the actions {names}; rename one")
         self.branches: tuple[Branch, ...] = tuple(self._branches())
+        self._by_rows = {(branch.bounds[0], branch.bounds[-1]): branch for branch in self.branches}
         self.max_len: int = max(map(len, self.sequences))
+        self.num_tokens: int = sum(map(len, self.sequences))
+
+    def branch(self, low: int, high: int) -> Branch:
+        """Returns the branch that leads to exactly the actions low:high, of which there are several."""
+        return self._by_rows[low, high]
+
+    def way(self, row: int) -> Iterator[tuple[Branch, int]]:
+        """Returns the branches on the path to an action, from the root on, each with the child to take."""
+        low, high = 0, len(self.actions)
+        while high - low > 1:
+            branch = self.branch(low, high)
+            child = bisect(branch.bounds, row) - 1
+            yield branch, child
+            low, high = branch.bounds[child], branch.bounds[child + 1]
 
     def _branches(self) -> list[Branch]:
         found: list[Branch] = []
@@ -91,39 +107,52 @@ class DecisionTrie:
         scores: the logprobs of each branch's children, in the order of `branches`.
         sampling: a temperature of 0 gives the distribution at temperature 1; `draw` takes its most likely action.
         """
-        temperature = sampling.temperature or 1.0
         totals = [0.0] * len(self.actions)
         for branch, logprobs in zip(self.branches, scores, strict=True):
-            top = max(logprobs)
-            scaled = logprobs if top == -math.inf else [(value - top) / temperature for value in logprobs]
-            for child, logprob in enumerate(log_softmax(scaled)):
+            for child, logprob in enumerate(renormalised(logprobs, sampling.temperature)):
                 for row in range(branch.bounds[child], branch.bounds[child + 1]):
                     totals[row] += logprob
         return _filtered([math.exp(total) for total in totals], sampling)
 
     def draw(self, scores: Sequence[Sequence[float]], sampling: Sampling, generator: random.Random) -> Chosen:
         """Draws an action, or takes the most likely one at temperature 0. Arguments are those of `distribution`."""
-        probs = self.distribution(scores, sampling)
-        rows = range(len(probs))
-        row = generator.choices(rows, probs)[0] if sampling.temperature else max(rows, key=probs.__getitem__)
+        return self.drawn(dict(enumerate(self.distribution(scores, sampling))), sampling.temperature, generator)
+
+    def drawn(self, probs: Mapping[int, float], temperature: float, generator: random.Random) -> Chosen:
+        """Like `draw`, from the probabilities of all actions, by row, in order. A row that is missing has none."""
+        rows = list(probs)
+        row = generator.choices(rows, list(probs.values()))[0] if temperature else max(rows, key=probs.__getitem__)
+        logprobs: list[float] = []
+        for branch, child in self.way(row):
+            low, high = branch.bounds[child], branch.bounds[child + 1]
+            mass = sum(probs.get(other, 0.0) for other in range(branch.bounds[0], branch.bounds[-1]))
+            taken = sum(probs.get(other, 0.0) for other in range(low, high))
+            logprobs.append(math.log(min(taken / mass, 1.0)))
+        return self.chosen(row, logprobs, math.log(min(probs[row], 1.0)), probs)
+
+    def chosen(self, row: int, decided: Sequence[float], logprob: float, probs: Mapping[int, float]) -> Chosen:
+        """Returns the action of this row. `decided`: the logprobs at the branches on the way to it."""
         drawn = bytearray(len(self.sequences[row]))
         logprobs = [0.0] * len(drawn)
-        for branch in self.branches:
-            if not branch.bounds[0] <= row < branch.bounds[-1]:
-                continue
-            child = next(i for i, end in enumerate(branch.bounds[1:]) if row < end)
-            mass = sum(probs[branch.bounds[0] : branch.bounds[-1]])
-            taken = sum(probs[branch.bounds[child] : branch.bounds[child + 1]])
+        for (branch, _), value in zip(self.way(row), decided, strict=True):
             drawn[len(branch.path)] = 1
-            logprobs[len(branch.path)] = math.log(min(taken / mass, 1.0))
+            logprobs[len(branch.path)] = value
         return Chosen(
             action=self.actions[row],
             token_ids=self.sequences[row],
             drawn=bytes(drawn),
             logprobs=tuple(logprobs),
-            logprob=math.log(min(probs[row], 1.0)),
-            probs=dict(zip(self.actions, probs, strict=True)),
+            logprob=logprob,
+            probs={self.actions[known]: prob for known, prob in probs.items()},
         )
+
+
+def renormalised(logprobs: Sequence[float], temperature: float) -> list[float]:
+    """Returns the logprobs of a branch's children after the temperature. A temperature of 0 counts as 1."""
+    top = max(logprobs)
+    if top == -math.inf:
+        return log_softmax(logprobs)
+    return log_softmax([(value - top) / (temperature or 1.0) for value in logprobs])
 
 
 def log_softmax(values: Sequence[float]) -> list[float]:

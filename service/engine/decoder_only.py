@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+
+from cachetools import LRUCache, cachedmethod
 
 from service.engine.base import (
     ActionSpace,
@@ -25,7 +26,8 @@ from service.engine.base import (
     Wanted,
 )
 from service.engine.completion import Completion, Scores, without_prefix
-from service.engine.decision_trie import DecisionTrie
+from service.engine.decision_plans import plan
+from service.engine.decision_trie import Branch, Chosen, DecisionTrie
 from service.engine.prompt import Prompt
 from service.engine.reasoning import Thought, closed_thought
 from service.engine.template import TemplateError
@@ -33,6 +35,11 @@ from service.engine.token_log import TokenLog, closed_span, joined
 from service.engine.tokenizer import Tokenizer
 from service.errors import PolicyFailed
 from service.trajectory import Decision, JsonValue, ParseFailure, Sampling, Span, Usage
+
+_NUM_CACHED_TOKENS = 1 << 21
+"""Size of the cache of tries, and of the cache of encodings: about 80 MB each."""
+_MAX_ALL_PROBS = 64
+"""Up to this number of legal actions, the probability of each is given unless the action space says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,7 @@ class _Reply:
     finish_reason: str
     usage: Usage
     action_probs: dict[str, float] | None = None
+    legal_mass: float | None = None
     parse_failure: ParseFailure | None = None
 
 
@@ -64,7 +72,10 @@ class DecoderOnlyEngine(ABC):
             self._check_vocabulary()
         except TemplateError as error:
             self.info = replace(info, no_episodes=str(error))
-        self.trie = lru_cache(maxsize=128)(self._build_trie)
+        self._encodings = LRUCache[str, list[int]](_NUM_CACHED_TOKENS, getsizeof=len)
+        self._tries = LRUCache[tuple[str, ...], DecisionTrie](
+            _NUM_CACHED_TOKENS, getsizeof=lambda trie: trie.num_tokens
+        )
 
     @abstractmethod
     async def generate(
@@ -176,17 +187,19 @@ class DecoderOnlyEngine(ABC):
         return _Reply(recorded.action, recorded.text, drawn, None, "recorded", Usage())
 
     async def _choose(self, prompt: list[int], space: ActionSpace, choices: tuple[str, ...], wanted: Wanted) -> _Reply:
-        """Chooses one of the actions, with one forward pass for each branch of their trie.
-
-        If the first tokens of the actions are distinct, there is only one branch.
-        """
+        """Chooses one of the actions. If their first tokens are distinct, this takes one forward pass."""
         trie = self.trie(choices)
-        passes = [self._score_branch([*prompt, *branch.path], branch.children, wanted) for branch in trie.branches]
-        scores = await _gather(passes)
-        # -inf is allowed: such an action has the probability 0.
-        if any(math.isnan(value) or value == math.inf for score in scores for value in score.logprobs):
-            raise PolicyFailed
-        chosen = trie.draw([score.logprobs for score in scores], wanted.sampling, wanted.generator(""))
+        all_probs = len(choices) <= _MAX_ALL_PROBS if space.probs is None else space.probs == "all"
+        steps = plan(trie, wanted.sampling, wanted.generator(""), all_probs=all_probs)
+        first: Scores | None = None  # of the root
+        try:
+            branches = next(steps)
+            while True:
+                scores = await self._score_branches(prompt, branches, wanted)
+                first = first or scores[0]
+                branches = steps.send([score.logprobs for score in scores])
+        except StopIteration as end:
+            chosen: Chosen = end.value
         action, failure = space.parse(chosen.action, "stop")
         return _Reply(
             action=action,
@@ -194,10 +207,20 @@ class DecoderOnlyEngine(ABC):
             drawn=Span(array("i", chosen.token_ids), chosen.drawn, array("f", chosen.logprobs)),
             logprob=chosen.logprob,
             finish_reason="stop",
-            usage=Usage(len(prompt), scores[0].cached_tokens if scores else 0, len(chosen.token_ids)),
-            action_probs={choice: chosen.probs[choice] for choice in choices},
+            usage=Usage(len(prompt), first.cached_tokens if first else 0, len(chosen.token_ids)),
+            action_probs={choice: chosen.probs[choice] for choice in choices if choice in chosen.probs},
+            legal_mass=min(sum(map(math.exp, first.logprobs)), 1.0) if first else None,
             parse_failure=failure,
         )
+
+    async def _score_branches(self, prompt: list[int], branches: Sequence[Branch], wanted: Wanted) -> list[Scores]:
+        """Raises PolicyFailed if a score is not a number."""
+        passes = [self._score_branch([*prompt, *branch.path], branch.children, wanted) for branch in branches]
+        scores = await _gather(passes)
+        # -inf is allowed: such an action has the probability 0.
+        if any(math.isnan(value) or value == math.inf for score in scores for value in score.logprobs):
+            raise PolicyFailed
+        return scores
 
     async def _score_branch(self, prompt: list[int], children: Sequence[int], wanted: Wanted) -> Scores:
         size = self.max_candidates or len(children)
@@ -263,6 +286,7 @@ class DecoderOnlyEngine(ABC):
             finish_reason=reply.finish_reason,
             usage=usage,
             action_probs=reply.action_probs,
+            legal_mass=reply.legal_mass,
             parse_failure=reply.parse_failure,
             reasoning=thought.text if thought else None,
             dropped=dropped,
@@ -278,8 +302,15 @@ class DecoderOnlyEngine(ABC):
                 "belongs to another model, or its added tokens were never added to the model"
             )
 
-    def _build_trie(self, choices: tuple[str, ...]) -> DecisionTrie:
-        return DecisionTrie(choices, self.prompt.encode_reply, self.prompt.terminator)
+    @cachedmethod(lambda self: self._tries)
+    def trie(self, choices: tuple[str, ...]) -> DecisionTrie:
+        """Returns the trie of these actions. Raises ActionSpaceRefused."""
+        return DecisionTrie(choices, self._encode_choice, self.prompt.terminator)
+
+    @cachedmethod(lambda self: self._encodings)
+    def _encode_choice(self, choice: str) -> list[int]:
+        """The encoding is cached, because the legal actions of an act are often new combinations of known actions."""
+        return self.prompt.encode_reply(choice)
 
 
 def _seeded(wanted: Wanted, purpose: str) -> Sampling:

@@ -278,6 +278,7 @@ def _answer(episode_id: str, index: int, policy_version: str, decision: Decision
         "text": decision.text if decision else None,
         "reasoning": decision.reasoning if decision else None,
         "action_probs": decision.action_probs if decision else None,
+        "legal_mass": decision.legal_mass if decision else None,
         "logprob": decision.logprob if decision else None,
         "finish_reason": decision.finish_reason if decision else None,
         "parse_failure": {"kind": failure.kind, "detail": failure.detail} if failure else None,

@@ -346,7 +346,8 @@ def _replay(episode_id: str, step: Step) -> Answer:
     """Returns the stored answer of a committed step."""
     metrics.ACTS.labels("replayed").inc()
     own = {"episode_id": public_id(episode_id)}  # a fork inherits steps that have its parent's id
-    return {**step.answer, **own, "replayed": True, "timing": dict(_NO_TIME)}
+    added = {"legal_mass": None}  # steps of older versions lack it
+    return {**added, **step.answer, **own, "replayed": True, "timing": dict(_NO_TIME)}
 
 
 def _is_current(episode: Episode, head: EpisodeState) -> bool:

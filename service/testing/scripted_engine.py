@@ -16,6 +16,9 @@ from service.validation import lark
 Reply = Callable[[str], str]
 """Returns the text of the completion for the text of a prompt."""
 
+_TOTAL_WEIGHT = 97.0 * 4096
+"""More than the weights of all tokens of a small vocabulary."""
+
 
 class ScriptedEngine(DecoderOnlyEngine):
     """Completes prompts with the function `reply`, and computes scores from the ids of the prompt and the candidate.
@@ -95,8 +98,7 @@ class ScriptedEngine(DecoderOnlyEngine):
         await self._call(prompt_token_ids, cache_salt)
         base = sum(prompt_token_ids[-8:]) + (int(adapter.version[:6], 16) if adapter else 0)
         weights = [1.0 + (base * 31 + candidate * 17) % 97 for candidate in candidates]
-        total = sum(weights)
-        return Scores(tuple(math.log(weight / total) for weight in weights), 0)
+        return Scores(tuple(math.log(weight / _TOTAL_WEIGHT) for weight in weights), 0)
 
     async def check_constraint(self, constraint: Constraint) -> None:
         if lark.matcher(constraint.spec).is_error():

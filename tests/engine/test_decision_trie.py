@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from service.engine.base import ActionSpaceRefused
-from service.engine.decision_trie import DecisionTrie, log_softmax
+from service.engine.decision_plans import Plan, plan
+from service.engine.decision_trie import Branch, Chosen, DecisionTrie, log_softmax
 from service.engine.tokenizer import HFTokenizer
 from service.testing.scripted_engine import ScriptedEngine
 from service.trajectory import Sampling
@@ -232,3 +234,65 @@ def test_a_lossy_tokenizer_cannot_tell_some_actions_apart():
 
     with pytest.raises(ActionSpaceRefused, match="cannot distinguish"):
         ScriptedEngine(Uncased(AutoTokenizer.from_pretrained(POLICY))).trie(("Go", "go"))
+
+
+# --- plans
+
+
+SAMPLINGS = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+    top_p=st.sampled_from([1.0, 1.0, 0.9, 0.3]),
+    top_k=st.sampled_from([0, 0, 1, 3, 30]),
+    min_p=st.sampled_from([0.0, 0.0, 0.2]),
+)
+
+
+def followed(plan: Plan, score: Callable[[Branch], list[float]]) -> tuple[Chosen, list[int]]:
+    """Answers a plan. Returns the choice, and the number of requests in each round."""
+    rounds: list[int] = []
+    try:
+        branches = next(plan)
+        while True:
+            rounds.append(len(branches))
+            branches = plan.send(list(map(score, branches)))
+    except StopIteration as end:
+        return end.value, rounds
+
+
+@given(ACTIONS, st.data(), SAMPLINGS, st.integers())
+def test_a_plan_with_few_requests_makes_the_same_choice(
+    actions: list[str], data: st.DataObject, sampling: Sampling, seed: int
+):
+    trie = trie_of(actions)
+    scores = dict(zip(trie.branches, drawn_scores(data, trie), strict=True))
+    whole, all_rounds = followed(plan(trie, sampling, random.Random(seed), all_probs=True), scores.__getitem__)
+    taken, rounds = followed(plan(trie, sampling, random.Random(seed), all_probs=False), scores.__getitem__)
+    assert sum(rounds) <= sum(all_rounds) == len(trie.branches)
+    assert set(taken.probs) <= set(whole.probs)
+    assert taken.probs == pytest.approx({action: whole.probs[action] for action in taken.probs}, abs=1e-9)
+    assert taken.action == whole.action
+    assert (taken.token_ids, taken.drawn) == (whole.token_ids, whole.drawn)
+    assert taken.logprobs == pytest.approx(whole.logprobs, abs=1e-6)
+    assert taken.logprob == pytest.approx(whole.logprob, abs=1e-6)
+
+
+@pytest.mark.parametrize("sampling", [DRAWN, Sampling(top_p=0.8), Sampling(top_k=3), Sampling(min_p=0.3)])
+def test_choices_of_few_requests_follow_the_distribution(sampling: Sampling):
+    trie = trie_of(["aa", "ab", "b", "ba", "bb", "c"])
+    generator = random.Random(5)
+    scores = {branch: [generator.uniform(-2, 0) for _ in branch.children] for branch in trie.branches}
+    draws = [
+        followed(plan(trie, sampling, generator, all_probs=False), scores.__getitem__)[0].action for _ in range(20_000)
+    ]
+    probs = trie.distribution(list(scores.values()), sampling)
+    for action, prob in zip(trie.actions, probs, strict=True):
+        assert draws.count(action) / 20_000 == pytest.approx(prob, abs=5 * math.sqrt(prob * (1 - prob) / 20_000))
+
+
+def test_a_flat_distribution_takes_few_rounds():
+    trie = trie_of([f"{number:010b}" for number in range(1024)])
+    choosing = plan(trie, GREEDY, random.Random(0), all_probs=False)
+    _, rounds = followed(choosing, lambda branch: [0.0] * len(branch.children))
+    assert sum(rounds) == len(trie.branches)
+    assert len(rounds) <= 20

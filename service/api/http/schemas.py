@@ -32,6 +32,10 @@ class DiscreteActions(_Request):
 
     type: Literal["discrete"]
     actions: list[str] = Field(min_length=2, max_length=1024)
+    probs: Literal["all", "taken"] | None = None
+    """Of which actions `action_probs` has the probability: of all legal ones, or of the one taken and those that became
+    known on the way, which needs fewer requests to the model. By default of all, if there are at most 64 legal actions
+    or if one request is enough. The action is drawn from the same distribution."""
 
 
 class JsonActions(_Request):
@@ -340,7 +344,11 @@ class Act(_Response):
     reasoning: str | None
     """The thought before the action."""
     action_probs: dict[str, float] | None
-    """The policy's distribution over the legal actions of a discrete space. At temperature 0, that of temperature 1."""
+    """The policy's distribution over the legal actions of a discrete space; see its field `probs`. At temperature 0,
+    that of temperature 1."""
+    legal_mass: float | None
+    """The probability that the policy gave all legal actions before it was restricted to them, at the first place where
+    these differ. Null if there was no choice."""
     logprob: float | None
     """Log-probability of the action under the distribution that it was sampled from. At temperature 0, under that of
     temperature 1. Null for a recorded action."""

@@ -208,6 +208,7 @@ def _step(row: Step, reward: float | None) -> dict[str, Any]:
     given = {"step": row.index, "observation": row.message.observation, "info": row.message.info}
     legal = row.message.legal_actions
     decided = {name: answer[name] for name in copied}
+    decided["legal_mass"] = answer.get("legal_mass")  # steps of older versions lack it
     return {**given, "legal_actions": legal, **decided, "reward": reward, "created_at": row.created_at}
 
 

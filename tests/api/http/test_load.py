@@ -163,7 +163,8 @@ async def key_of(api: Served, tenant: str) -> dict[str, str]:
 
 def random_actions(num_actions: int) -> dict[str, Any]:
     generator = random.Random(1)
-    return {"type": "discrete", "actions": [f"{generator.getrandbits(32):08x}" for _ in range(num_actions)]}
+    actions = [f"{generator.getrandbits(32):08x}" for _ in range(num_actions)]
+    return {"type": "discrete", "actions": actions, "probs": "all"}
 
 
 @pytest.mark.parametrize("max_candidates", [None, 4])

@@ -6,12 +6,14 @@ import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import pytest
 
 from service.engine.tokenizer import HFTokenizer
 from service.testing.scripted_engine import ScriptedEngine
+from tests.support.databases import execute
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
 
 
@@ -41,8 +43,8 @@ async def test_the_answer_holds_what_the_contract_says(api: Served):
     await api.open()
     answer = await api.act(observation="look")
     assert set(answer) == {
-        *("episode_id", "step", "action", "text", "reasoning", "action_probs", "logprob", "finish_reason"),
-        *("parse_failure", "done", "replayed", "policy_version", "usage", "timing"),
+        *("episode_id", "step", "action", "text", "reasoning", "action_probs", "legal_mass", "logprob"),
+        *("finish_reason", "parse_failure", "done", "replayed", "policy_version", "usage", "timing"),
     }
     assert (answer["episode_id"], answer["step"], answer["action"], answer["done"]) == ("e", 0, "ok", False)
     assert set(answer["usage"]) == {"prompt_tokens", "cached_tokens", "completion_tokens"}
@@ -56,6 +58,55 @@ async def test_a_discrete_action_comes_with_the_distribution_it_was_drawn_from(a
     assert list(answer["action_probs"]) == DISCRETE["actions"]
     assert sum(answer["action_probs"].values()) == pytest.approx(1.0)
     assert answer["logprob"] == pytest.approx(math.log(answer["action_probs"][answer["action"]]))
+
+
+async def test_a_step_of_an_older_version_has_no_mass(api: Served):
+    await api.open()
+    answer = await api.act(step=0)
+    await execute(api.store_url, """UPDATE steps SET answer = replace(answer, 'legal_mass', 'unknown')""")
+    assert await api.act(step=0) == {**answer, "unknown": None, "replayed": True, "timing": ANY}
+    assert (await api.trajectory())["steps"][0]["legal_mass"] is None
+
+
+MANY = [f"{number * 2654435761 % 2**32:08x}" for number in range(1024)]
+"""1,024 actions of several tokens that begin alike."""
+
+
+async def test_few_requests_choose_the_action_that_all_would(api: Served):
+    answers: dict[str, list[Any]] = {}
+    num_requests: dict[str, int] = {}
+    for probs in ("all", "taken"):
+        space = {"type": "discrete", "actions": MANY, "probs": probs}
+        await api.open(probs, action_space=space, sampling={"temperature": 1.0, "seed": 3})
+        before = api.engine.num_calls
+        answers[probs] = [await api.act(probs, step=step) for step in range(3)]
+        num_requests[probs] = api.engine.num_calls - before
+    assert num_requests["taken"] <= 3 * 8 < num_requests["all"]
+    for every, taken in zip(answers["all"], answers["taken"], strict=True):
+        assert taken["action"] == every["action"]
+        assert set(every["action_probs"]) == set(MANY)
+        assert taken["action"] in taken["action_probs"]
+        assert taken["action_probs"] == pytest.approx({a: every["action_probs"][a] for a in taken["action_probs"]})
+        assert taken["logprob"] == pytest.approx(every["logprob"])
+        assert taken["legal_mass"] == pytest.approx(every["legal_mass"])
+
+
+async def test_up_to_64_legal_actions_have_all_probabilities_by_default(api: Served):
+    await api.open(action_space={"type": "discrete", "actions": MANY})
+    assert len((await api.act())["action_probs"]) < len(MANY)
+    assert list((await api.act(step=1, legal_actions=MANY[:64]))["action_probs"]) == MANY[:64]
+    await api.open("single", action_space={"type": "discrete", "actions": [chr(65 + n) for n in range(26)]})
+    assert len((await api.act("single"))["action_probs"]) == 26
+
+
+async def test_the_mass_of_the_legal_actions_is_what_the_policy_gave_them(api: Served):
+    for name in ("e", "all"):
+        await api.open(name, action_space=DISCRETE)
+    both = (await api.act(step=0, legal_actions=["left", "right"]))["legal_mass"]
+    assert 0 < both < (await api.act("all"))["legal_mass"] <= 1
+    assert (await api.act(step=1, legal_actions=["left"]))["legal_mass"] is None
+    assert (await api.trajectory())["steps"][0]["legal_mass"] == both
+    assert (await api.act(step=0, legal_actions=["left", "right"]))["legal_mass"] == both
 
 
 async def test_legal_actions_narrow_the_choice(api: Served):
