@@ -25,6 +25,8 @@ STOP_LIMIT_S = 30.0
 
 Command = list[str]
 
+_RUN_MODULE: Command = [sys.executable, "-m"]
+
 
 class Failed(RuntimeError):
     """A contender did not start or has died. The message ends with the end of its log."""
@@ -105,6 +107,10 @@ class _Server:
     async def stop(self) -> None:
         await self._program.stop()
 
+    @property
+    def pid(self) -> int:
+        return self._program.process.pid
+
     async def play(self, cell: Cell, run: int) -> Sample:
         actors: list[ServiceActor | ChatActor] = []
 
@@ -140,9 +146,9 @@ class _Server:
 class Service(_Server):
     """(a) `episodic serve` with its default settings: every step is on disk before the response is sent."""
 
-    def __init__(self, model: str, options: dict[str, Any], folder: Path) -> None:
+    def __init__(self, model: str, options: dict[str, Any], folder: Path, run_module: Command = _RUN_MODULE) -> None:
         port = _free_port()
-        command = [sys.executable, "-m", "service", "serve", "--model", model, "--port", str(port)]
+        command = [*run_module, "service", "serve", "--model", model, "--port", str(port)]
         for name, value in options.items():
             command += ["--engine", f"{name}={orjson.dumps(value).decode()}"]
         environment = {**_environment(), "EPISODIC_DATA": str(folder)}
@@ -167,13 +173,17 @@ class OpenAIServer(_Server):
 class BareEngine:
     """(c) AsyncLLM without a server, in a process that runs the cells itself."""
 
-    def __init__(self, model: str, options: dict[str, Any], folder: Path) -> None:
-        command = [sys.executable, "-m", "bench.bare", model, orjson.dumps(options).decode()]
+    def __init__(self, model: str, options: dict[str, Any], folder: Path, run_module: Command = _RUN_MODULE) -> None:
+        command = [*run_module, "bench.bare", model, orjson.dumps(options).decode()]
         self._program = _Program(command, folder / "bare.log", _environment())
 
     async def start(self) -> None:
         await self._program.start(piped=True)
         await self._answer()
+
+    @property
+    def pid(self) -> int:
+        return self._program.process.pid
 
     async def play(self, cell: Cell, run: int) -> Sample:
         order = {
