@@ -316,7 +316,8 @@ def _parameters(name: str, given: dict[str, Any] | None) -> Schema:
     parameters = _NO_PARAMETERS if given is None else given
     types = parameters.get("type", "object")
     if types != "object" and not (isinstance(types, list) and "object" in types):
-        raise SchemaRefused(f"{owner}: the schema of the parameters must be of type object")
+        given_type = json.dumps(types, ensure_ascii=False)[:40]
+        raise SchemaRefused(f"{owner}: the 'type' of the parameters must be \"object\", not {given_type}")
     return Schema({**parameters, "type": "object"}, owner=owner, noun="parameter")
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import structlog
 
 from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
+from service.validation import lark
 
 _MEMORY_LIMIT_BYTES = 3 << 30
 _START_LIMIT_S = 120.0
@@ -247,16 +248,15 @@ class _Guidance:
     def compile(self, spec: str) -> None:
         """Compiles a grammar, and follows it for some tokens, because llguidance does much of its work only then.
         Raises ValueError."""
-        from llguidance import LLMatcher
-
-        start = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(spec), log_level=0)
+        start = lark.matcher(spec, self._tokenizer)
         generator = random.Random(0)  # noqa: S311 - not a secret
         for _ in range(_NUM_WALKS):
             matcher = start.deep_copy()
             for _ in range(_WALK_TOKENS):
                 mask = matcher.compute_bitmask()
                 if matcher.is_error():
-                    raise ValueError(f"the grammar is too complex: {matcher.get_error().splitlines()[0][:200]}")
+                    sys.stderr.write(matcher.get_error()[:1000] + "\n")  # the library's text says nothing to callers
+                    raise ValueError(f"the schema or the pattern is too complex to be enforced; {_SIMPLIFY}")
                 allowed = [index for index, byte in enumerate(mask) if byte]
                 if not allowed or matcher.is_stopped():
                     break

@@ -42,7 +42,7 @@ def compiled(schema: Schema, *, strict: bool) -> str:
     Raises SchemaRefused.
     """
     grammar = Grammar()
-    return _text(grammar, grammar_rule(grammar, schema, strict=strict))
+    return grammar.text(grammar_rule(grammar, schema, strict=strict))
 
 
 def compiled_calls(tools: Sequence[tuple[str, Schema, bool]]) -> str:
@@ -51,11 +51,9 @@ def compiled_calls(tools: Sequence[tuple[str, Schema, bool]]) -> str:
     start, budget = grammar.new_rule(), Budget()
     for name, schema, strict in tools:
         arguments = grammar_rule(grammar, schema, strict=strict, budget=budget)
-        if not grammar.derives(arguments):
-            raise SchemaRefused(f"{schema.where('')}no object is valid under the schema of the parameters")
         opening = json.dumps({"name": name}, ensure_ascii=False, separators=(",", ":"))[:-1] + ',"arguments":'
         grammar.add(start, [[grammar.terminal(f"/{_expression(opening)}/"), arguments, '"}"']])
-    return _text(grammar, start)
+    return grammar.text(start)
 
 
 def compiled_pattern(pattern: str) -> str:
@@ -69,15 +67,8 @@ def compiled_pattern(pattern: str) -> str:
 
 
 def grammar_rule(grammar: Grammar, schema: Schema, *, strict: bool, budget: Budget | None = None) -> str:
-    """Adds the rules for a schema to a grammar. Returns the first. Raises SchemaRefused."""
+    """Adds the rules for a schema to a grammar. Returns the first, which derives a text. Raises SchemaRefused."""
     return _Compiler(grammar, Analysis(schema, strict=strict, budget=budget or Budget())).rules()
-
-
-def _text(grammar: Grammar, start: str) -> str:
-    text = grammar.text(start)
-    if text is None:
-        raise SchemaRefused("no value is valid under the schema")
-    return text
 
 
 class _Compiler:
@@ -100,9 +91,18 @@ class _Compiler:
             except ValueError as error:
                 if isinstance(error, SchemaRefused):
                     raise
-                where = conjunction[0].where() if conjunction else ""
-                raise SchemaRefused(f"{where}{error}") from error
+                raise SchemaRefused(f"{_where(conjunction)}{error}") from error
+        if not self._grammar.derives(start):
+            raise SchemaRefused(self._why_empty(start))
         return start
+
+    def _why_empty(self, start: str) -> str:
+        """Returns the place and the keywords because of which no value is valid."""
+        conjunctions = {rule: conjunction for conjunction, rule in self._rules.items()}
+        known = [conjunctions[rule] for rule in self._grammar.dead_ends(start) if rule in conjunctions]
+        keywords = dict.fromkeys(keyword for part in known[-1] for keyword in part.keywords)
+        listed = f"the keyword{'s' * (len(keywords) > 1)} {', '.join(map(repr, keywords))}"[:300]
+        return f"{_where(known[-1])}no value is valid under {listed if keywords else 'the schema false'}"
 
     def _rule(self, conjunction: Conjunction) -> str:
         """Returns the rule for the values that satisfy the conjunction. It is written later."""
@@ -166,7 +166,7 @@ class _Compiler:
             least = 0
         counted = max(1, least, 0 if most is None or (not others and most >= len(listed)) else most)
         if counted * len(listed) > _MAX_COUNTED:
-            raise SchemaRefused("minProperties or maxProperties is too large for so many properties")
+            raise ValueError("the keywords 'minProperties' and 'maxProperties' are too large for so many properties")
         pairs = [(self._pair(name, shape.of(name)), name in shape.required) for name in listed]
         yield self._chain(pairs, others, range(least, counted), most)
 
@@ -185,7 +185,7 @@ class _Compiler:
         """Returns a rule for a property whose name is not listed; None if there can be none."""
         known = shape.patterns
         if len(known) > _MAX_KEY_PATTERNS:
-            raise SchemaRefused(f"the keyword 'patternProperties' is supported for up to {_MAX_KEY_PATTERNS} patterns")
+            raise ValueError(f"the keyword 'patternProperties' is supported for up to {_MAX_KEY_PATTERNS} patterns")
         alternatives: list[list[Part]] = []
         for matching in (some for size in range(len(known) + 1) for some in combinations(known, size)):
             demanded = shape.of_others(matching)
@@ -292,6 +292,10 @@ class _Compiler:
 def _common_multiple(one: Fraction, other: Fraction) -> Fraction:
     numerator = math.lcm(one.numerator * other.denominator, other.numerator * one.denominator)
     return Fraction(numerator, one.denominator * other.denominator)
+
+
+def _where(conjunction: Conjunction) -> str:
+    return conjunction[0].where() if conjunction else ""
 
 
 def _comma(count: int) -> list[Part]:

@@ -19,6 +19,10 @@ from service.validation.patterns import ANY_CHARACTER, PatternRefused, json_char
 _MAX_ALTERNATIVES = 512
 _MAX_DISJOINT_DEPTH = 4
 NO_TEXT = "/[a&&b]/"
+_MAX_LENGTH = 1_000_000
+"""The largest minimum of the length of a text, a list or an object."""
+_UNREACHED_LENGTH = 100_000_000
+"""A maximum above this is not written into the grammar. No model's context has room for such a value."""
 _EXPANDED = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 """Keywords that `Analysis` replaces by the subschemas that they refer to."""
 
@@ -285,10 +289,10 @@ class Analysis:
 
 
 def _without(part: Subschema, keywords: frozenset[str] | set[str]) -> Subschema:
-    """Returns the subschema without annotations and these keywords."""
+    """Returns the subschema without these keywords."""
     if part.keywords.keys() & {"unevaluatedProperties", "unevaluatedItems"}:
         return part  # these depend on the keywords beside them
-    kept = {name: value for name, value in part.keywords.items() if name not in _ANNOTATIONS | keywords}
+    kept = {name: value for name, value in part.keywords.items() if name not in keywords}
     return replace(part, schema=kept)
 
 
@@ -358,7 +362,7 @@ def _excluded(analysis: Analysis, parts: Conjunction, types: set[str]) -> list[A
         if part.keywords.get("not", False) is False:
             continue
         forbidden = part.child("not").keywords
-        words = forbidden.keys() - _ANNOTATIONS
+        words = forbidden.keys()
         if not words:
             types.clear()
         elif words == {"type"} and "integer" not in (names := _listed_types(forbidden["type"])):
@@ -370,11 +374,6 @@ def _excluded(analysis: Analysis, parts: Conjunction, types: set[str]) -> list[A
         elif types:
             analysis.refuse(part, "not")
     return values
-
-
-_ANNOTATIONS = frozenset(
-    {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
-)
 
 
 def _listed_types(given: str | list[str]) -> set[str]:
@@ -415,7 +414,7 @@ def _texts(analysis: Analysis, parts: Conjunction, excluded: list[str]) -> Texts
             conditions += _format_conditions(name)
         elif name in formats.REFUSED:
             analysis.refuse(part, "format", f"cannot be enforced for {name!r}")
-    least, most = _range(parts, "minLength", "maxLength")
+    least, most = _range(analysis, parts, "minLength", "maxLength")
     return Texts(tuple(conditions), least, most)
 
 
@@ -436,15 +435,20 @@ def _format_conditions(name: str) -> list[tuple[bool, str]]:
     return parsed.conditions(json_characters)
 
 
-def _range(parts: Conjunction, low: str, high: str) -> tuple[int, int | None]:
-    """Returns the strictest of several minimums and maximums; None for no maximum."""
-    least = max((math.ceil(part.keywords[low]) for part in parts if low in part.keywords), default=0)
+def _range(analysis: Analysis, parts: Conjunction, low: str, high: str) -> tuple[int, int | None]:
+    """Returns the strictest of several minimums and maximums; None for no maximum, or one that no value reaches."""
+    least = 0
+    for part in parts:
+        if math.ceil(part.keywords.get(low, 0)) > _MAX_LENGTH:
+            analysis.refuse(part, low, f"cannot be enforced above {_MAX_LENGTH:,}")
+        else:
+            least = max(least, math.ceil(part.keywords.get(low, 0)))
     most = min((math.floor(part.keywords[high]) for part in parts if high in part.keywords), default=None)
-    return least, most
+    return least, None if most is None or most > _UNREACHED_LENGTH else most
 
 
 def _arrays(analysis: Analysis, parts: Conjunction) -> Arrays:
-    least, most = _range(parts, "minItems", "maxItems")
+    least, most = _range(analysis, parts, "minItems", "maxItems")
     layers: list[Items] = []
     for part in parts:
         words = part.keywords
@@ -460,7 +464,7 @@ def _arrays(analysis: Analysis, parts: Conjunction) -> Arrays:
 
 
 def _objects(analysis: Analysis, parts: Conjunction) -> Objects:
-    least, most = _range(parts, "minProperties", "maxProperties")
+    least, most = _range(analysis, parts, "minProperties", "maxProperties")
     required: list[str] = []
     layers: list[Properties] = []
     for part in parts:

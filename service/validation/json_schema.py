@@ -114,8 +114,9 @@ class Schema:
         except SchemaError as error:
             place, keyword = _place_of(list(error.absolute_path))
             raise SchemaRefused(
-                f"{self.where(place)}not a JSON schema: {f'{keyword!r}: ' if keyword else ''}{error.message[:300]}"
+                f"{self.where(place)}not a JSON schema: {f'{keyword!r}: ' if keyword else ''}{_fault(error)}"
             ) from error
+        _translate_pointers(self._schema, schema)
         self._check_references(self._schema, "")
         self._check_unevaluated()
         self._validator: Any = _Validator(self._schema)
@@ -245,6 +246,31 @@ _ONE_SCHEMA: dict[str, str | None] = {
 """Keywords whose value is a schema, and how the place of its values is written."""
 _SCHEMAS_IN_ORDER = {"allOf": "", "anyOf": "", "oneOf": "", "prefixItems": "[]"}
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
+)
+_TYPES = "array, boolean, integer, null, number, object or string"
+
+
+def _fault(error: SchemaError) -> str:
+    """Returns what is wrong with the value of a keyword."""
+    wanted: Any = error.validator_value
+    match str(error.validator):
+        case "type":
+            must = f"be of type {' or '.join([wanted] if isinstance(wanted, str) else wanted)}"
+        case "anyOf" | "enum":  # only the metaschema of `type` has alternatives
+            must = f"be {_TYPES}, or a list of some of them"
+        case "minItems":
+            must = "not be empty"
+        case "uniqueItems":
+            must = "not contain a value twice"
+        case "minimum":
+            must = f"be at least {wanted}"
+        case "exclusiveMinimum":
+            must = f"be greater than {wanted}"
+        case _:
+            must = "have another form"
+    return f"the value must {must}, but it is {json.dumps(error.instance, ensure_ascii=False)[:100]}"
 
 
 _EVALUATING = frozenset(
@@ -254,10 +280,11 @@ _EVALUATING = frozenset(
 
 
 def _modern(schema: Any) -> Any:
-    """Returns a copy of a schema in which keywords of older drafts are translated to those of draft 2020-12."""
+    """Returns a copy of a schema without annotations, in which keywords of older drafts are translated to those of
+    draft 2020-12."""
     if not isinstance(schema, dict):
         return schema
-    found = _translated(dict(cast("Node", schema)))
+    found = _translated({name: value for name, value in cast("Node", schema).items() if name not in _ANNOTATIONS})
     for keyword, value in found.items():
         if keyword in _ONE_SCHEMA:
             found[keyword] = _modern(value)
@@ -265,13 +292,20 @@ def _modern(schema: Any) -> Any:
             found[keyword] = [_modern(child) for child in cast("list[Any]", value)]
         elif keyword in _SCHEMAS_BY_NAME and isinstance(value, dict):
             found[keyword] = {name: _modern(child) for name, child in cast("Node", value).items()}
+        elif keyword == "components" and isinstance(value, dict):  # of OpenAPI
+            schemas = cast("Node", value).get("schemas")
+            if isinstance(schemas, dict):
+                children = {name: _modern(child) for name, child in cast("Node", schemas).items()}
+                found[keyword] = {**cast("Node", value), "schemas": children}
     return found
 
 
 def _translated(schema: Node) -> Node:
     """Translates the keywords of one schema, in place."""
+    _translate_dynamic_references(schema)
     if isinstance(schema.get("items"), list):
-        schema["prefixItems"] = schema.pop("items")
+        if first := schema.pop("items"):
+            schema["prefixItems"] = first
         if "additionalItems" in schema:
             schema["items"] = schema.pop("additionalItems")
     for bound, keyword in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
@@ -287,6 +321,32 @@ def _translated(schema: Node) -> Node:
             keyword = "dependentRequired" if isinstance(needed, list) else "dependentSchemas"
             schema[keyword] = {**schema.get(keyword, {}), name: needed}
     return schema
+
+
+def _translate_dynamic_references(schema: Node) -> None:
+    """Replaces references that depend on the document which they are reached from. Here there is only one document."""
+    schema.pop("$recursiveAnchor", None)
+    for keyword in ("$recursiveRef", "$dynamicRef"):
+        if keyword in schema and "$ref" not in schema:
+            schema["$ref"] = schema.pop(keyword)
+
+
+def _translate_pointers(schema: Node, original: Node) -> None:
+    """Makes the references of a translated schema lead to where those of the original lead."""
+    for found, _ in _subschemas(schema, ""):
+        if "tems" in found.get("$ref", ""):
+            found["$ref"] = _new_pointer(found["$ref"], original)
+
+
+def _new_pointer(reference: str, original: Node) -> str:
+    """Returns a JSON pointer in which `items` and `additionalItems` are replaced by what they were translated to."""
+    node: Any = original
+    tokens = reference.split("/")
+    for index, token in enumerate(tokens[1:], 1):
+        if isinstance(node, dict) and isinstance(cast("Node", node).get("items"), list):
+            tokens[index] = {"items": "prefixItems", "additionalItems": "items"}.get(token, token)
+        node = _step(node, unquote(token).replace("~1", "/").replace("~0", "~"))
+    return "/".join(tokens)
 
 
 def _subschemas(schema: Any, place: str) -> Iterator[tuple[Node, str]]:

@@ -3,13 +3,22 @@
 A terminal is written as expressions between slashes, combined with `&`, `|` and `~` (complement).
 """
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 _MAX_CHARACTERS = 1 << 20
 """Maximum length of all terminals together."""
+_MAX_ITEMS = 32_000
+"""Maximum number of items of llguidance's parser at one place. Each optional property of an object that may come next
+is about three items, and the size of a schema is limited, too."""
+_MAX_LINES_ON_STACK = 500
+_STACK_BYTES = 512 << 20
+"""Memory that is reserved, and only used as needed. It suffices for the largest grammar."""
+_stack_lock = threading.Lock()
 _CHUNK_BYTES = 1024
 """Number of bytes that a matcher gets at once. llguidance limits its work for each call."""
 
@@ -63,11 +72,19 @@ class Grammar:
         """Whether a rule derives any text."""
         return rule in self._productive()
 
-    def text(self, start: str) -> str | None:
-        """Returns the grammar with this start rule; None if it derives no text."""
+    def dead_ends(self, start: str) -> list[str]:
+        """Returns the rules that explain why `start` derives no text, from `start` to the last cause."""
+        productive, found, pending = self._productive(), dict[str, None](), [start]
+        while pending and pending[0] not in found:
+            rule = pending[0]
+            found[rule] = None
+            dead = [[_rule_of(part) for part in parts if not _is_live(part, productive)] for parts in self._rules[rule]]
+            pending = [name for name in (dead[0] if dead else ()) if all(name in names for names in dead)]
+        return list(found)
+
+    def text(self, start: str) -> str:
+        """Returns the grammar with this start rule, which must derive a text."""
         productive = self._productive()
-        if start not in productive:
-            return None
         lines = ["%llguidance {}", f"start: {start}"]
         for name in self._reachable(start, productive):
             alternatives = [self._written(parts, productive) for parts in self._live(name, productive)]
@@ -85,7 +102,7 @@ class Grammar:
         for rule, alternatives in self._rules.items():
             for parts in alternatives:
                 for part in parts:
-                    users.setdefault(part.rule if isinstance(part, Repeated) else part, []).append(rule)
+                    users.setdefault(_rule_of(part), []).append(rule)
         productive: set[str] = set()
         pending = list(self._rules)
         while pending:
@@ -100,7 +117,7 @@ class Grammar:
         while pending:
             for parts in self._live(pending.pop(), productive):
                 for part in parts:
-                    name = part.rule if isinstance(part, Repeated) else part
+                    name = _rule_of(part)
                     if name in productive and name not in found:
                         found[name] = None
                         pending.append(name)
@@ -112,6 +129,10 @@ class Grammar:
             part if isinstance(part, str) else _repetition(part) for part in parts if not _is_dropped(part, productive)
         ]
         return " ".join(words) or '""'
+
+
+def _rule_of(part: Part) -> str:
+    return part.rule if isinstance(part, Repeated) else part
 
 
 def _is_live(part: Part, productive: set[str]) -> bool:
@@ -154,9 +175,27 @@ def matcher(grammar: str, tokenizer: Any = None) -> Any:
     """Returns a matcher for a grammar; by default, of bytes. The caller must ask whether it `is_error`."""
     import llguidance
 
-    return llguidance.LLMatcher(
-        tokenizer or byte_tokenizer(), llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0
-    )
+    def made() -> Any:
+        return llguidance.LLMatcher(
+            tokenizer or byte_tokenizer(),
+            llguidance.LLMatcher.grammar_from_lark(grammar),
+            log_level=0,
+            limits=llguidance.LLParserLimits(max_items_in_row=_MAX_ITEMS, step_max_items=20 * _MAX_ITEMS),
+        )
+
+    return made() if grammar.count("\n") < _MAX_LINES_ON_STACK else _on_large_stack(made)
+
+
+def _on_large_stack(function: Callable[[], Any]) -> Any:
+    """Calls a function in a thread with a large stack. llguidance compiles rules by recursion, which takes 3 KiB for
+    each rule that refers to the next, and a stack overflow would end the process."""
+    with _stack_lock, ThreadPoolExecutor(max_workers=1) as executor:
+        size = threading.stack_size(_STACK_BYTES)
+        try:
+            called = executor.submit(function)
+        finally:
+            threading.stack_size(size)
+        return called.result()
 
 
 def accepts(matcher: Any, text: str) -> bool:
@@ -175,4 +214,4 @@ def is_empty(terminal: str) -> bool:
         return False
     if found.get_error().startswith("NoExtension"):
         return True
-    raise ValueError("the pattern, or its combination with other patterns or lengths, is too complex")
+    raise ValueError("the keyword 'pattern', or its combination with other patterns or with lengths, is too complex")

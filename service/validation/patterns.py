@@ -181,13 +181,21 @@ _CONTROLS = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
 _CATEGORIES = frozenset(
     [
         *("L", "Lu", "Ll", "Lt", "Lm", "Lo", "M", "Mn", "Mc", "Me", "N", "Nd", "Nl", "No", "P", "Pc", "Pd", "Ps", "Pe"),
-        *("Pi", "Pf", "Po", "S", "Sm", "Sc", "Sk", "So", "Z", "Zs", "Zl", "Zp"),
+        *("Pi", "Pf", "Po", "S", "Sm", "Sc", "Sk", "So", "Z", "Zs", "Zl", "Zp", "Cc", "Cf"),
     ]
 )
 _LONG_NAMES = {
-    **{"Letter": "L", "Uppercase_Letter": "Lu", "Lowercase_Letter": "Ll", "Mark": "M", "Number": "N"},
-    **{"Decimal_Number": "Nd", "Punctuation": "P", "Symbol": "S", "Separator": "Z"},
+    **{"Letter": "L", "Uppercase_Letter": "Lu", "Lowercase_Letter": "Ll", "Titlecase_Letter": "Lt"},
+    **{"Modifier_Letter": "Lm", "Other_Letter": "Lo", "Mark": "M", "Combining_Mark": "M", "Nonspacing_Mark": "Mn"},
+    **{"Spacing_Mark": "Mc", "Enclosing_Mark": "Me", "Number": "N", "Decimal_Number": "Nd", "digit": "Nd"},
+    **{"Letter_Number": "Nl", "Other_Number": "No", "Punctuation": "P", "punct": "P", "Connector_Punctuation": "Pc"},
+    **{"Dash_Punctuation": "Pd", "Open_Punctuation": "Ps", "Close_Punctuation": "Pe", "Initial_Punctuation": "Pi"},
+    **{"Final_Punctuation": "Pf", "Other_Punctuation": "Po", "Symbol": "S", "Math_Symbol": "Sm"},
+    **{"Currency_Symbol": "Sc", "Modifier_Symbol": "Sk", "Other_Symbol": "So", "Separator": "Z"},
+    **{"Space_Separator": "Zs", "Line_Separator": "Zl", "Paragraph_Separator": "Zp", "Control": "Cc", "cntrl": "Cc"},
+    "Format": "Cf",
 }
+"""The other names of the categories in ECMA-262."""
 
 
 @lru_cache(maxsize=64)
@@ -424,7 +432,7 @@ class _Parser:
             case "[":
                 return Chars(self._class())
             case "\\":
-                return Chars(self._escape())
+                return Chars(_without_surrogates(self._escape()))
             case "^":
                 return Anchor(is_start=True)
             case "$":
@@ -434,7 +442,7 @@ class _Parser:
             case "*" | "+" | "?" as symbol:
                 raise PatternRefused(f"the quantifier {symbol!r} has nothing to repeat")
             case character:
-                return Chars(_one(character))
+                return Chars(_without_surrogates(_one(character)))
 
     def _group(self) -> Node:
         self._depth += 1
@@ -465,13 +473,8 @@ class _Parser:
                 "",
             ):
                 self._at += 1
-                high = self._class_member()
-                if _size(low) != 1 or _size(high) != 1:
-                    raise PatternRefused("a range in [...] must be between two characters")
-                if low[0][0] > high[0][0]:
-                    raise PatternRefused("a range in [...] is out of order")
-                low = ((low[0][0], high[0][0]),)
-            found += low
+                low = _range(low, self._class_member())
+            found += low if inverse else _without_surrogates(low)
         ranges = without(found, _SURROGATES)
         return _inverse(ranges) if inverse else ranges
 
@@ -499,6 +502,8 @@ class _Parser:
             raise PatternRefused(f"a word boundary, \\{letter}, is not supported")
         if letter == "k" or letter in "123456789":
             raise PatternRefused(f"a backreference, \\{letter}, is not supported")
+        if letter == "0" and self._pattern[self._at : self._at + 1] in _DIGIT_CHARACTERS:
+            raise PatternRefused("an octal escape, such as \\01, is not supported: write \\x01")
         if letter in _CONTROLS:
             return _one(chr(_CONTROLS[letter]))
         if letter.isascii() and letter.isalnum():
@@ -539,6 +544,26 @@ _QUANTIFIERS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None
 
 def _one(character: str) -> Ranges:
     return ((ord(character), ord(character)),)
+
+
+_DIGIT_CHARACTERS = tuple("0123456789")
+
+
+def _range(low: Ranges, high: Ranges) -> Ranges:
+    """Returns the characters of a range in a class. Beside a set, such as in `[\\w-.]`, the hyphen is a character."""
+    if _size(low) != 1 or _size(high) != 1:
+        return _merged([*low, *_one("-"), *high])
+    if low[0][0] > high[0][0]:
+        raise PatternRefused("a range in [...] is out of order")
+    return ((low[0][0], high[0][0]),)
+
+
+def _without_surrogates(ranges: Ranges) -> Ranges:
+    """Returns the characters. Raises PatternRefused if there are only surrogates, of which no text consists."""
+    found = without(ranges, _SURROGATES)
+    if ranges and not found:
+        raise PatternRefused("a surrogate without its pair is not supported: write \\u{1F600} or the character")
+    return found
 
 
 def _size(ranges: Ranges) -> int:

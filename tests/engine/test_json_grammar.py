@@ -64,6 +64,48 @@ def test_references_that_double_at_each_level_stay_small():
     assert len(grammar) < 50_000
 
 
+@pytest.mark.parametrize("additional", [True, False])
+def test_all_of_many_optional_properties_can_be_written(additional: bool):
+    properties: dict[str, Any] = {f"p{n}": {} for n in range(4000)}  # more than a stack of 8 MiB has room for
+    schema = {"type": "object", "properties": properties, "additionalProperties": additional}
+    matcher = lark.matcher(compiled(Schema(schema), strict=True))
+    assert lark.accepts(matcher.deep_copy(), '{"p7":1,"p1499":2,"p3999":3}')
+    assert not lark.accepts(matcher.deep_copy(), '{"p7":1,"p6":2,"p6":3}')
+    assert lark.accepts(matcher.deep_copy(), '{"other":1}') == additional
+
+
+@pytest.mark.parametrize(
+    ("keyword", "text"), [("maxItems", "[1,2]"), ("maxProperties", '{"a":1}'), ("maxLength", '"ab"')]
+)
+def test_a_maximum_of_any_size_is_accepted(keyword: str, text: str):
+    assert writes({keyword: 10**40}, text)
+
+
+IMPOSSIBLE = {"type": "integer", "minimum": 2, "maximum": 1}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"minItems": 10**9}, ("'v'", "'minItems'")),
+        ({"minProperties": 10**9, "additionalProperties": False}, ("'v'", "'minProperties'")),
+        ({"patternProperties": {f"^{n}": {} for n in range(6)}}, ("'v'", "'patternProperties'")),
+        (HOSTILE["counted properties"] | {"additionalProperties": False}, ("'v'", "'minProperties'")),
+        (IMPOSSIBLE, ("'v'", "no value is valid", "'minimum', 'maximum'")),
+        ({"items": IMPOSSIBLE, "minItems": 1, "type": "array"}, ("'v[]'", "no value is valid", "'minimum'")),
+        (
+            {"type": "object", "properties": {"a": {}, "b": False}, "required": ["b"]},
+            ("'v'", "no value is valid", "'required'"),
+        ),
+        ({"anyOf": [IMPOSSIBLE, {"enum": []}]}, ("'v'", "no value is valid", "'anyOf'")),
+    ],
+)
+def test_a_refusal_names_the_place_and_the_keyword(schema: dict[str, Any], words: tuple[str, ...]):
+    with pytest.raises(SchemaRefused) as refusal:
+        compiled(Schema({"type": "object", "properties": {"v": schema}, "required": ["v"]}), strict=True)
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
 def test_large_lists_of_values_are_accepted():
     cities = {"$defs": {"city": {"enum": [f"City {n}" for n in range(2000)]}}}
     schema = {"type": "object", "properties": {name: {"$ref": "#/$defs/city"} for name in ("from", "to")}, **cities}

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import jsonschema_rs
@@ -418,7 +419,7 @@ def _texts(value: Any) -> list[str]:
     if float(value) == value and abs(value) < 2**70:
         texts |= {repr(float(value)), f"{float(value):.16e}"}
     if value == int(value):
-        texts.add(str(int(value)))
+        texts.add(str(int(Decimal(repr(value)))))  # the number that the JSON text of the value denotes
     return sorted(texts)
 
 

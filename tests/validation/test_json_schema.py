@@ -72,6 +72,21 @@ def test_a_nested_dialect_is_refused_and_a_property_of_that_name_is_not():
         ({"items": [{"type": "integer"}], "additionalItems": False}, [1], [1, 2]),
         ({"minimum": 3, "exclusiveMinimum": True}, 4, 3),
         ({"dependencies": {"a": ["b"]}}, {"b": 1}, {"a": 1}),
+        ({"items": [], "additionalItems": {"type": "null"}}, [None], [1]),
+        ({"properties": {"a": {"items": [{"type": "null"}]}, "b": {"$ref": "#/properties/a/items/0"}}}, {}, {"b": 1}),
+        (
+            {
+                "properties": {"v": {"$ref": "#/components/schemas/V"}},
+                "components": {"schemas": {"V": {"type": "number", "minimum": 0, "exclusiveMinimum": True}}},
+            },
+            {"v": 1},
+            {"v": 0},
+        ),
+        ({"$recursiveAnchor": True, "items": {"$recursiveRef": "#"}, "type": "array"}, [[]], [[1]]),
+        ({"$dynamicAnchor": "n", "items": {"$dynamicRef": "#n"}, "type": "array"}, [[]], [[1]]),
+        ({"properties": {"a": {"description": None, "title": 3, "type": "null"}}}, {"a": None}, {"a": 1}),
+        ({"format": "email"}, "a" * 64 + "@b.c", "a" * 65 + "@b.c"),
+        ({"format": "hostname"}, ".".join(["a" * 63] * 3 + ["a" * 61]), ".".join(["a" * 63] * 4)),
     ],
 )
 def test_patterns_formats_and_keywords_of_older_drafts_are_validated(schema: Any, valid: Any, invalid: Any):
@@ -88,6 +103,12 @@ def test_patterns_formats_and_keywords_of_older_drafts_are_validated(schema: Any
         ({"properties": {"a": {"maxLength": -1}}}, ("tool 't'", "parameter 'a'", "'maxLength'")),
         ({"properties": {"a": {"$ref": "https://example.com"}}}, ("tool 't'", "parameter 'a'", "'$ref'")),
         ({"$defs": {"d": {"$id": "x"}}}, ("tool 't'", "'$id'")),
+        ({"properties": {"a": {"type": "any"}}}, ("parameter 'a'", "'type'", '"any"', "array, boolean, integer")),
+        ({"properties": {"a": {"type": []}}}, ("parameter 'a'", "'type'", "[]")),
+        ({"properties": {"a": {"required": True}}}, ("parameter 'a'", "'required'", "type array", "true")),
+        ({"properties": {"a": {"properties": None}}}, ("parameter 'a'", "'properties'", "type object", "null")),
+        ({"properties": {"a": {"required": ["b", "b"]}}}, ("parameter 'a'", "'required'", "twice")),
+        ({"properties": {"a": {"multipleOf": 0}}}, ("parameter 'a'", "'multipleOf'", "greater than 0")),
     ],
 )
 def test_a_refusal_names_tool_place_and_keyword(schema: Any, words: tuple[str, ...]):

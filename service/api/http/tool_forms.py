@@ -6,19 +6,19 @@ Form = dict[str, Any]
 
 _SCHEMAS = ("parameters", "inputSchema", "input_schema")
 _DROPPED = {
-    "parameters": {"strict"},  # OpenAI, where the type is given
-    "inputSchema": {"title", "annotations", "outputSchema", "icons", "execution", "_meta"},  # Model Context Protocol
-    "input_schema": {"strict", "cache_control"},  # Anthropic
+    "parameters": {"strict", "return"},  # OpenAI and Hugging Face, where the type is given
+    # The Model Context Protocol; its Python SDK writes "meta".
+    "inputSchema": {"title", "annotations", "outputSchema", "icons", "execution", "_meta", "meta"},
+    "input_schema": {  # Anthropic
+        *("strict", "cache_control", "defer_loading", "allowed_callers", "input_examples", "eager_input_streaming")
+    },
 }
 """Fields of the other forms that do not describe a call, by the field of the schema."""
 _WANTED = 'write a tool as {"name", "description", "parameters"}'
 
 
 def translated(given: Form) -> Form:
-    """Returns a tool in the form that the service stores. Raises ValueError if it is not clear what is meant.
-
-    Unknown fields are kept, so that the validation refuses them.
-    """
+    """Returns a tool in the form that the service stores. Raises ValueError if it is not clear what is meant."""
     tool = dict(given)
     if "function_declarations" in tool or "functionDeclarations" in tool:
         raise ValueError(f"a list of function declarations is not a tool; {_WANTED}, one for each")
@@ -30,7 +30,12 @@ def translated(given: Form) -> Form:
         if not isinstance(function, dict) or tool:
             raise ValueError(f"'function' must be an object, with no other field than 'type' beside it; or {_WANTED}")
         tool, kind = dict(cast("Form", function)), "function"
-    return _with_one_schema(tool, is_typed=kind is not None)
+    tool = _with_one_schema(tool, is_typed=kind is not None)
+    if unknown := sorted(tool.keys() - {"name", "description", "parameters"}):
+        raise ValueError(f"the field {unknown[0][:40]!r} is not known; {_WANTED}")
+    if "name" not in tool:
+        raise ValueError(f"the name is missing; {_WANTED}")
+    return tool
 
 
 def _with_one_schema(tool: Form, *, is_typed: bool) -> Form:

@@ -14,6 +14,8 @@ from copy import copy
 from functools import lru_cache, partial
 from typing import Any
 
+from service.validation import lark
+
 MARK = "%llguidance"
 """The start of a grammar for llguidance."""
 
@@ -47,7 +49,6 @@ def _validate(validate: Callable[[Any], None], params: Any) -> None:
 
 def _backend(xgrammar_backend: Any) -> Any:
     """Returns a function that creates the backend, which also compiles grammars for llguidance."""
-    from llguidance import LLMatcher
     from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
 
     def make(*args: Any, **options: Any) -> Any:
@@ -59,7 +60,7 @@ def _backend(xgrammar_backend: Any) -> Any:
             if not grammar_spec.startswith(MARK):
                 return compile_others(request_type, grammar_spec, stop_token_ids)
             tokenizer = tokenizer_for(frozenset(stop_token_ids or ()))
-            matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar_spec), log_level=0)
+            matcher = lark.matcher(grammar_spec, tokenizer)
             return GuidanceGrammar(ll_matcher=matcher, ll_tokenizer=tokenizer, vocab_size=backend.vocab_size)
 
         backend.compile_grammar = compile_grammar

@@ -405,7 +405,7 @@ def _tool(name: str = "f", **parameters: Any) -> dict[str, Any]:
     ("tools", "words"),
     [
         ([_tool("same"), _tool("same")], ("two tools", "same")),
-        ([_tool(properties={"x": {"$ref": "#"}}, required=["x"])], ("no object is valid",)),
+        ([_tool(properties={"x": {"$ref": "#"}}, required=["x"])], ("'f'", "'x'", "no value is valid", "'$ref'")),
         ([_tool(properties={"x": {"$ref": "#/$defs/none"}})], ("has no target",)),
         ([_tool(properties={"x": {"$ref": "https://example.org/s"}})], ("another document",)),
         ([_tool(properties={"x": {"type": "integer", "not": {"const": 3}}})], ("'f'", "'not'")),
