@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from service.cli.options import no_service
+from service.cli.options import explained, no_service
 from service.client import DEFAULT_URL, Client, ConnectionFailed, EpisodeResource, EpisodicError
 from service.filters import FILTERS, ORDERS, EpisodeFilter, EpisodeQuery, Time
 from service.settings import client_key
@@ -167,7 +167,7 @@ def _service(url: str) -> Generator[Client]:
             _require_answer(url)
             yield client
     except (EpisodicError, OSError, ValueError, httpx.InvalidURL) as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {explained(error)}", err=True)
         raise typer.Exit(1) from error
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from service.cli.setting_errors import faults
+from service.client import ApiError
 from service.settings import Settings, holds_password
 
 
@@ -59,6 +60,12 @@ def no_service(url: str, reason: object) -> str:
     """The error if no service answers at a URL."""
     hint = f"start one with `{program()} serve`, or set --url or EPISODIC_URL"
     return f"no service answers at {url} ({reason}): {hint}"
+
+
+def explained(error: Exception) -> str:
+    """The error of a call, with what the user of a command can do about a missing key."""
+    is_refused = isinstance(error, ApiError) and error.status == 401
+    return f"{error} The commands read the key from EPISODIC_API_KEY." if is_refused else str(error)
 
 
 def fail(*lines: str, code: int = 2) -> NoReturn:

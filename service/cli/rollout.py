@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from service.cli.options import no_service, program
+from service.cli.options import explained, no_service, program
 from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Retry, Unavailable
 from service.environments import describe
 from service.rollout.environment import (
@@ -87,7 +87,7 @@ def rollout_command(
         numbers = {"episodes": episodes, "repeat": repeat, "concurrency": concurrency, "seed": seed}
         report = asyncio.run(_play(factory, run, url, retry_s, numbers))
     except (UnusableEnvironment, EpisodeRefused, EpisodicError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {explained(error)}", err=True)
         raise typer.Exit(1) from error
     export = _export_command(run, url)
     if as_json:

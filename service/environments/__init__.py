@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gymnasium.core import Env
+from gymnasium.core import ActionWrapper, Env, ObservationWrapper, Wrapper
 from gymnasium.envs import registration
 
 from service.environments.base import Describe, TextDescription
@@ -56,20 +56,25 @@ def describe(env: Env[Any, Any]) -> TextDescription:
     """Returns the text description of an environment.
 
     It is the first that exists of: the environment's own `text_description`, a description written for its id (unless
-    wrappers have changed its spaces), and a generic description made from its spaces. Raises ValueError if a space is
-    not supported.
+    wrappers change its spaces, observations or actions), and a generic description made from its spaces. Raises
+    ValueError if a space is not supported.
     """
     own: Any = getattr(env.unwrapped, "text_description", None)
     if own is not None:
         return own if isinstance(getattr(own, "action_space", None), dict) and not isinstance(own, type) else own(env)
-    if env.spec is None or not _has_own_spaces(env):
+    if env.spec is None or not _is_unchanged(env):
         return GenericText(env)
     namespace, name, _version = registration.parse_env_id(env.spec.id)
     return _DESCRIPTIONS.get((namespace, name), GenericText)(env)
 
 
-def _has_own_spaces(env: Env[Any, Any]) -> bool:
-    inner = env.unwrapped
+def _is_unchanged(env: Env[Any, Any]) -> bool:
+    """Whether no wrapper changes what the environment's observations and actions mean."""
+    inner, outer = env.unwrapped, env
+    while isinstance(outer, Wrapper):
+        if isinstance(outer, ObservationWrapper | ActionWrapper):
+            return False
+        outer = outer.env
     return bool(env.observation_space == inner.observation_space and env.action_space == inner.action_space)
 
 

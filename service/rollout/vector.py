@@ -8,7 +8,13 @@ from typing import Any, cast
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import (
+    AutoresetMode,
+    SyncVectorEnv,
+    VectorActionWrapper,
+    VectorEnv,
+    VectorObservationWrapper,
+)
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 
 from service.client import Act, ActFields, ApiError, BatchItem, Client, Episode
@@ -173,6 +179,17 @@ class _Lane:
 _START = End(0.0, False, False, 0.0, {})
 
 
+class _Seen(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """A copy as the vector wrappers show it."""
+
+    def __init__(self, env: Any, envs: Any) -> None:
+        super().__init__(env)
+        self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
+
+    def observation(self, observation: Any) -> Any:
+        return observation
+
+
 def _close(client: Client, lanes: dict[_Lane, str]) -> None:
     """Ends the lanes' episodes by an act with the last observation."""
     results = client.act_batch([lane.act(text) for lane, text in lanes.items()])
@@ -182,11 +199,12 @@ def _close(client: Client, lanes: dict[_Lane, str]) -> None:
 
 def _as_seen(envs: Any, env: Any) -> Any:
     """A copy with the spaces that its observations and actions have outside of the vector wrappers."""
-    if envs.single_observation_space == env.observation_space and envs.single_action_space == env.action_space:
-        return env
-    seen: Any = gymnasium.Wrapper(env)
-    seen.observation_space, seen.action_space = envs.single_observation_space, envs.single_action_space
-    return seen
+    outer: Any = envs
+    while outer is not envs.unwrapped:
+        if isinstance(outer, VectorObservationWrapper | VectorActionWrapper):
+            return _Seen(env, envs)
+        outer = outer.env
+    return env
 
 
 def _env_id(env: Any) -> str:

@@ -33,11 +33,12 @@ EPISODE = {
 
 
 class Service(BaseHTTPRequestHandler):
+    status: ClassVar = 200
     episodes: ClassVar[list[Any]] = [EPISODE]
 
     def do_GET(self) -> None:
         body = json.dumps({"episodes": self.episodes, "next_cursor": None}).encode()
-        self.send_response(200)
+        self.send_response(self.status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -81,6 +82,18 @@ def test_a_list_without_episodes_says_so(url: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Service, "episodes", [])
     listed = run("episodes", "--url", url)
     assert (listed.exit_code, listed.stdout, listed.stderr) == (0, "", "no episodes\n")
+
+
+@pytest.mark.parametrize(
+    "command", [("episodes",), ("export",), ("rollout", "--env", "CartPole-v1", "--episodes", "1")]
+)
+def test_a_command_without_a_key_names_the_variable(
+    url: str, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Service, "status", 401)
+    refused = run(*command, "--url", url)
+    assert refused.exit_code == 1
+    assert "EPISODIC_API_KEY" in refused.stderr
 
 
 def test_commands_that_are_shown_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

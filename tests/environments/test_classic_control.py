@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.wrappers import FrameStackObservation, RescaleAction, TimeLimit
+from gymnasium.wrappers import FrameStackObservation, RescaleAction, TimeLimit, TransformAction, TransformObservation
 
 from service.environments import describe
 from service.environments.generic import GenericText
@@ -56,13 +56,15 @@ def test_an_action_does_what_it_says(env_id: str, action: str, index: int, sign:
     assert (after(action) - after(other)) * sign > 0
 
 
-def test_an_environment_whose_spaces_a_wrapper_changes_is_described_by_its_spaces():
+def test_an_environment_that_a_wrapper_changes_is_described_by_its_spaces():
     env: Any = gymnasium.make("CartPole-v1")
     assert not isinstance(describe(TimeLimit(env, 5)), GenericText)
     assert isinstance(describe(FrameStackObservation(env, 2)), GenericText)
     assert isinstance(
         describe(RescaleAction(gymnasium.make("Pendulum-v1"), np.float32(-1), np.float32(1))), GenericText
     )
+    assert isinstance(describe(TransformObservation(env, lambda seen: -seen, env.observation_space)), GenericText)
+    assert isinstance(describe(TimeLimit(TransformAction(env, lambda a: 1 - a, env.action_space), 5)), GenericText)
 
 
 @pytest.mark.parametrize(

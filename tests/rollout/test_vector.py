@@ -249,6 +249,7 @@ async def test_a_reward_that_is_no_number_fails_its_episode_alone(api: Served):
     [
         (lambda envs: vector.RescaleAction(envs, np.float32(-5), np.float32(5)), {"minimum": -5.0, "maximum": 5.0}),
         (lambda envs: vector.ReshapeObservation(envs, (3, 1)), None),
+        (lambda envs: vector.TransformAction(envs, lambda action: -action, envs.action_space), None),
     ],
 )
 async def test_the_policy_is_told_of_the_spaces_that_vector_wrappers_make(
