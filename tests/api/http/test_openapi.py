@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from service.engine.tokenizer import HFTokenizer
 from service.settings import Settings
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
+from tests.support.action_spaces import action_spaces
 from tests.support.serving import Served, serve
 
 
@@ -84,6 +87,29 @@ OPERATIONS = [
     for path, methods in create_app(Settings(), store=MemoryStore()).openapi()["paths"].items()
     for method in methods
 ]
+
+
+def with_space(case: Any, space: dict[str, Any]) -> Any:
+    """Gives a call that opens an episode this action space, and removes the fields that must name what exists."""
+    drawn: dict[str, Any] = case.body if isinstance(case.body, dict) else {}
+    case.body = {name: drawn[name] for name in drawn.keys() & {"goal", "tags", "metadata"}} | {"action_space": space}
+    return case
+
+
+def test_action_spaces_that_people_have_open_episodes(schema: Any) -> None:
+    statuses: Counter[tuple[str, int]] = Counter()
+
+    @settings(max_examples=80, **QUIET)
+    @given(case=schema["/episode"]["POST"].as_strategy(), space=action_spaces())
+    def call(case: Any, space: dict[str, Any]) -> None:
+        response = with_space(case, space).call_and_validate(checks=CHECKS)
+        statuses[space["type"], response.status_code] += 1
+        if response.status_code == 422:
+            assert re.search("'.+'|^the pattern is refused: ", response.json()["detail"]), "the refusal names nothing"
+
+    call()
+    assert {kind for kind, status in statuses if status == 201} == {"json", "regex", "tools"}
+    assert sum(number for (_, status), number in statuses.items() if status == 201) > statuses.total() / 2, statuses
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
