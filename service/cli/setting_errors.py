@@ -41,7 +41,9 @@ def unknown(settings: Settings) -> list[tuple[str, str | None]]:
 def _fault(fault: Any) -> str:
     loc: tuple[Any, ...] = fault["loc"]
     if fault["type"] != "extra_forbidden":
-        text = str(fault["msg"]).removeprefix("Value error, ").replace("Input should", "the value should")
+        text = (
+            str(fault["msg"]).removeprefix("Value error, ").replace("Input", "the value").replace("String", "the value")
+        )
         return f"{variable(*loc)}: {text}"
     is_key_of_file = len(loc) == 1  # an unknown variable is not read
     near = _nearest(loc[-1], Settings.model_fields if is_key_of_file else Quota.model_fields)

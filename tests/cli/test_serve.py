@@ -40,6 +40,7 @@ def start(*arguments: str, **variables: str) -> Any:
     [
         ({"EPISODIC_PORT": "many"}, "EPISODIC_PORT: the value should be a valid integer"),
         ({"EPISODIC_PORT": ""}, "EPISODIC_PORT: the value should be a valid integer"),
+        ({"EPISODIC_MODEL_NAME": "a/b"}, "EPISODIC_MODEL_NAME: the value should match pattern"),
         ({"EPISODIC_LOG_FORMAT": "xml"}, "EPISODIC_LOG_FORMAT: the value should be 'console' or 'json'"),
         ({"EPISODIC_ENGINE": "x"}, "EPISODIC_ENGINE: the value should be JSON"),
         ({"EPISODIC_MEDIA_HOSTS": "a.b"}, 'EPISODIC_MEDIA_HOSTS: the value should be JSON, for example ["'),
