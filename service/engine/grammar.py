@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -229,10 +230,20 @@ def _serve() -> None:
                 _compile(compiler, request["kind"], request["spec"])
             error = ""
         except Exception as failure:  # noqa: BLE001 - the libraries raise many types
-            error = str(failure).strip().split("\n")[-1][:300] or type(failure).__name__
+            error = _reason(failure)
             if isinstance(failure, MemoryError) or any(word in error for word in _MEMORY_WORDS):
                 error = _OUT_OF_MEMORY
         responses.write(json.dumps({"error": error}) + "\n")
+
+
+_SOURCE_LINE = re.compile(r"\[[0-9:.]+\] \S+:[0-9]+: ")
+"""What xgrammar writes before its messages: the time, and the line of its source."""
+
+
+def _reason(failure: Exception) -> str:
+    """Returns the line of a library's message that says what is wrong."""
+    lines = _SOURCE_LINE.sub("", str(failure)).strip().splitlines() or [type(failure).__name__]
+    return lines[0 if lines[-1].strip() == "^" else -1][:300]  # a lone ^ points into the line before
 
 
 class _Guidance:

@@ -19,7 +19,7 @@ from service.validation.patterns import ANY_CHARACTER, PatternRefused, json_char
 _MAX_ALTERNATIVES = 512
 _MAX_DISJOINT_DEPTH = 4
 NO_TEXT = "/[a&&b]/"
-_MAX_LENGTH = 1_000_000
+_MAX_LENGTH = 10_000
 """The largest minimum of the length of a text, a list or an object."""
 _UNREACHED_LENGTH = 100_000_000
 """A maximum above this is not written into the grammar. No model's context has room for such a value."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import warnings
 from collections.abc import AsyncIterator
@@ -55,6 +56,9 @@ async def test_what_compiles_passes(checker: GrammarChecker):
         Constraint("regex", "("),
         Constraint("regex", "[z-a]"),
         Constraint("json", "{not json"),
+        Constraint("json", '{"type": "strin"}'),
+        Constraint("grammar", "x"),
+        Constraint("lark", "x:"),
         Constraint("json", json.dumps({"type": "string", "pattern": "("})),
     ],
     ids=lambda constraint: constraint.spec,
@@ -64,6 +68,8 @@ async def test_what_does_not_compile_is_refused_with_a_reason(checker: GrammarCh
         await checker.check(constraint)
     assert str(refused.value)
     assert "\n" not in str(refused.value)
+    assert str(refused.value).strip("^ ")
+    assert not re.search(r"[0-9]:[0-9]{2}:|[.]cc|/project", str(refused.value)), "the library's source was shown"
     await checker.check(SIMPLE)
 
 
