@@ -59,6 +59,8 @@ def create_app(
         async with AsyncExitStack() as stack:
             await used_store.open()
             stack.push_async_callback(used_store.close)
+            expiring = asyncio.create_task(services.sessions.expiry.run(), name="expiry")
+            stack.push_async_callback(stop, expiring)
             if settings.retention_s is not None:
                 lifetimes = settings.retention_s, settings.tombstone_retention_s
                 retention = Retention(used_store, *lifetimes, services.sessions.forget)
@@ -111,7 +113,7 @@ def _services(settings: Settings, store: Store) -> Services:
 
 @asynccontextmanager
 async def _serving(services: Services, on_ready: Callback, engine: Engine) -> AsyncGenerator[None]:
-    """Serves acts with this engine, and ends expired episodes, until the context exits."""
+    """Serves acts with this engine until the context exits."""
     settings, sessions = services.settings, services.sessions
     kept, aliases = settings.data / "adapters", settings.model_aliases
     adapters = Policies(engine, sessions.store, source=settings.adapters, kept=kept, aliases=aliases)
@@ -119,11 +121,7 @@ async def _serving(services: Services, on_ready: Callback, engine: Engine) -> As
     sessions.serve(engine, adapters)
     on_ready()
     _log_ready(settings.url, engine.info, engine.template)
-    expiring = asyncio.create_task(sessions.expiry.run(), name="expiry")
-    try:
-        yield
-    finally:
-        await stop(expiring)
+    yield
 
 
 def _end_if_failed(on_fatal: Callback, task: "asyncio.Task[None]") -> None:

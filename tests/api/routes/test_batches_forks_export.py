@@ -371,6 +371,22 @@ async def test_what_expired_while_the_service_was_down_ends_when_it_is_up(tmp_pa
         assert (await second.get())["stop_reason"] == "idle_ttl"
 
 
+async def test_an_idle_episode_ends_while_no_engine_is_loaded(tmp_path: Path, tokenizer: HFTokenizer):
+    engines = [ScriptedEngine(tokenizer)]
+    never = asyncio.Event()
+
+    async def load() -> ScriptedEngine:
+        if not engines:
+            await never.wait()
+        return engines.pop()
+
+    async with serve(tmp_path, load, engine_backoff_s=0) as api:
+        await api.open(idle_ttl_s=0.5)
+        api.engine.die()
+        assert (await api.client.get("/readyz")).status_code == 503
+        await has_ended(api, "e")
+
+
 async def test_the_settings_limits_hold_where_an_episode_names_none(tmp_path: Path, tokenizer: HFTokenizer):
     async with serve(tmp_path, ScriptedEngine(tokenizer), max_steps=1, idle_ttl_s=60.0) as api:
         assert (await api.open()).items() >= {"max_steps": 1, "idle_ttl_s": 60.0}.items()
