@@ -33,19 +33,34 @@ class TooDeep(Unstorable):
     """The value nests too deeply."""
 
 
-class _LongInteger(str):
-    """The digits of an integer that is too long to be converted."""
+class _LongInteger:
+    """An integer that is too long to be converted. It is no dataclass, because orjson would write it."""
 
-    __slots__ = ()
+    __slots__ = ("num_digits",)
+
+    def __init__(self, num_digits: int) -> None:
+        self.num_digits = num_digits
 
 
 def parse(text: str | bytes, *, object_pairs_hook: Callable[[Pairs], Any] | None = None) -> Any:
-    """Parses a JSON document. Bytes are UTF-8, with or without a byte order mark. `object_pairs_hook` is that of
-    json.loads.
+    """Parses a JSON document as `parse_unchecked` does. Raises Unstorable for an integer that has too many digits."""
+    value, has_long_integer = _parsed(text, object_pairs_hook)
+    if has_long_integer:
+        check(value)
+    return value
 
-    Raises ValueError if the text is not JSON, has NaN or a number that overflows a float, or nests too deeply. Raises
-    Unstorable for an integer that has too many digits.
+
+def parse_unchecked(text: str | bytes, *, object_pairs_hook: Callable[[Pairs], Any] | None = None) -> Any:
+    """Parses a JSON document. Bytes are UTF-8, with or without a byte order mark. `object_pairs_hook` is that of
+    json.loads. An integer that has too many digits becomes an object that `check` and `dump` refuse.
+
+    Raises ValueError if the text is not JSON, has NaN or a number that overflows a float, or nests too deeply.
     """
+    return _parsed(text, object_pairs_hook)[0]
+
+
+def _parsed(text: str | bytes, object_pairs_hook: Callable[[Pairs], Any] | None) -> tuple[Any, bool]:
+    """Returns the value, and whether it may contain an integer that has too many digits."""
     if isinstance(text, bytes):
         text = _decoded(text)
 
@@ -55,14 +70,13 @@ def parse(text: str | bytes, *, object_pairs_hook: Callable[[Pairs], Any] | None
         )
 
     try:
-        return loads()
+        return loads(), False
     except RecursionError as error:
         raise ValueError("the JSON nests too deeply") from error
     except ValueError as error:
         if "integer string conversion" not in str(error):
             raise
-        check(loads(parse_int=_integer))
-        raise
+        return loads(parse_int=_integer), True
 
 
 def without_twins(pairs: Pairs) -> dict[str, Any]:
@@ -117,7 +131,7 @@ def check(value: Any, max_bits: int | None = None) -> None:
         if len(place) > _MAX_LEVELS:
             raise TooDeep(f"nests more than {_MAX_LEVELS} levels", place[:3])
         if isinstance(part, _LongInteger):
-            raise Unstorable(f"an integer of {len(part)} digits. Send at most {_max_digits()} digits", place)
+            raise Unstorable(f"an integer of {part.num_digits} digits. Send at most {_max_digits()} digits", place)
         if max_bits and isinstance(part, int) and part.bit_length() > max_bits:
             raise Unstorable(f"an integer of more than {max_bits} bits", place)
         if isinstance(part, str) and not _is_unicode(part):
@@ -155,7 +169,7 @@ def _decoded(content: bytes) -> str:
 
 
 def _integer(literal: str) -> int | _LongInteger:
-    return int(literal) if len(literal) <= _max_digits() else _LongInteger(literal)
+    return int(literal) if len(literal.lstrip("-")) <= _max_digits() else _LongInteger(len(literal.lstrip("-")))
 
 
 def _max_digits() -> int:

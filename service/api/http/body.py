@@ -129,9 +129,7 @@ def check_json(content: bytes) -> None:
 
 def _parse(body: bytes) -> Any:
     try:
-        return strict_json.parse(body, object_pairs_hook=strict_json.without_twins)
-    except strict_json.Unstorable as error:
-        raise _unstorable(error) from error
+        return strict_json.parse_unchecked(body, object_pairs_hook=strict_json.without_twins)
     except ValueError as error:
         raise _malformed(body, error) from error
 

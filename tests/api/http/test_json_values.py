@@ -338,3 +338,23 @@ async def test_openai_bodies_are_strict_json_whatever_their_media_type(
     for content in (b"[" * 500 + b"]" * 500, b'{"a":1,"a":2}', b'{"a":NaN}', b'{"a":%d}' % 2**80):
         answer = await api.client.post(path, content=content, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "malformed_json"), content[:20]
+
+
+async def test_a_part_that_cannot_be_stored_fails_its_own_act_of_a_batch(api: Served):
+    digits = "7" * 5000
+    for number in range(4):
+        await api.open(f"e{number}")
+    acts = [
+        '{"episode_id": "e0", "observation": "look"}',
+        f'{{"episode_id": "e1", "observation": [1, -{digits}]}}',
+        '{"episode_id": "e2", "observation": {"a": "\\ud800"}}',
+        '{"episode_id": "e3", "observation": null}',
+    ]
+    answer = await api.client.post("/act/batch", content=f'{{"acts": [{", ".join(acts)}]}}'.encode())
+    assert answer.status_code == 200, answer.text
+    done, *failed = answer.json()["results"]
+    assert done["step"] == 0
+    assert [item["status"] for item in failed] == [422, 422, 422]
+    assert failed[0]["detail"].startswith("observation.1: an integer of 5000 digits.")
+    whole = await api.client.post("/act/batch", content=f'{{"acts": [], "n": {digits}}}'.encode())
+    assert (whole.status_code, whole.json()["errors"][0]["loc"]) == (422, ["n"])
