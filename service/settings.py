@@ -7,11 +7,12 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SecretsSettingsSource,
     SettingsConfigDict,
@@ -21,6 +22,22 @@ from pydantic_settings import (
 _POLICIES = Path(__file__).parent / "packaged" / "policies"
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _STORE_URL = re.compile(r"sqlite:///(?!:memory:$|file:).+|postgresql(\+asyncpg)?://[^/?#]+/[^/?#]+(\?.*)?", re.DOTALL)
+
+
+def _listed(value: Any) -> Any:
+    """Parses a list that arrives as text, from the environment or a secret file."""
+    if not isinstance(value, str):
+        return value
+    if not value.lstrip().startswith("["):
+        return [item for part in value.split(",") if (item := part.strip())]
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"it begins as a JSON list, but is not valid JSON: {error}") from error
+
+
+_Texts = Annotated[list[str], NoDecode, BeforeValidator(_listed)]
+"""A list of texts: `a,b` or `["a", "b"]`."""
 
 
 class SettingsRefused(ValueError):
@@ -72,9 +89,10 @@ class Settings(BaseSettings):
         default_factory=dict,
         description="Options of /v1 under vLLM's names, for example EPISODIC_OPENAI__TOOL_CALL_PARSER=hermes.",
     )
-    media_hosts: list[str] = Field(
+    media_hosts: _Texts = Field(
         [],
-        description="Hosts from which /v1 may download media. If the list is empty, /v1 accepts only data URLs.",
+        description="Hosts from which /v1 may download media, separated by commas. If the list is empty, /v1 accepts "
+        "only data URLs.",
     )
     data: Path = Field(Path("data"), description="Folder for the service's files: SQLite store, copies of adapters.")
     store: str | None = Field(
@@ -131,10 +149,10 @@ class Settings(BaseSettings):
         "for a client that does not read the response.",
     )
     docs: bool = Field(True, description="Whether to serve /docs and /openapi.json.")
-    cors_origins: list[str] = Field(
+    cors_origins: _Texts = Field(
         [],
-        description="Origins of web pages that may call the service from a browser (CORS), for example "
-        '`["https://app.example"]`. `["*"]` allows every origin, if the service has API keys. Empty: no other site.',
+        description="Origins of web pages that may call the service from a browser (CORS), separated by commas, for "
+        "example `https://app.example`. `*` allows every origin, if the service has API keys. Empty: no other site.",
     )
     max_tokens: int | None = Field(
         None, ge=1, description="Default maximum number of tokens of a completion, for episodes that set none."

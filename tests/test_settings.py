@@ -201,3 +201,18 @@ def test_a_file_with_a_syntax_error_is_refused(tmp_path: Path):
     result = serve("--config", write(tmp_path, "port = = 1"))
     assert result.exit_code == 2
     assert "Error: EPISODIC_CONFIG: file" in result.output
+
+
+@pytest.mark.parametrize("name", [name for name, field in Settings.model_fields.items() if field.default == []])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("https://a.example", ["https://a.example"]),
+        (" https://a.example , https://b.example,", ["https://a.example", "https://b.example"]),
+        ('["https://a.example", "https://b.example"]', ["https://a.example", "https://b.example"]),
+        ("", []),
+    ],
+)
+def test_a_list_has_commas_or_is_json(monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: list[str]):
+    monkeypatch.setenv(f"EPISODIC_{name.upper()}", text)
+    assert getattr(Settings(), name) == value

@@ -25,9 +25,7 @@ def faults(error: Exception) -> list[str]:
         return [_fault(fault) for fault in error.errors(include_url=False)]
     field = re.search(r'parsing value for field "(\w+)"', str(error))
     if isinstance(error, SettingsError) and field:
-        is_list = isinstance(Settings.model_fields[field[1]].default, list)
-        example = '["a.example", "b.example"]' if is_list else '{"name": "value"}'
-        return [f"{variable(field[1])}: the value should be JSON, for example {example}"]
+        return [f'{variable(field[1])}: the value should be JSON, for example {{"name": "value"}}']
     if isinstance(error, OSError):
         return [f"EPISODIC_SECRETS: {error.filename}: {error.strerror}"]
     return [str(error)]

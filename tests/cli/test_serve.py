@@ -43,7 +43,7 @@ def start(*arguments: str, **variables: str) -> Any:
         ({"EPISODIC_MODEL_NAME": "a/b"}, "EPISODIC_MODEL_NAME: the value should match pattern"),
         ({"EPISODIC_LOG_FORMAT": "xml"}, "EPISODIC_LOG_FORMAT: the value should be 'console' or 'json'"),
         ({"EPISODIC_ENGINE": "x"}, "EPISODIC_ENGINE: the value should be JSON"),
-        ({"EPISODIC_MEDIA_HOSTS": "a.b"}, 'EPISODIC_MEDIA_HOSTS: the value should be JSON, for example ["'),
+        ({"EPISODIC_MEDIA_HOSTS": '["a.b"'}, "EPISODIC_MEDIA_HOSTS: it begins as a JSON list, but is not valid JSON"),
         (
             {"EPISODIC_QUOTA__CALLS": "1"},
             "EPISODIC_QUOTA__CALLS: there is no setting 'calls'; did you mean 'calls_per_s'?",
