@@ -8,7 +8,7 @@ import hashlib
 import random
 import secrets
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -255,6 +255,10 @@ def cache_salt(tenant: str) -> str | None:
 
 CACHE_SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
 """The salt of the /v1 request that is being processed. All tenants share the app of /v1."""
+
+
+SLOT: ContextVar[Slot] = ContextVar("slot", default=nullcontext)
+"""How the /v1 request that is being processed waits for a slot."""
 
 
 class Engine(Protocol):

@@ -1,19 +1,20 @@
 """/v1 and related paths: forwards requests to the engine's own OpenAI-compatible app, within the service's limits."""
 
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from service.access.admission import Admission
 from service.api.http import body
-from service.api.http.acting import while_connected
 from service.api.http.caller import caller
 from service.api.http.media_types import content_type
 from service.api.http.openai_errors import ROOTS, openai_error, refusal
 from service.api.http.services import services
-from service.engine.base import CACHE_SALT, EngineUnavailable, cache_salt
+from service.engine.base import CACHE_SALT, SLOT, EngineUnavailable, Slot, cache_salt
 from service.errors import EpisodicError, TooManyRequests
 
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -45,16 +46,28 @@ class _OpenAI:
             return
         tenant = caller(request).tenant
         CACHE_SALT.set(cache_salt(tenant))
-        admission = behind.admission
+        SLOT.set(_slots(behind.admission, tenant))
         try:
-            async with AsyncExitStack() as held:
-                held.enter_context(admission.admitted(tenant))
-                if scope["method"] == "POST":
-                    async with while_connected(request):  # a caller that leaves the queue frees its place
-                        await held.enter_async_context(admission.slot(tenant))
+            with behind.admission.admitted(tenant):
                 await app(scope, _with_body(content, receive), send)
         except TooManyRequests as error:
             await refusal(request, error)(scope, receive, send)
+
+
+def _slots(admission: Admission, tenant: str) -> Slot:
+    """Returns what each request of one call to the model waits for. Each after the first counts as a further call."""
+    num_requests = 0
+
+    @asynccontextmanager
+    async def slot() -> AsyncGenerator[None]:
+        nonlocal num_requests
+        num_requests += 1
+        if num_requests > 1:
+            admission.count_rest(tenant, 1)
+        async with admission.slot(tenant):
+            yield
+
+    return slot
 
 
 def _with_body(content: bytes, receive: Receive) -> Receive:

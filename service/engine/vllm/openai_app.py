@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
+from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from service.engine.base import CACHE_SALT, Constraint, ConstraintRefused, EngineRefused, EngineUnavailable
+from service.engine.base import CACHE_SALT, SLOT, Constraint, ConstraintRefused, EngineRefused, EngineUnavailable
 from service.engine.vllm.structured_outputs import MARK
 
 Check = Callable[[Constraint], Awaitable[None]]
@@ -89,7 +90,9 @@ class CheckedClient:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
-    async def generate(self, prompt: Any, sampling_params: Any, *args: Any, **options: Any) -> AsyncGenerator[Any]:
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **options: Any
+    ) -> AsyncGenerator[Any]:
         """Raises ValueError if the constraint is refused. vLLM's serving classes turn it into status 400."""
         self._check_tokens(prompt)
         if sampling_params.structured_outputs is not None:
@@ -97,13 +100,19 @@ class CheckedClient:
                 await self._check(_constraint(sampling_params.structured_outputs))
             except ConstraintRefused as error:
                 raise ValueError(f"the structured output is refused: {error}") from error
-        async with aclosing(self._llm.generate(prompt, sampling_params, *args, **options)) as outputs:
+
+        def drawn(params: Any, name: str) -> AsyncGenerator[Any]:
+            return _in_slot(lambda: self._llm.generate({**prompt}, params, name, *args, **options))
+
+        one = sampling_params.n == 1
+        outputs = drawn(sampling_params, request_id) if one else _choices(drawn, sampling_params, request_id)
+        async with aclosing(outputs):
             async for output in outputs:
                 yield output
 
     def encode(self, prompt: Any, *args: Any, **options: Any) -> Any:
         self._check_tokens(prompt)
-        return self._llm.encode(prompt, *args, **options)
+        return _in_slot(lambda: self._llm.encode(prompt, *args, **options))
 
     def _check_tokens(self, prompt: Any) -> None:
         from vllm.exceptions import VLLMUnprocessableEntityError
@@ -113,6 +122,47 @@ class CheckedClient:
             raise VLLMUnprocessableEntityError(
                 f"token id {highest} is out of range: the model has {size} tokens", parameter="prompt"
             )
+
+
+async def _in_slot(start: Callable[[], AsyncGenerator[Any]]) -> AsyncGenerator[Any]:
+    """Runs one request to the model in a slot of its own. It waits for nothing else while it occupies the slot."""
+    async with SLOT.get()(), aclosing(start()) as outputs:
+        async for output in outputs:
+            yield output
+
+
+async def _choices(
+    drawn: Callable[[Any, str], AsyncGenerator[Any]], sampling_params: Any, request_id: str
+) -> AsyncGenerator[Any]:
+    """Draws the `n` choices of a request as separate requests, so that each waits for a slot.
+
+    vLLM would do the same inside the engine, where they would delay the requests of other tenants.
+    """
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.utils.async_utils import merge_async_iterators
+
+    num_open, complete = sampling_params.n, list[Any]()
+    drawing = [drawn(_choice(sampling_params, index), f"{request_id}-{index}") for index in range(num_open)]
+    async with aclosing(merge_async_iterators(*drawing)) as outputs:
+        async for index, output in outputs:
+            num_open -= output.finished
+            output.request_id, output.finished = request_id, not num_open
+            output.outputs[0].index = index
+            if sampling_params.output_kind == RequestOutputKind.FINAL_ONLY:
+                complete += output.outputs
+                output.outputs = sorted(complete, key=lambda choice: choice.index)
+                if num_open:
+                    continue
+            yield output
+
+
+def _choice(sampling_params: Any, index: int) -> Any:
+    """Returns the sampling parameters of one of `n` choices, with the seed that vLLM would give it."""
+    changed = copy(sampling_params)
+    changed.n = 1
+    if changed.seed is not None:
+        changed.seed += index
+    return changed
 
 
 class PlainTextClient:

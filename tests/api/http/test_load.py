@@ -1,6 +1,7 @@
 """Overload over real HTTP: which acts are refused, that they leave nothing behind, and who gets the next slot."""
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ import pytest
 from starlette.responses import JSONResponse
 
 from service.access.keys import SCOPES, new_key
+from service.engine.base import SLOT
 from service.engine.tokenizer import HFTokenizer
 from service.lifecycle import Phase
 from service.testing.scripted_engine import ScriptedEngine
@@ -266,14 +268,49 @@ async def test_the_default_queue_holds_the_acts_of_hundreds_of_workers(tmp_path:
 
 
 class InferenceEngine(HeldEngine):
-    """An engine whose app of /v1 answers only after `release` is set."""
+    """An engine whose app of /v1 makes `n` requests to the model, which end after `release` is set. As vLLM's app, it
+    cancels them if the caller leaves."""
 
     async def openai_app(self) -> Any:
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            await self._hold()
-            await JSONResponse({})(scope, receive, send)
+            num_requests = json.loads((await receive())["body"]).get("n", 1)
+            working = asyncio.gather(*(self._request() for _ in range(num_requests)))
+            leaving = asyncio.ensure_future(receive())
+            await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if leaving.cancel():
+                await JSONResponse({})(scope, receive, send)
+            else:
+                working.cancel()
 
         return app
+
+    async def _request(self) -> None:
+        async with SLOT.get()():
+            await self._hold()
+
+
+async def test_each_request_of_a_v1_call_takes_a_slot(tmp_path: Path, tokenizer: HFTokenizer):
+    async with serve(tmp_path, InferenceEngine(tokenizer), max_running_acts=2) as api:
+        admission = api.app.state.services.sessions.admission
+        calls = [asyncio.create_task(api.client.post("/v1/completions", json={"n": 5})) for _ in range(2)]
+        await until(lambda: sum(len(account.waiting) for account in admission._accounts.values()) == 8)
+        assert (api.engine.num_held, admission._num_running) == (2, 2)
+        api.engine.release.set()
+        assert [answer.status_code for answer in await asyncio.gather(*calls)] == [200, 200]
+        assert api.engine.num_held == 10
+        assert not admission._accounts
+
+
+async def test_the_requests_of_a_v1_call_count_against_the_quotas(tmp_path: Path, tokenizer: HFTokenizer):
+    quota = {"calls_per_s": 3, "concurrent_acts": 1}
+    async with serve(tmp_path, InferenceEngine(tokenizer), max_running_acts=4, quota=quota) as api:
+        call = asyncio.create_task(api.client.post("/v1/completions", json={"n": 300}))
+        await until(lambda: api.engine.num_held)
+        assert api.engine.num_held == 1
+        api.engine.release.set()
+        assert (await call).status_code == 200
+        refused = await api.client.post("/v1/completions", json={"n": 1})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limited")
 
 
 async def test_a_caller_of_v1_that_leaves_the_queue_frees_its_place(tmp_path: Path, tokenizer: HFTokenizer):
