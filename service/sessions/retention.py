@@ -12,7 +12,7 @@ _log = logs.get(__name__)
 
 _BATCH = 100
 """Maximum number of episodes in one transaction."""
-_LONGEST_SLEEP_S = 60.0
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 0.1, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +64,5 @@ class Retention:
                 _log.warning("purge_delayed", reason=str(error))
             except Exception as error:  # noqa: BLE001 - a bug must be seen in the log, and the task must go on
                 _log.error("purge_failed", exc_info=error)
-            await asyncio.sleep(min(self._retention_s, self._tombstone_s, _LONGEST_SLEEP_S))
+            shortest_s = min(self._retention_s, self._tombstone_s)
+            await asyncio.sleep(min(max(shortest_s, _SHORTEST_SLEEP_S), _LONGEST_SLEEP_S))

@@ -14,6 +14,7 @@ from service.engine.tokenizer import HFTokenizer
 from service.sessions import retention
 from service.sessions.retention import Purged, purge
 from service.store.sql import SQLStore
+from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
 from service.trajectory import StopReason
 from tests.store.test_stores import commit, fork, record
@@ -117,3 +118,17 @@ def test_the_command_needs_a_retention_and_says_what_it_did(tmp_path: Path, monk
     assert CliRunner().invoke(app, ["purge"]).exit_code == 2
     ran = CliRunner().invoke(app, ["purge", "--retention-s", "50"])
     assert (ran.exit_code, ran.stdout) == (0, "Deleted 1 episodes and removed 0 tombstones.\n")
+
+
+async def test_a_tiny_retention_does_not_query_the_store_without_a_pause(monkeypatch: pytest.MonkeyPatch):
+    pauses: asyncio.Queue[float] = asyncio.Queue()
+    pause = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.put_nowait(seconds)
+        await pause(0.01)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    running = asyncio.create_task(retention.Retention(MemoryStore(), 1e-9, 1e-9, lambda _: None).run())
+    assert await pauses.get() > 0.01
+    running.cancel()
