@@ -23,7 +23,10 @@ from service.engine.base import EngineInfo, EngineRefused
 from service.engine.grammar import TokenizerData
 from service.engine.vllm import structured_outputs
 from service.engine.weights import weights_version
+from service.observability import logs
 from service.trajectory import Sampling
+
+_log = logs.get(__name__)
 
 T = TypeVar("T")
 
@@ -114,6 +117,7 @@ def build(model: str, served_name: str, options: dict[str, Any], heartbeat: Hear
         )
 
     structured_outputs.install()
+    _log.info("engine_starting", model=served_name)
 
     def heartbeat_logger(*_: Any) -> Any:
         return heartbeat
