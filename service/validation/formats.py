@@ -50,7 +50,7 @@ PATTERNS: Mapping[str, str] = {
     "time": _TIME,
     "date-time": rf"{_DATE}T{_TIME}",
     "duration": rf"P(?:{_DURATION_DATE}(?:{_DURATION_TIME})?|{_DURATION_TIME}|[0-9]{{1,9}}W)",
-    "email": rf"(?=[^@]{{1,64}}@.{{1,255}}$){_ATOM}(?:\.{_ATOM})*@{_HOSTNAME}",
+    "email": rf"(?=[^@]{{1,64}}@.{{1,253}}$){_ATOM}(?:\.{_ATOM})*@{_HOSTNAME}",
     "hostname": rf"(?=.{{1,253}}$){_HOSTNAME}",
     "ipv4": _IPV4,
     "ipv6": _IPV6,

@@ -86,6 +86,7 @@ def test_a_nested_dialect_is_refused_and_a_property_of_that_name_is_not():
         ({"$dynamicAnchor": "n", "items": {"$dynamicRef": "#n"}, "type": "array"}, [[]], [[1]]),
         ({"properties": {"a": {"description": None, "title": 3, "type": "null"}}}, {"a": None}, {"a": 1}),
         ({"format": "email"}, "a" * 64 + "@b.c", "a" * 65 + "@b.c"),
+        ({"format": "email"}, f"a@{'b.' * 126}c", f"a@{'b.' * 126}cc"),
         ({"format": "hostname"}, ".".join(["a" * 63] * 3 + ["a" * 61]), ".".join(["a" * 63] * 4)),
     ],
 )

@@ -118,13 +118,14 @@ def _too_large(limit: int) -> TooLarge:
     return TooLarge("payload_too_large", detail, max_body_bytes=limit)
 
 
-def check_json(content: bytes) -> None:
-    """Raises BadRequest for JSON that is not strict, nests too deeply or has an integer of more than 64 bits."""
+def checked_json(content: bytes) -> Any:
+    """Parses JSON. Raises BadRequest if it is not strict, nests too deeply or has an integer of more than 64 bits."""
     try:
         value = strict_json.parse(content, object_pairs_hook=strict_json.without_twins)
         strict_json.dump(value, max_bits=64)
     except ValueError as error:
         raise _malformed(content, error) from error
+    return value
 
 
 def _parse(body: bytes) -> Any:

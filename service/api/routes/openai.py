@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -15,10 +16,13 @@ from service.api.http.media_types import content_type
 from service.api.http.openai_errors import ROOTS, openai_error, refusal
 from service.api.http.services import services
 from service.engine.base import CACHE_SALT, SLOT, EngineUnavailable, Slot, cache_salt
-from service.errors import EpisodicError, TooManyRequests
+from service.errors import EpisodicError, TooManyRequests, Unprocessable
 
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 """Bodies that are not JSON. vLLM parses any other body as JSON, or refuses it."""
+_MAX_REQUESTS = 1024
+_INPUTS = ("prompt", "input", "documents", "text_1", "text_2", "queries", "data_1", "data_2")
+"""Fields that can be a list with an input for each request to the model. A list of integers is one input, in tokens."""
 
 
 class _OpenAI:
@@ -40,7 +44,7 @@ class _OpenAI:
         try:
             content = await body.read_bytes(request)
             if content and content_type(request) not in _FORMS:
-                body.check_json(content)  # vLLM parses JSON without these limits
+                _check_size(body.checked_json(content))  # vLLM parses JSON without these limits
         except EpisodicError as error:
             await openai_error(error.status, error.detail, error.code)(scope, receive, send)
             return
@@ -52,6 +56,25 @@ class _OpenAI:
                 await app(scope, _with_body(content, receive), send)
         except TooManyRequests as error:
             await refusal(request, error)(scope, receive, send)
+
+
+def _check_size(document: Any) -> None:
+    """Raises Unprocessable if the call needs too many requests to the model, which would all wait at the same time."""
+    given = cast("dict[str, Any]", document) if isinstance(document, dict) else {}
+    num_inputs = max(_num_inputs(given.get(name)) for name in _INPUTS)
+    num_choices = max(value if isinstance(value := given.get(name), int) else 1 for name in ("n", "best_of"))
+    if num_inputs * num_choices > _MAX_REQUESTS:
+        detail = (
+            f"The call needs {num_inputs * num_choices} requests to the model; at most {_MAX_REQUESTS} are allowed."
+        )
+        raise Unprocessable(f"{detail} Send fewer inputs or choices at once.")
+
+
+def _num_inputs(value: Any) -> int:
+    if not isinstance(value, list):
+        return 1
+    inputs = cast("list[Any]", value)
+    return 1 if all(isinstance(one, int) for one in inputs) else len(inputs)
 
 
 def _slots(admission: Admission, tenant: str) -> Slot:

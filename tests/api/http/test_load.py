@@ -301,6 +301,19 @@ async def test_each_request_of_a_v1_call_takes_a_slot(tmp_path: Path, tokenizer:
         assert not admission._accounts
 
 
+@pytest.mark.parametrize(
+    "body", [{"n": 1025}, {"prompt": ["a"] * 513, "best_of": 2}, {"input": [[1]] * 1025}, {"documents": [""] * 1025}]
+)
+async def test_a_v1_call_of_too_many_requests_is_refused(tmp_path: Path, tokenizer: HFTokenizer, body: dict[str, Any]):
+    async with serve(tmp_path, InferenceEngine(tokenizer)) as api:
+        refused = await api.client.post("/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_request")
+        assert "at most 1024" in refused.json()["error"]["message"]
+        api.engine.release.set()
+        assert (await api.client.post("/v1/completions", json={"prompt": [1] * 2000})).status_code == 200
+    assert api.engine.num_held == 1
+
+
 async def test_the_requests_of_a_v1_call_count_against_the_quotas(tmp_path: Path, tokenizer: HFTokenizer):
     quota = {"calls_per_s": 3, "concurrent_acts": 1}
     async with serve(tmp_path, InferenceEngine(tokenizer), max_running_acts=4, quota=quota) as api:
