@@ -3,7 +3,7 @@
 from service.errors import Conflict
 from service.observability import metrics
 from service.sessions.acts import ActRequest
-from service.sessions.episode import Episode, closing_step, ended_state
+from service.sessions.episode import Episode, check_active, closing_step, ended_state
 from service.sessions.episode_cache import EpisodeCache
 from service.store.base import Commit, StepTaken, Store, StoreUnavailable
 from service.trajectory import EpisodeConfig, EpisodeState, Step, StopReason, StoredEpisode
@@ -20,7 +20,8 @@ class Commits:
         """Commits a step. If `stop_reason` is set, the episode ends with this step.
 
         Returns the committed step: `step`, or the step that another replica committed first for the same request.
-        Raises Conflict (step_conflict) if another request took the step, Gone, Unprocessable, StoreUnavailable.
+        Raises Conflict (step_conflict, episode_ended) if another request took the step, Gone, Unprocessable,
+        StoreUnavailable.
         """
         state = episode.state_after(step, stop_reason)
         act = episode.in_flight
@@ -68,7 +69,9 @@ class Commits:
         return bool(rows) and (rows[0].digest, rows[0].created_at) == (step.digest, step.created_at)
 
     async def _winner(self, step: Step, *, names_step: bool) -> Step:
-        """Returns the stored step with the same index if it answers the same request. Raises Conflict otherwise.
+        """Returns the stored step with the same index if it answers the same request.
+
+        Otherwise raises Conflict: episode_ended if the episode has ended meanwhile, else step_conflict.
 
         An equal body alone does not identify a retry: the request must name its step or have the same idempotency key.
         """
@@ -77,6 +80,7 @@ class Commits:
             if row.digest == step.digest and (names_step or has_key):
                 return row
         state = (await self._cache.stored(step.episode_id)).state
+        check_active(state)
         detail = f"Another act was committed as step {step.index}. The next step is {state.step}."
         raise Conflict("step_conflict", detail, expected_step=state.step)
 

@@ -74,9 +74,7 @@ class Episode:
 
     def check_active(self) -> None:
         """Raises Conflict (episode_ended) if the episode has ended."""
-        if self.state.status == "ended":
-            reason = self.state.stop_reason
-            raise Conflict("episode_ended", f"The episode has ended ({reason}). Open another one.", stop_reason=reason)
+        check_active(self.state)
 
     def check_request(self, request: ActRequest) -> Recorded | None:
         """Checks whether this episode can accept the request.
@@ -257,6 +255,13 @@ def _step(
         created_at=time.time(),
         idempotency_key=request.idempotency_key,
     )
+
+
+def check_active(state: EpisodeState) -> None:
+    """Raises Conflict (episode_ended) if the episode has ended."""
+    if state.status == "ended":
+        reason = state.stop_reason
+        raise Conflict("episode_ended", f"The episode has ended ({reason}). Open another one.", stop_reason=reason)
 
 
 def _filled(history: History, steps: Sequence[Step]) -> History:

@@ -322,6 +322,21 @@ async def test_streamed_act_that_loses_a_race_returns_409(tokenizer: HFTokenizer
     assert len(await store.steps("e")) == 1
 
 
+async def test_a_streamed_act_whose_episode_ends_elsewhere_says_so(tokenizer: HFTokenizer):
+    store, engine = MemoryStore(), HeldEngine(tokenizer)
+    replicas = [Sessions(store, max_cached_episodes=8) for _ in range(2)]
+    for replica, served in zip(replicas, (engine, ScriptedEngine(tokenizer)), strict=True):
+        replica.serve(served)
+    await replicas[0].create("e", {}, b"body")
+    losing = asyncio.create_task(replicas[0].act("e", replace(call("one"), sink=TextSink(lambda *_: None))))
+    await until(lambda: engine.num_held == 1)
+    await replicas[1].end("e", ActRequest(Message(truncated=True), digest=b"end"), StopReason.TRUNCATED)
+    engine.release.set()
+    with pytest.raises(Conflict) as conflict:
+        await losing
+    assert conflict.value.code == "episode_ended"
+
+
 async def test_an_act_without_a_step_never_takes_over_anothers_answer(tokenizer: HFTokenizer):
     """An equal body does not identify a retry: different callers may both send "look"."""
     store = MemoryStore()
