@@ -381,25 +381,21 @@ class Acting:
     async def _until_expired(self, episode: Episode) -> None:
         """Waits until the episode has ended, unless an act is in flight. Then it may end, or not."""
         async with asyncio.timeout(LIMIT_S):
-            await self._explain(episode, [(p, n) for p in self.pending for n in range(len(p.requests))])
+            await self._explain(episode, self._on(episode, self.pending))
             while episode.is_active and not episode.flights:
                 await asyncio.sleep(0.05)
                 await self._explain(episode, [])
 
     async def _reconciled(self, settled: Sequence[Pending]) -> None:
-        """Finds out which of the requests were stored, and checks their answers. They may have raced."""
+        """Finds out which of the requests were stored, and checks their answers. They may have raced, also with calls
+        that still wait: an act of a batch may be stored while the batch waits for another one."""
         await quiescence()
         for episode in self.episodes.values():
             if not self.pending:
                 episode.flights.clear()
-            mine = [
-                (p, n)
-                for p in settled
-                for n, r in enumerate(p.requests)
-                if (r.tenant, r.name) == (episode.tenant, episode.name)
-            ]
+            mine = self._on(episode, settled)
             if mine or episode.may_expire:
-                await self._explain(episode, mine)
+                await self._explain(episode, mine + self._on(episode, self.pending))
         for pending in settled:
             for number, outcome in enumerate(self._outcomes(pending)):
                 request = pending.requests[number]
@@ -409,6 +405,11 @@ class Acting:
                 if episode and outcome.name in ("act", "close", "replay") and request.kind != "end":
                     self._check_replay(episode, outcome.document)
         self._check_once(settled)
+
+    def _on(self, episode: Episode, calls: Sequence[Pending]) -> list[tuple[Pending, int]]:
+        """Returns the requests of these calls that are about the episode."""
+        name = (episode.tenant, episode.name)
+        return [(p, n) for p in calls for n, request in enumerate(p.requests) if (request.tenant, request.name) == name]
 
     def _check_once(self, settled: Sequence[Pending]) -> None:
         """Checks that no two calls received the same step as a new one."""

@@ -48,7 +48,7 @@ def play(num_sequences: int, seed: int, tokenizer: Tokenizer) -> Counter[str]:
 
 
 def play_chunk(seed: int, number: int) -> Counter[str]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL + 1))
     return play(_CHUNK, seed * 1_000_000 + number, packaged_tokenizer())
 
 
@@ -66,6 +66,8 @@ def main() -> None:
     ) as processes:
         for more in processes.map(partial(play_chunk, given.seed), range(-(-given.sequences // _CHUNK))):
             counts += more
+            if counts["sequences"] % (10 * _CHUNK) == 0:
+                sys.stderr.write(f"{counts['sequences']:,} sequences\n")
     sequences = counts.pop("sequences")
     for name, count in sorted(counts.items()):
         sys.stdout.write(f"{count:9,}  {name}\n")
