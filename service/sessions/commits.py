@@ -28,7 +28,7 @@ class Commits:
         if act:
             act.is_committing = True
         try:
-            await self._store.commit(Commit(step, state))
+            await self._store.commit(Commit(step, state, episode.config.created_at))
             episode.advance(step, state)
         except StepTaken:
             self._cache.drop(episode.episode_id)
@@ -52,7 +52,7 @@ class Commits:
         step = closing_step(stored.config, stored.state, request)
         state = ended_state(stored.state, step, stop_reason)
         try:
-            await self._store.commit(Commit(step, state))
+            await self._store.commit(Commit(step, state, stored.config.created_at))
         except StepTaken:
             return None
         except StoreUnavailable:

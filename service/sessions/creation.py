@@ -120,7 +120,8 @@ class Creation:
         if step > len(rows):
             raise Unprocessable(f"at_step must be at most {len(rows)}, the episode's number of steps", "at_step")
         cached = self._cache.peek(parent_id)
-        options = cached.options if cached else await restored(stored.config.request, engine.info)
+        is_same = cached and cached.config.created_at == stored.config.created_at
+        options = cached.options if cached and is_same else await restored(stored.config.request, engine.info)
         parent = Episode(stored, options, engine.history())
         shared_group: str = group or stored.config.request.get("group") or public_id(parent_id)
         forks = parent.forks(rows[:step], episode_ids, shared_group, digest, engine.history())

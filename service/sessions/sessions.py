@@ -27,7 +27,6 @@ from service.sessions.expiry import Expiry
 from service.sessions.retries import act_in_flight, busy, committed_step, stored_step
 from service.store.base import NEWEST_FIRST, EpisodeGone, Ordering, Place, Store
 from service.trajectory import (
-    EpisodeState,
     Feedback,
     JsonValue,
     Message,
@@ -248,7 +247,7 @@ class Sessions:
 
         Waits until an act that another replica has overtaken has ended. Raises Gone.
         """
-        head = (await self._cache.stored(episode.episode_id)).state
+        head = await self._cache.stored(episode.episode_id)
         if _is_current(episode, head):
             raise refusal
         if act := episode.in_flight:
@@ -262,7 +261,7 @@ class Sessions:
 
         A stream needs this before it starts: it cannot take back text that it generated for a step that exists.
         """
-        head = (await self._cache.stored(episode.episode_id)).state
+        head = await self._cache.stored(episode.episode_id)
         if episode.in_flight or _is_current(episode, head):
             return episode
         self._cache.drop_idle(episode.episode_id)
@@ -350,9 +349,11 @@ def _replay(episode_id: str, step: Step) -> Answer:
     return {**added, **step.answer, **own, "replayed": True, "timing": dict(_NO_TIME)}
 
 
-def _is_current(episode: Episode, head: EpisodeState) -> bool:
-    """Returns whether the cached episode has all steps of the store's."""
-    return (episode.state.step, episode.state.status) == (head.step, head.status)
+def _is_current(episode: Episode, head: StoredEpisode) -> bool:
+    """Returns whether the cached episode has all steps of the store's, and is not an earlier one with the same id."""
+    state, opened_at = head.state, head.config.created_at
+    cached = episode.state.step, episode.state.status, episode.config.created_at
+    return cached == (state.step, state.status, opened_at)
 
 
 @contextmanager

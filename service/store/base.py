@@ -9,7 +9,10 @@ from service.trajectory import EpisodeState, Feedback, Step, StoredEpisode, Stor
 
 
 class StepTaken(Exception):
-    """The commit does not follow the stored steps: another caller committed this step, or the episode has ended."""
+    """The commit does not follow the stored steps: another caller committed this step, or the episode has ended.
+
+    Or the episode was deleted, and another one has its id.
+    """
 
 
 class EpisodeExists(Exception):
@@ -32,10 +35,14 @@ class StoreRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The change that one act makes: the new step, and the state of the episode after it."""
+    """The change that one act makes: the new step, and the state of the episode after it.
+
+    opened_at: when the episode was opened. It tells the episode from another one with the same id; None for any.
+    """
 
     step: Step
     state: EpisodeState
+    opened_at: float | None = None
 
 
 Change = StoredEpisode | Commit
@@ -126,8 +133,8 @@ class Store(Protocol):
         ...
 
     async def commit(self, commit: Commit) -> None:
-        """Stores an act; it is durable when this returns. Raises StepTaken unless the episode is active and has exactly
-        `step.index` steps."""
+        """Stores an act; it is durable when this returns. Raises StepTaken unless the episode is active, has exactly
+        `step.index` steps, and was opened at `opened_at`."""
         ...
 
     async def steps(self, episode_id: str, index: int | None = None) -> list[Step]:

@@ -24,13 +24,18 @@ _ADVANCE = (
 )
 
 
-def locked(which: ColumnElement[bool]) -> "Select[Any, Any, Any, Any]":
+def locked(which: ColumnElement[bool]) -> "Select[Any, Any, Any, Any, Any]":
     """Selects episodes and locks their rows until the transaction ends (SELECT ... FOR UPDATE).
 
     SQLAlchemy omits the clause for SQLite, which has only one writer at a time.
     """
-    columns = (episodes.c.episode_id, episodes.c.step, episodes.c.status, episodes.c.deleted_at)
-    return select(*columns).where(which).order_by(episodes.c.episode_id).with_for_update()
+    row = episodes.c
+    return (
+        select(row.episode_id, row.step, row.status, row.deleted_at, row.created_at)
+        .where(which)
+        .order_by(episodes.c.episode_id)
+        .with_for_update()
+    )
 
 
 # Built once, because building them takes longer than executing the statements of a short commit.
@@ -97,13 +102,15 @@ def _advance(connection: Connection, acts: dict[int, Commit], refusals: dict[int
     if not acts:
         return
     found = connection.execute(_LOCK, {"ids": [act.step.episode_id for act in acts.values()]})
-    next_step: dict[str, int | None]
-    next_step = {row.episode_id: row.step for row in found if row.status == "active" and row.deleted_at is None}
+    active = {row.episode_id: row for row in found if row.status == "active" and row.deleted_at is None}
+    next_step: dict[str, int | None] = {name: row.step for name, row in active.items()}
     rows: list[_Row] = []
     states: list[_Row] = []
     for number, act in acts.items():
         try:
             if next_step.get(act.step.episode_id) != act.step.index:
+                raise StepTaken
+            if act.opened_at not in (None, active[act.step.episode_id].created_at):
                 raise StepTaken
             rows.append(step_row(act.step))
             states.append({"id": act.step.episode_id, **state_row(act.state)})

@@ -77,6 +77,8 @@ class MemoryStore:
         rows = self._steps.get(commit.step.episode_id, [])
         if record is None or record.deleted or record.state.status != "active" or len(rows) != commit.step.index:
             raise StepTaken
+        if commit.opened_at not in (None, record.config.created_at):
+            raise StepTaken
         rows.append(commit.step)
         self._episodes[commit.step.episode_id] = replace(record, state=commit.state)
 

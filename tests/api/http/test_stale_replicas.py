@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import count
@@ -222,3 +223,27 @@ async def test_a_retry_at_a_replica_whose_engine_died_gets_the_stored_step(
         assert retried.json()["replayed"]
         assert retried.json()["action"] == stored["action"]
         assert (await one.post_act(step=1)).json()["code"] == "engine_unavailable"
+
+
+@pytest.mark.parametrize("headers", [{}, KEY, STREAM], ids=["plain", "key", "stream"])
+async def test_an_episode_is_not_confused_with_a_purged_one_of_the_same_id(
+    tmp_path: Path, tokenizer: HFTokenizer, headers: dict[str, str]
+):
+    """Another replica purged the episode and opened a new one with its id, which has as many steps."""
+    async with replicas(tmp_path, tokenizer) as (stale, other):
+        await stale.open(action_space=DISCRETE)
+        await stale.act(observation="of the old episode", step=0)
+        await call(other, "POST", "/episode/e/end", {})
+        store = other.app.state.services.sessions.store
+        assert await store.delete_ended(math.inf, 10) == ["e"]
+        assert await store.remove_tombstones(math.inf, 10) == 1
+        await other.open()
+        first = await other.act(observation="of the new episode", step=0)
+        assert (await call(stale, "POST", "/episode/e/fork", {"episode_ids": ["f"]})).status_code == 201
+        assert (await stale.act("f", observation="go on"))["action"] == "ok"
+        answer = await stale.post_act(observation="go on", step=1, headers=headers)
+        assert answer.status_code == 200, answer.text
+        prompt = tokenizer.decode(stale.engine.prompts[-1])
+        assert "of the new episode" in prompt
+        assert "of the old episode" not in prompt
+        assert [step["action"] for step in (await stale.trajectory())["steps"]] == [first["action"], "ok"]
