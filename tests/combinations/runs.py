@@ -68,9 +68,10 @@ def main() -> None:
     with ProcessPoolExecutor(
         given.processes, multiprocessing.get_context("spawn"), max_tasks_per_child=10
     ) as processes:
-        for more in processes.map(partial(play_chunk, given.seed), range(-(-given.sequences // _CHUNK))):
+        chunks = range(-(-given.sequences // _CHUNK))
+        for number, more in enumerate(processes.map(partial(play_chunk, given.seed), chunks), 1):
             counts += more
-            if counts["sequences"] % (10 * _CHUNK) == 0:
+            if number % 10 == 0:
                 sys.stderr.write(f"{counts['sequences']:,} sequences\n")
     sequences = counts.pop("sequences")
     for name, count in sorted(counts.items()):
