@@ -26,6 +26,14 @@ def test_the_memory_of_idle_episodes_is_printed() -> None:
     assert "RSS grew by " in ran.stdout
 
 
+def test_the_operations_of_a_large_store_read_no_whole_table() -> None:
+    command = [sys.executable, "-m", "bench.large_store", "--steps", "20000", "--length", "10"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert "append a step" in ran.stdout
+    assert "0 read a whole table" in ran.stdout
+
+
 BURN = """
 import logging, os, signal, time
 logger = logging.getLogger("burn")
