@@ -4,11 +4,12 @@ An engine turns a transcript and an action space into a decision. The rest of th
 engine does so: its model may be decoder-only or encoder-decoder. docs/architecture.md describes this interface.
 """
 
+import asyncio
 import hashlib
 import random
 import secrets
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,20 @@ class EngineUnavailable(Exception):
     code: ClassVar = "engine_unavailable"
     retry_after_s: ClassVar = 5
     """Value of Retry-After: loading takes at least this many seconds."""
+
+
+@contextmanager
+def uncancelled() -> Generator[None]:
+    """Turns a cancellation that the engine itself has caused into EngineUnavailable.
+
+    Without this it would look as if the caller had left, and a caller that is still there would get no answer.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        if (task := asyncio.current_task()) is None or task.cancelling():
+            raise
+        raise EngineUnavailable("the engine has cancelled the request; retry later") from error
 
 
 class EngineRefused(ValueError):

@@ -10,7 +10,7 @@ from typing import Any
 from service.access.admission import Admission
 from service.agent.agent import Agent
 from service.agent.options import Options, checked, restored
-from service.engine.base import ActionSpaceRefused
+from service.engine.base import ActionSpaceRefused, uncancelled
 from service.errors import Conflict, Gone, TooManyRequests, Unprocessable, episode_deleted
 from service.observability import metrics
 from service.sessions.episode import Episode
@@ -163,7 +163,8 @@ async def _checked(agent: Agent, request: dict[str, Any]) -> Options:
     """Builds the options, and checks the action space completely, so that no act can fail because of it."""
     try:
         options = await checked(request, agent.engine.info)
-        await agent.engine.check(options.action_space)
+        with uncancelled():
+            await agent.engine.check(options.action_space)
     except ActionSpaceRefused as error:
         raise Unprocessable(str(error), "action_space") from error
     return options

@@ -13,7 +13,7 @@ from typing import Any, cast
 from service.access.admission import Admission
 from service.agent.agent import Agent
 from service.agent.policies import Policies
-from service.engine.base import ActionSpaceRefused, Engine, EngineUnavailable, Overflow, Recorded
+from service.engine.base import ActionSpaceRefused, Engine, EngineUnavailable, Overflow, Recorded, uncancelled
 from service.errors import Conflict, PolicyFailed, Unavailable, Unprocessable, episode_deleted
 from service.filters import EpisodeFilter
 from service.lifecycle import Lifecycle, Phase
@@ -331,7 +331,8 @@ class Sessions:
         """Returns the step for the request, which is not committed yet, and the stop reason if it ends the episode."""
         if stop_reason := episode.ends_with(request.message):
             return episode.closing_step(request), stop_reason
-        decision = await self.agent.act(episode.view, request.message, slots.slot, recorded, request.sink)
+        with uncancelled():
+            decision = await self.agent.act(episode.view, request.message, slots.slot, recorded, request.sink)
         if isinstance(decision, Overflow):
             return episode.closing_step(request), episode.overflow()
         return episode.next_step(request, decision), None

@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import (
     DBAPIError,
     DisconnectionError,
+    IntegrityError,
     PendingRollbackError,
     ResourceClosedError,
 )
@@ -55,6 +56,12 @@ class Connections(Protocol):
         is unknown whether the changes were written.
         """
         ...
+
+
+def is_duplicate(error: IntegrityError) -> bool:
+    """Returns whether a row with the same key exists. Any other violated constraint is a bug of this program."""
+    code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "sqlite_errorname", None)
+    return code in ("23505", "SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CONSTRAINT_UNIQUE")
 
 
 def reason(error: BaseException) -> str:

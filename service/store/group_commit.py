@@ -67,6 +67,10 @@ class GroupCommit:
             self._on_commit(len(batch), time.perf_counter() - started)
         except Exception as error:  # noqa: BLE001 - every waiting act must get the error, and the task must continue
             results = [error] * len(batch)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            results = [StoreUnavailable("the database's driver has cancelled the commit")] * len(batch)
         for (_, done), error in zip(batch, results, strict=True):
             if done.done():
                 continue

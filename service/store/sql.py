@@ -34,7 +34,7 @@ from service.store.base import (
     StoreUnavailable,
 )
 from service.store.changes import insert_episodes, locked, rows_of, write_changes
-from service.store.connections import Connections, Patience, reason
+from service.store.connections import Connections, Patience, is_duplicate, reason
 from service.store.deletion import delete_ended, delete_episodes, remove_tombstones
 from service.store.group_commit import GroupCommit, OnCommit
 from service.store.labelling import Labelling
@@ -145,6 +145,8 @@ class SQLStore:
         try:
             await self._connections.write(write)
         except IntegrityError as error:
+            if not is_duplicate(error):
+                raise
             raise EpisodeExists from error
 
     async def episodes(
@@ -278,6 +280,8 @@ class SQLStore:
         try:
             return await self._connections.write(function)
         except IntegrityError as error:
+            if not is_duplicate(error):
+                raise
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
     async def _write_together(self, changes: Sequence[Change]) -> Sequence[Exception | None]:
@@ -293,7 +297,7 @@ class SQLStore:
         except Exception as error:  # noqa: BLE001 - each change has its own result
             if len(changes) > 1:
                 return [result for change in changes for result in await self._write_together([change])]
-            if not isinstance(error, IntegrityError):
+            if not (isinstance(error, IntegrityError) and is_duplicate(error)):
                 return [error]
             return [EpisodeExists() if isinstance(changes[0], StoredEpisode) else StepTaken()]
 

@@ -76,8 +76,11 @@ class SQLiteConnections:
         function: Callable[[Connection], _T],
     ) -> _T:
         def call() -> _T:
-            with self._begun(begin) as connection:
-                return function(connection)
+            try:
+                with self._begun(begin) as connection:
+                    return function(connection)
+            except StopIteration as error:  # a future cannot carry it, so the caller would wait forever
+                raise RuntimeError("a transaction raised StopIteration") from error
 
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, call)

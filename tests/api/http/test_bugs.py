@@ -1,9 +1,9 @@
-"""A bug in the code that writes to the store: one call fails with 500 and a traceback in the log, and others go on."""
+"""Bugs in the code that writes to the store, and libraries that cancel calls: one call fails, and others go on."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import structlog
@@ -11,11 +11,15 @@ from sqlalchemy.exc import CompileError
 from structlog.testing import LogCapture
 
 from service.api.http import problems
+from service.engine.base import Constraint
+from service.engine.completion import Completion, Scores
 from service.engine.tokenizer import HFTokenizer
 from service.store import changes
 from service.testing.scripted_engine import ScriptedEngine
 from service.trajectory import Step
-from tests.support.serving import Served, serve
+from tests.support.serving import DISCRETE, Served, serve
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ async def api(tmp_path: Path, tokenizer: HFTokenizer) -> AsyncIterator[Served]:
         yield served
 
 
-@pytest.mark.parametrize("bug", [TypeError, ValueError, KeyError, AssertionError, CompileError])
+@pytest.mark.parametrize("bug", [TypeError, ValueError, KeyError, AssertionError, CompileError, StopIteration])
 async def test_a_bug_in_a_commit_is_reported_as_one_and_harms_no_other_act(
     api: Served, bug: type[Exception], monkeypatch: pytest.MonkeyPatch
 ):
@@ -44,11 +48,72 @@ async def test_a_bug_in_a_commit_is_reported_as_one_and_harms_no_other_act(
     assert [answer.status_code for answer in answers] == [200, 500, 200]
     assert answers[1].json()["code"] == "internal_error"
     (failure,) = [event for event in logged.entries if event["event"] == "unexpected_failure"]
-    assert isinstance(failure["exc_info"], bug)
-    assert "broken" in _names(failure["exc_info"])
+    error = failure["exc_info"].__cause__ if bug is StopIteration else failure["exc_info"]
+    assert isinstance(error, bug)
+    assert "broken" in _names(error)
     monkeypatch.undo()
     assert (await api.post_act("b", step=0)).status_code == 200
     assert [len((await api.trajectory(name))["steps"]) for name in "abc"] == [1, 1, 1]
+
+
+async def test_a_row_that_violates_a_constraint_is_a_bug_and_no_conflict(api: Served, monkeypatch: pytest.MonkeyPatch):
+    row_of = changes.step_row
+    for name in "ab":
+        await api.open(name)
+    monkeypatch.setattr(changes, "step_row", lambda step: {**row_of(step), "answer": None})
+    assert (await api.post_act("a", step=0)).json()["code"] == "internal_error"
+    monkeypatch.undo()
+    assert (await api.post_act("a", step=0)).status_code == 200
+
+
+async def test_a_driver_that_cancels_a_commit_stops_no_later_one(api: Served, monkeypatch: pytest.MonkeyPatch):
+    def cancelled(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    await api.open("a")
+    monkeypatch.setattr(changes, "_advance", cancelled)
+    assert (await api.post_act("a", step=0)).json()["code"] == "store_unavailable"
+    monkeypatch.undo()
+    assert (await api.post_act("a", step=0)).status_code == 200
+
+
+class CancellingEngine(ScriptedEngine):
+    """Cancels requests by itself, as an engine may that shuts down."""
+
+    cancels = True
+
+    async def generate(self, *args: Any, **options: Any) -> Completion:
+        return await self._unless_cancelled(super().generate(*args, **options))
+
+    async def score(self, *args: Any, **options: Any) -> Scores:
+        return await self._unless_cancelled(super().score(*args, **options))
+
+    async def check_constraint(self, constraint: Constraint) -> None:
+        await self._unless_cancelled(super().check_constraint(constraint))
+
+    async def _unless_cancelled(self, call: Coroutine[None, None, T]) -> T:
+        if self.cancels:
+            call.close()
+            raise asyncio.CancelledError
+        return await call
+
+
+async def test_an_engine_that_cancels_requests_is_unavailable(tmp_path: Path, tokenizer: HFTokenizer):
+    engine = CancellingEngine(tokenizer)
+    regex = {"episode_id": "r", "action_space": {"type": "regex", "pattern": "a+"}}
+    async with serve(tmp_path, engine) as api:
+        await api.open("text", reasoning={"max_tokens": 9})
+        await api.open("discrete", action_space=DISCRETE)
+        acts = [{"episode_id": name, "observation": "look", "step": 0} for name in ("text", "discrete")]
+        calls = [("/episode", regex), *(("/act", act) for act in acts)]
+        answers = [(await api.client.post(path, json=body)).json() for path, body in calls]
+        answers += (await api.client.post("/act/batch", json={"acts": acts})).json()["results"]
+        assert [answer.get("code") for answer in answers] == ["engine_unavailable"] * 5
+        stream = await api.post_act("text", headers={"Accept": "text/event-stream"})
+        assert "engine_unavailable" in stream.text
+        engine.cancels = False
+        for path, body in calls:
+            assert (await api.client.post(path, json=body)).status_code in (200, 201)
 
 
 def _names(error: BaseException) -> list[str]:
