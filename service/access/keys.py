@@ -148,8 +148,6 @@ class Keyring:
         await asyncio.wait({reading}, timeout=_SHORT_WAIT_S if is_known else _WAIT_S)
         if not reading.done():
             self._is_failing = True
-        elif error := reading.exception():
-            raise error
 
     async def _read(self) -> None:
         try:
@@ -158,5 +156,8 @@ class Keyring:
         except StoreUnavailable as error:
             self._is_failing, self._retry_at = True, time.monotonic() + FRESH_S
             _log.warning("api_keys_refresh_failed", reason=str(error))
+        except Exception:  # noqa: BLE001 - a bug must be seen in the log, and the known keys stay valid
+            self._is_failing, self._retry_at = True, time.monotonic() + FRESH_S
+            _log.exception("api_keys_refresh_failed")
         finally:
             self._reading = None

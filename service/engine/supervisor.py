@@ -24,6 +24,8 @@ Serving = Callable[[Engine], AbstractAsyncContextManager[None]]
 Callback = Callable[[], None]
 
 _LONGEST_BACKOFF_S = 60.0
+_CLOSE_S = 60.0
+"""Maximum duration of closing an engine. After that the supervisor fails, which ends the process."""
 
 
 class Supervisor:
@@ -79,7 +81,8 @@ class Supervisor:
         except Exception:  # noqa: BLE001 - `run` handles every failure
             _log.exception("engine_serve_failed", model=self._settings.model)
         finally:
-            await engine.close()
+            async with asyncio.timeout(_CLOSE_S):  # otherwise the service would never be ready again
+                await engine.close()
 
     async def _loaded(self) -> Engine | None:
         """Loads an engine. Returns None if that fails."""

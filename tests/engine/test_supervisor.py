@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from service.app import create_app
+from service.engine import supervisor
 from service.engine.base import EngineRefused
 from service.engine.tokenizer import Tokenizer
 from service.lifecycle import Phase
@@ -306,14 +307,18 @@ def _status_and_code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["code"]
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("cannot be closed"), asyncio.CancelledError()])
+@pytest.mark.parametrize("failure", [RuntimeError("cannot be closed"), asyncio.CancelledError(), None])
 async def test_a_failure_of_the_supervisor_itself_ends_the_process(
-    tmp_path: Path, loader: Loader, monkeypatch: Any, failure: BaseException
+    tmp_path: Path, loader: Loader, monkeypatch: Any, failure: BaseException | None
 ):
+    monkeypatch.setattr(supervisor, "_CLOSE_S", 0.1)
     async with served(tmp_path, loader) as (_, gave_up):
 
         async def broken() -> None:
-            raise failure
+            if failure is None:
+                await asyncio.Event().wait()  # closing the engine hangs
+            else:
+                raise failure
 
         monkeypatch.setattr(loader.engine, "close", broken)
         loader.engine.die()

@@ -119,7 +119,7 @@ def refusal(request: Request, error: Exception) -> Response:
 
 
 async def _expected(request: Request, error: Exception) -> Response:
-    return response(request, expected(error))
+    return refusal(request, error)
 
 
 async def _closed(_: Request, __: Exception) -> Response:

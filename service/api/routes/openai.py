@@ -15,7 +15,7 @@ from service.api.http.caller import caller
 from service.api.http.media_types import content_type
 from service.api.http.openai_errors import ROOTS, openai_error, refusal
 from service.api.http.services import services
-from service.engine.base import CACHE_SALT, SLOT, EngineUnavailable, Slot, cache_salt
+from service.engine.base import CACHE_SALT, SLOT, EngineUnavailable, Slot, cache_salt, uncancelled
 from service.errors import EpisodicError, TooManyRequests, Unprocessable
 
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -52,7 +52,7 @@ class _OpenAI:
         CACHE_SALT.set(cache_salt(tenant))
         SLOT.set(_slots(behind.admission, tenant))
         try:
-            with behind.admission.admitted(tenant):
+            with behind.admission.admitted(tenant), uncancelled():
                 await app(scope, _with_body(content, receive), send)
         except TooManyRequests as error:
             await refusal(request, error)(scope, receive, send)

@@ -10,8 +10,10 @@ import structlog
 from sqlalchemy.exc import CompileError
 from structlog.testing import LogCapture
 
+from service.access import keys
+from service.access.keys import new_key
 from service.api.http import problems
-from service.engine.base import Constraint
+from service.engine.base import Constraint, EngineUnavailable
 from service.engine.completion import Completion, Scores
 from service.engine.tokenizer import HFTokenizer
 from service.store import changes
@@ -123,3 +125,43 @@ def _names(error: BaseException) -> list[str]:
         found.append(frame.tb_frame.f_code.co_name)
         frame = frame.tb_next
     return found
+
+
+class FailingApp(ScriptedEngine):
+    """An engine whose app for /v1 raises `failure`."""
+
+    failure: BaseException = EngineUnavailable("dead")
+
+    async def openai_app(self) -> Any:
+        async def app(*_: Any) -> None:
+            raise self.failure
+
+        return app
+
+
+@pytest.mark.store("sqlite")
+async def test_an_engine_that_fails_during_a_v1_call_is_unavailable_in_openais_format(
+    tmp_path: Path, tokenizer: HFTokenizer
+):
+    engine = FailingApp(tokenizer)
+    async with serve(tmp_path, engine) as api:
+        for engine.failure in (EngineUnavailable("dead"), asyncio.CancelledError()):
+            answer = await api.client.post("/v1/completions", json={"prompt": "x"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+
+
+@pytest.mark.store("sqlite")
+async def test_known_keys_stay_valid_while_a_bug_prevents_reading_the_keys(
+    api: Served, monkeypatch: pytest.MonkeyPatch
+):
+    async def broken() -> Any:
+        raise KeyError("a bug in the code")
+
+    key, record = new_key("default", ("read",), 0.0)
+    await api.app.state.services.sessions.store.add_key(record)
+    monkeypatch.setattr(keys, "FRESH_S", 0.0)
+    known = {"Authorization": f"Bearer {key}"}
+    assert (await api.client.get("/policy", headers=known)).status_code == 200
+    monkeypatch.setattr(api.app.state.services.sessions.store, "keys", broken)
+    for _ in range(2):
+        assert (await api.client.get("/policy", headers=known)).status_code == 200
