@@ -281,8 +281,8 @@ class Acting:
     # --- answers
 
     def _outcomes(self, pending: Pending) -> list[Outcome]:
-        """Returns what each request of the call came to. Empty if its caller left before the answer."""
-        if pending.has_left:
+        """Returns what each request of the call came to. Empty if it has no answer yet, or its caller left before."""
+        if pending.has_left or not pending.call.done:
             return []
         first = pending.requests[0]
         answer = self.count(pending.call.answer, "batch" if first.kind == "item" else first.kind)
