@@ -13,10 +13,12 @@ from service.engine.base import Adapter, Engine, EngineUnavailable
 from service.errors import NotFound, Unprocessable
 from service.observability import logs
 from service.settings import policy_name
-from service.store.base import Store
+from service.store.base import Store, StoreUnavailable
 from service.trajectory import StoredPolicy
 
 _log = logs.get(__name__)
+
+_STORE_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,11 @@ class Policies:
         return name in self._base_names or name in self._adapters
 
     async def restore(self) -> None:
-        """Loads the adapters that are in the store. One that cannot be loaded is logged and skipped."""
-        for record in await self._store.policies():
+        """Loads the adapters that are in the store. One that cannot be loaded is logged and skipped.
+
+        Waits while the store is unavailable, because without it no act can be served either.
+        """
+        for record in await self._stored():
             if self._source is None:
                 _log.warning("adapter_not_served", policy=record.name)
                 continue
@@ -98,6 +103,14 @@ class Policies:
                 self._adapters[record.name] = await self._load(checked)
             except AdapterRefused as error:
                 _log.error("adapter_load_failed", policy=record.name, reason=str(error))
+
+    async def _stored(self) -> list[StoredPolicy]:
+        while True:
+            try:
+                return await self._store.policies()
+            except StoreUnavailable as error:
+                _log.error("store_unavailable", reason=str(error))
+                await asyncio.sleep(_STORE_RETRY_S)
 
     async def load(self, name: str, path: str) -> tuple[Policy, bool]:
         """Loads an adapter, or replaces the one with this name. Acts in flight complete with the previous weights.

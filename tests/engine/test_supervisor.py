@@ -11,12 +11,14 @@ from typing import Any
 import httpx
 import pytest
 
+from service.agent import policies
 from service.app import create_app
 from service.engine import supervisor
 from service.engine.base import EngineRefused
 from service.engine.tokenizer import Tokenizer
 from service.lifecycle import Phase
 from service.settings import Settings
+from service.store.base import StoreUnavailable
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
 from tests.support.serving import DISCRETE, HeldEngine, Served, serve, until
@@ -202,6 +204,27 @@ async def test_a_load_that_fails_after_a_death_is_tried_again(tmp_path: Path, lo
         loader.failing = 2
         loader.engine.die()
         await reloaded(api, loader, 4)
+        assert not gave_up.is_set()
+
+
+async def test_a_store_that_fails_during_a_reload_counts_as_no_failure_of_the_engine(
+    tmp_path: Path, loader: Loader, monkeypatch: pytest.MonkeyPatch
+):
+    async with served(tmp_path, loader, engine_max_failures=2) as (api, gave_up):
+        store, num_asked = api.app.state.services.sessions.store, 0
+
+        async def fail() -> Any:
+            nonlocal num_asked
+            num_asked += 1
+            raise StoreUnavailable("no connection")
+
+        monkeypatch.setattr(policies, "_STORE_RETRY_S", 0.0)
+        with monkeypatch.context() as failing:
+            failing.setattr(store, "policies", fail)
+            loader.engine.die()
+            await until(lambda: num_asked > 3)
+            assert await ready(api) != "ready"
+        await reloaded(api, loader, 2)
         assert not gave_up.is_set()
 
 
