@@ -446,8 +446,8 @@ class Acting:
         for pending, number in calls:
             request = pending.requests[number]
             pending.expected[number] |= replace(episode, flights={}).expect(request, -1)
-            if len(calls) > 1:  # an act that loses two races is not decided a third time
-                pending.expected[number] |= {"step_conflict"}
+            if len(calls) > 1:  # an act that lost a race is decided once more, and meets what arrived meanwhile
+                pending.expected[number] |= {"step_conflict", "episode_busy"}
 
     def _origin(
         self, episode: Episode, calls: Sequence[tuple[Pending, int]], row: dict[str, Any]
