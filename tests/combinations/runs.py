@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NoReturn
 
@@ -65,11 +64,10 @@ def main() -> None:
     for name in [name for name in os.environ if name.startswith("EPISODIC_")]:
         del os.environ[name]
     counts: Counter[str] = Counter()
-    with ProcessPoolExecutor(
-        given.processes, multiprocessing.get_context("spawn"), max_tasks_per_child=10
-    ) as processes:
+    # Not ProcessPoolExecutor: with max_tasks_per_child it can wait forever (Python 3.11, python/cpython#115634).
+    with multiprocessing.get_context("spawn").Pool(given.processes, maxtasksperchild=5) as processes:
         chunks = range(-(-given.sequences // _CHUNK))
-        for number, more in enumerate(processes.map(partial(play_chunk, given.seed), chunks), 1):
+        for number, more in enumerate(processes.imap(partial(play_chunk, given.seed), chunks), 1):
             counts += more
             if number % 10 == 0:
                 sys.stderr.write(f"{counts['sequences']:,} sequences\n")
