@@ -50,17 +50,25 @@ def test_a_thousand_actions_and_actions_that_are_prefixes_of_each_other(http: ht
     actions = ["go", "go on", "go on and on", *(f"{word} item {n}" for n in range(511) for word in ("take", "use"))][
         :1024
     ]
-    episode = opened(http, action_space={"type": "discrete", "actions": actions}, sampling={"seed": 3})
-    answer = acted(http, episode, "What now?")
-    assert answer["action"] in actions
-    assert set(answer["action_probs"]) == set(actions)
-    assert math.isclose(sum(answer["action_probs"].values()), 1.0, abs_tol=1e-6)
+    answers: list[Any] = []
+    for probs in ("all", "taken"):
+        space = {"type": "discrete", "actions": actions, "probs": probs}
+        answers.append(acted(http, opened(http, action_space=space, sampling={"seed": 3}), "What now?"))
+    every, taken = answers
+    assert every["action"] in actions
+    assert set(every["action_probs"]) == set(actions)
+    assert math.isclose(sum(every["action_probs"].values()), 1.0, abs_tol=1e-6)
+    assert taken["action"] == every["action"]
+    assert math.isclose(taken["logprob"], every["logprob"], abs_tol=1e-3)
+    for action, prob in taken["action_probs"].items():
+        assert math.isclose(prob, every["action_probs"][action], rel_tol=1e-3)
+    assert 0 < taken["legal_mass"] <= 1
 
 
 def test_more_first_tokens_than_the_engine_scores_at_once(http: httpx.Client) -> None:
     actions = [chr(code) for code in range(33, 127)] + [chr(code) for code in range(0xA1, 0x180)]
-    episode = opened(http, action_space={"type": "discrete", "actions": actions}, sampling={"temperature": 0})
-    answer = acted(http, episode, "Pick a character.")
+    space = {"type": "discrete", "actions": actions, "probs": "all"}
+    answer = acted(http, opened(http, action_space=space, sampling={"temperature": 0}), "Pick a character.")
     assert answer["action"] == max(answer["action_probs"], key=answer["action_probs"].get)
     assert len(answer["action_probs"]) == len(actions)
 

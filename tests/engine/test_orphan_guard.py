@@ -14,6 +14,7 @@ def child():
     print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run where it is ignored
     {arm}
     started = multiprocessing.get_context("spawn").Process(target=child)
     started.start()

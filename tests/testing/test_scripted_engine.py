@@ -32,7 +32,7 @@ async def test_scores_are_a_distribution_and_the_same_each_time(tokenizer: HFTok
     engine = ScriptedEngine(tokenizer)
     first, again = [await engine.score(PROMPT, [7, 8, 9]) for _ in range(2)]
     assert first == again
-    assert sum(map(math.exp, first.logprobs)) == pytest.approx(1.0)
+    assert 0 < sum(map(math.exp, first.logprobs)) < 1
     assert (await engine.score([*PROMPT, 5], [7, 8, 9])) != first
     assert engine.prompts == [PROMPT, PROMPT, [*PROMPT, 5]]
 
