@@ -253,7 +253,7 @@ class Acting:
             # A replica that does not know the latest step may ask its engine although the request is a retry.
             if not replica.may_load.is_set():
                 expected = expected - {"act"} | {"engine_unavailable"}
-            elif replica.engine.has_nan:
+            elif replica.engine.has_nan and not _is_forced(episode, request):
                 expected = expected - {"act"} | {"policy_failed"}
         if request.timeout_s is not None:
             expected |= {"deadline_exceeded"} if request.timeout_s < 1 else set()
@@ -558,3 +558,8 @@ def _is_of(row: dict[str, Any], request: Request) -> bool:
     """Whether a row of a trajectory may come from the request: they have the same observation and info."""
     info = request.body.get("info")
     return row["observation"] == _observation(request) and row["info"] == info
+
+
+def _is_forced(episode: Episode, request: Request) -> bool:
+    """Whether there is only one legal action and no thought: then the engine is not asked."""
+    return len(request.body.get("legal_actions") or ()) == 1 and not episode.body.get("reasoning")
