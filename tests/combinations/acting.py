@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -38,6 +38,8 @@ class Pending:
     requests: Sequence[Request]
     expected: list[set[str]]
     has_left: bool = False
+    expired: set[int] = field(default_factory=set[int])
+    """The requests that nobody waits for any more."""
 
 
 @dataclass(frozen=True)
@@ -198,16 +200,21 @@ class Acting:
     async def _until_timeout(self, pending: Pending) -> None:
         """Waits until the timeout of the act expires, unless its commit has begun: that one is awaited."""
         if not await pending.call.wait(0.3):
+            # A batch still waits for others of its acts.
+            self._left(pending, [n for n, request in enumerate(pending.requests) if (request.timeout_s or 1) < 1])
             return
         self.pending.remove(pending)
         self._left(pending)
         pending.expected = [names | {"deadline_exceeded"} for names in pending.expected]
         await self._reconciled([pending])
 
-    def _left(self, pending: Pending) -> None:
-        """A caller has left: an act that nobody waits for any more is aborted, unless its commit has begun."""
+    def _left(self, pending: Pending, numbers: Sequence[int] | None = None) -> None:
+        """A caller has left, or stopped to wait for some requests: an act that nobody waits for any more is aborted,
+        unless its commit has begun."""
         number = pending.call.replica.number
-        for request in pending.requests:
+        leaving = set(range(len(pending.requests)) if numbers is None else numbers) - pending.expired
+        pending.expired |= leaving
+        for request in (pending.requests[place] for place in sorted(leaving)):
             if flight := self._flights(request).get(number):
                 flight.num_waiting -= 1
                 if not flight.num_waiting and not flight.is_committing:
