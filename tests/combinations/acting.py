@@ -258,10 +258,11 @@ class Acting:
         expected = set(episode.expect(request, replica.number))
         if request.kind in ("act", "stream", "item"):
             # A replica that does not know the latest step may ask its engine although the request is a retry.
+            impossible = set[str]() if _is_forced(episode, request) else {"act"}
             if not replica.may_load.is_set():
-                expected = expected - {"act"} | {"engine_unavailable"}
-            elif replica.engine.has_nan and not _is_forced(episode, request):
-                expected = expected - {"act"} | {"policy_failed"}
+                expected = expected - impossible | {"engine_unavailable"}
+            elif replica.engine.has_nan and impossible:
+                expected = expected - impossible | {"policy_failed"}
         if request.timeout_s is not None:
             expected |= {"deadline_exceeded"} if request.timeout_s < 1 else set()
         if replica.fault:  # a replica may also try to commit because it does not know the latest step
