@@ -187,7 +187,9 @@ class Acting:
     async def _wait_at_gate(self, pending: Pending, replica: Replica) -> None:
         for request, expected in zip(pending.requests, pending.expected, strict=True):
             episode = self.episodes.get((request.tenant, request.name))
-            if episode is None or not expected & {"act", "close", "replay"}:
+            if episode is None or not expected & {"act", "close", "replay", "policy_failed"}:
+                continue
+            if len(pending.requests) > 1 and await self._is_stored_already(episode, pending):
                 continue
             if flight := episode.flights.get(replica.number):
                 flight.num_waiting += 1
@@ -196,6 +198,13 @@ class Acting:
         self.pending.append(pending)
         if any(request.timeout_s for request in pending.requests):
             await self._until_timeout(pending)
+
+    async def _is_stored_already(self, episode: Episode, batch: Pending) -> bool:
+        """Whether the episode's act in the batch was stored, because it needs no engine, while the batch waits for
+        others of its acts."""
+        before = episode.num_steps, episode.stop_reason
+        await self._explain(episode, self._on(episode, [batch, *self.pending]))
+        return (episode.num_steps, episode.stop_reason) != before
 
     async def _until_timeout(self, pending: Pending) -> None:
         """Waits until the timeout of the act expires, unless its commit has begun: that one is awaited."""
