@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -86,6 +88,14 @@ class Server:
         """Shuts the server down gracefully. Returns its exit code."""
         self.signal(signal.SIGTERM)
         return self.wait()
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits until the condition is true, at most two minutes."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def _free_port() -> int:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.server import Server
+from tests.e2e.server import Server, until
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -52,13 +51,6 @@ def open_long(server: Server, name: str, max_tokens: int = 1000) -> None:
 def act(server: Server, name: str, headers: Any = None) -> httpx.Response:
     body = {"episode_id": name, "observation": "row 0", "step": 0}
     return httpx.post(f"{server.url}/act", json=body, headers=headers, timeout=120)
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def num_running(server: Server) -> int:
