@@ -1,5 +1,6 @@
-"""Actors for the HTTP contenders: one plays an episode with POST /act, the other with vLLM's chat completions."""
+"""Actors for the HTTP contenders: they play an episode with POST /act, POST /act/batch, or vLLM's chat completions."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,15 +31,55 @@ class ServiceActor:
         await self._connection.post("/episode", self._request, self._headers)
 
     async def act(self, step: int) -> Reply:
-        sent = self._connection.bytes_sent
         body = {"episode_id": self._id, "observation": self._observations[step], "step": step}
-        answer = await self._connection.post("/act", body, self._headers)
+        answer, sent = await self._answer(body)
         usage = answer["usage"]
-        sent = self._connection.bytes_sent - sent
         return Reply(answer["text"], usage["prompt_tokens"], usage["completion_tokens"], sent, answer["timing"])
+
+    async def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Returns the answer, and the number of bytes that were sent."""
+        sent = self._connection.bytes_sent
+        answer = await self._connection.post("/act", body, self._headers)
+        return answer, self._connection.bytes_sent - sent
 
     def close(self) -> None:
         self._connection.close()
+
+
+class Lockstep:
+    """Sends the acts of `size` episodes as one batch, once each of them has one."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._waiting: list[tuple[dict[str, Any], asyncio.Future[dict[str, Any]]]] = []
+
+    async def act(self, body: dict[str, Any], connection: Connection) -> tuple[dict[str, Any], int]:
+        """Returns the answer to this act, and its share of the bytes that were sent."""
+        answered: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((body, answered))
+        sent = connection.bytes_sent
+        if len(self._waiting) == self._size:
+            waiting, self._waiting = self._waiting, []
+            try:
+                results = (await connection.post("/act/batch", {"acts": [body for body, _ in waiting]}))["results"]
+            except Exception as error:
+                for _, future in waiting:
+                    future.set_exception(error)
+                raise
+            for (_, future), result in zip(waiting, results, strict=True):
+                future.set_result(result)
+        return await answered, connection.bytes_sent - sent
+
+
+class BatchActor(ServiceActor):
+    """Plays an episode on the service, in lockstep with others."""
+
+    def __init__(self, connection: Connection, episode_id: str, workload: Workload, lockstep: Lockstep) -> None:
+        super().__init__(connection, episode_id, workload)
+        self._lockstep = lockstep
+
+    async def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        return await self._lockstep.act(body, self._connection)
 
 
 class ChatActor:

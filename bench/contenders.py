@@ -7,13 +7,14 @@ import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
 import orjson
 
-from bench.actors import ChatActor, ServiceActor
+from bench.actors import BatchActor, ChatActor, Lockstep, ServiceActor
 from bench.http_client import Connection, UnexpectedStatus
 from bench.measure import Sample, WrongAction, measure, process_clock
 from bench.workloads import Cell
@@ -112,10 +113,13 @@ class _Server:
         return self._program.process.pid
 
     async def play(self, cell: Cell, run: int) -> Sample:
+        return await self._play(cell, run, lambda _: self._actor(cell))
+
+    async def _play(self, cell: Cell, run: int, new: Callable[[int], ServiceActor | ChatActor]) -> Sample:
         actors: list[ServiceActor | ChatActor] = []
 
-        def make(_: int) -> ServiceActor | ChatActor:
-            actors.append(self._actor(cell))
+        def make(number: int) -> ServiceActor | ChatActor:
+            actors.append(new(number))
             return actors[-1]
 
         try:
@@ -156,6 +160,36 @@ class Service(_Server):
 
     def _actor(self, cell: Cell) -> ServiceActor:
         return ServiceActor(self._connection(), uuid4().hex, cell.workload)
+
+    async def play_in_lockstep(self, cell: Cell, run: int) -> Sample:
+        """Runs a cell with POST /act/batch: its episodes step together. Raises Failed."""
+        group = Lockstep(cell.num_episodes)  # the sets of a cell are played one after the other
+        return await self._play(cell, run, lambda _: BatchActor(self._connection(), uuid4().hex, cell.workload, group))
+
+
+class Batches:
+    """(d) The process of (a), called with POST /act/batch."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def start(self) -> None:
+        pass
+
+    async def play(self, cell: Cell, run: int) -> Sample:
+        return await self._service.play_in_lockstep(cell, run)
+
+    async def stop(self) -> None:
+        pass
+
+
+class ScriptedService(Service):
+    """The service with a scripted engine, which costs next to nothing."""
+
+    def __init__(self, model: str, folder: Path, run_module: Command = _RUN_MODULE) -> None:
+        port = _free_port()
+        command = [*run_module, "bench.scripted", model, str(port), str(folder)]
+        _Server.__init__(self, _Program(command, folder / "scripted.log", _environment()), port, "/readyz")
 
 
 class OpenAIServer(_Server):
