@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from service.api.http import server
 from service.app import create_app
+from service.cli.serve import freeze_garbage_collector
 from service.engine.tokenizer import HFTokenizer
 from service.observability import logs
 from service.settings import Settings
@@ -22,7 +23,9 @@ def main() -> None:
     settings = Settings(**given)
     tokenizer: Any = AutoTokenizer
     engine = ScriptedEngine(HFTokenizer(tokenizer.from_pretrained(model)), max_model_len=1 << 20)
-    uvicorn.Server(server.config(create_app(settings, engine=engine))).run()
+    uvicorn.Server(
+        server.config(create_app(settings, engine=engine, on_ready=freeze_garbage_collector), port=settings.port)
+    ).run()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from service.access.keys import Keyring
 from service.agent.policies import Policies
 from service.api.http import cors, openapi, problems
 from service.api.http.middleware import Failures, RequestContext
+from service.api.http.routing import Shortcut
 from service.api.http.schemas import EpisodeFields
 from service.api.http.security import Security, is_loopback
 from service.api.http.services import Services
@@ -86,11 +87,12 @@ def create_app(
         app.include_router(documentation.router)
     problems.install(app)
     openapi.install(app)
+    app.add_middleware(Shortcut, handlers={"/act": acts.act, "/act/batch": acts.batch})
     app.add_middleware(Security, keyring=Keyring(used_store), loopback=is_loopback(settings.host))
     app.add_middleware(Failures)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **cors.OPTIONS)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, services=services)
     return app
 
 

@@ -10,6 +10,8 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, Literal, cast
 
 import structlog
@@ -23,7 +25,7 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
     `level` is the name of the lowest level that is logged, in either case.
     """
     shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
+        _add_request,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -56,6 +58,18 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("vllm", "py.warnings"):  # nor do these warnings: they are the same at each start
         logging.getLogger(name).setLevel(logging.WARNING if level == "debug" else logging.ERROR)
+
+
+_request: ContextVar[Mapping[str, str]] = ContextVar("request")
+
+
+def set_request(ids: Mapping[str, str]) -> None:
+    """Sets the fields of all log lines of this request: its id, and that of the episode."""
+    _request.set(ids)
+
+
+def _add_request(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    return {**_request.get({}), **event}
 
 
 def get(name: str) -> Any:

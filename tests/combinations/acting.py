@@ -324,6 +324,7 @@ class Acting:
             episode = self.episodes.get((request.tenant, request.name))
             if episode is None:
                 continue
+            before = episode.num_steps, episode.stop_reason
             if request.kind == "end":
                 if outcome.name == "close" and episode.is_active:
                     episode.close(request, request.stop_reason or "aborted", {})
@@ -339,6 +340,14 @@ class Acting:
                 self._check_replay(episode, outcome.document)
             else:
                 self._check_refusal(episode, outcome)
+            if (episode.num_steps, episode.stop_reason) != before:
+                self._overtake_streams(episode)
+
+    def _overtake_streams(self, episode: Episode) -> None:
+        """A stream that waits for its commit on another replica has sent text, so it cannot become a replay."""
+        for pending, number in self._on(episode, self.pending):
+            if pending.requests[number].kind == "stream":
+                pending.expected[number] |= {"step_conflict"}
 
     def _check_expected(self, request: Request, expected: set[str], outcome: Outcome) -> None:
         name = "replay" if outcome.name == "close" and outcome.document.get("replayed") else outcome.name

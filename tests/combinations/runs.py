@@ -1,12 +1,14 @@
 """Plays random sequences of calls and faults in several processes.
 
-Prints how many calls of each kind came to what. Stops at the first violation, with the calls that led to it.
+Prints how many calls of each kind came to what, and each violation with the calls that led to it. A violation ends its
+chunk of sequences only.
 """
 
 import argparse
 import multiprocessing
 import os
 import sys
+import traceback
 from collections import Counter
 from functools import partial
 from typing import NoReturn
@@ -50,9 +52,13 @@ def _drop(*_: object) -> NoReturn:
     raise structlog.DropEvent
 
 
-def play_chunk(seed: int, number: int) -> Counter[str]:
+def play_chunk(seed: int, number: int) -> tuple[Counter[str], str | None]:
+    """Returns the counts, or the first violation."""
     structlog.configure(processors=[_drop])
-    return play(_CHUNK, seed * 1_000_000 + number, packaged_tokenizer())
+    try:
+        return play(_CHUNK, seed * 1_000_000 + number, packaged_tokenizer()), None
+    except Exception:  # noqa: BLE001 - a violation, or a failure of the service that the model does not catch
+        return Counter(), traceback.format_exc()
 
 
 def main() -> None:
@@ -64,14 +70,19 @@ def main() -> None:
     for name in [name for name in os.environ if name.startswith("EPISODIC_")]:
         del os.environ[name]
     counts: Counter[str] = Counter()
+    num_violations = 0
     # Not ProcessPoolExecutor: with max_tasks_per_child it can wait forever (Python 3.11, python/cpython#115634).
     with multiprocessing.get_context("spawn").Pool(given.processes, maxtasksperchild=5) as processes:
         chunks = range(-(-given.sequences // _CHUNK))
-        for number, more in enumerate(processes.imap(partial(play_chunk, given.seed), chunks), 1):
+        for number, (more, violation) in enumerate(processes.imap(partial(play_chunk, given.seed), chunks), 1):
             counts += more
+            if violation:
+                num_violations += 1
+                sys.stderr.write(f"chunk {number - 1}: {violation}\n")
             if number % 10 == 0:
                 sys.stderr.write(f"{counts['sequences']:,} sequences\n")
     sequences = counts.pop("sequences")
     for name, count in sorted(counts.items()):
         sys.stdout.write(f"{count:9,}  {name}\n")
-    sys.stdout.write(f"{sequences} sequences, seed {given.seed}: no violations\n")
+    sys.stdout.write(f"{sequences} sequences, seed {given.seed}: {num_violations or 'no'} violations\n")
+    sys.exit(num_violations > 0)

@@ -9,6 +9,19 @@ from starlette.responses import Response
 from service.validation import strict_json
 
 
+class JSONAnswer(Response):
+    """A JSON response. Without headers of its own, it makes its two headers faster than Starlette's classes."""
+
+    media_type = "application/json"
+
+    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
+        if headers is None:
+            length = str(len(self.body)).encode()
+            self.raw_headers = [(b"content-length", length), (b"content-type", b"application/json")]
+        else:
+            super().init_headers(headers)
+
+
 def json_answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Returns a JSON response. Values that are not JSON are written as str."""
     return _answer(strict_json.write(document, default=str), status, headers)
@@ -36,4 +49,4 @@ def _value(value: object) -> bytes:
 
 
 def _answer(body: bytes, status: int, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(body, status, headers, media_type="application/json")
+    return JSONAnswer(body, status, headers)

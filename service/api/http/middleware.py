@@ -1,19 +1,21 @@
 """Middleware for every request: sets the request id, writes a log line, counts the request, answers failures."""
 
+import logging
 import re
 import time
 from collections.abc import Iterable
 from itertools import count
 from secrets import token_hex
 
-import structlog
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.http import problems
+from service.api.http.services import Services
 from service.observability import logs, metrics
 
 _log = logs.get(__name__)
+_stdlib_log = logging.getLogger(__name__)
 
 _PROBES = ("/healthz", "/readyz", "/metrics")
 Headers = Iterable[tuple[bytes, bytes]]
@@ -21,14 +23,16 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestContext:
-    """Returns the caller's X-Request-ID or generates one, adds it and X-Episode-Id to all log lines, logs the request.
+    """Gives each request its id and the services, and logs and counts the request when it was answered.
 
-    Acts that are served or refused with 429 are logged at debug level: at a thousand acts per second, writing the log
-    line would cost more than serving the act.
+    The id is the caller's X-Request-ID, or a new one. It and X-Episode-Id are in all log lines of the request. Acts
+    that are served or refused with 429 are logged at debug level: at a thousand acts per second, writing the log line
+    would cost more than serving the act.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
+        self._services = services
         self._prefix = token_hex(6)  # one per process: a random id for each request would cost a system call
         self._numbers = count()
 
@@ -37,27 +41,22 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        method = scope["method"]
+        method, path = scope["method"], scope["path"]
         if method == "HEAD":
             scope = {**scope, "method": "GET"}  # uvicorn leaves out the body of the response
-        request_id = request_id_of(scope["headers"]) or f"{self._prefix}-{next(self._numbers)}".encode()
-        episode_id = _printable(scope["headers"], b"x-episode-id")
-        scope["request_id"] = request_id.decode()
-        context = {"request_id": scope["request_id"]}
-        if episode_id:
-            context["episode_id"] = episode_id.decode()
-        structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(**context)
-        status = 0
-        lifecycle = scope["app"].state.services.lifecycle
-        if scope["path"] not in _PROBES:
+        headers = dict(scope["headers"])
+        request_id = _printable(headers.get(b"x-request-id")) or f"{self._prefix}-{next(self._numbers)}"
+        episode_id = _printable(headers.get(b"x-episode-id"))
+        logs.set_request({"request_id": request_id} | ({"episode_id": episode_id} if episode_id else {}))
+        scope["request_id"], scope["services"], scope["status"] = request_id, self._services, 0
+        lifecycle = self._services.lifecycle
+        if path not in _PROBES:
             lifecycle.num_calls += 1
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                scope["status"] = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
                 if lifecycle.is_leaving:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
@@ -65,13 +64,18 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            seconds = round(time.perf_counter() - began, 6)
-            route = getattr(scope.get("route"), "path", "-")
-            log_request(status or 499, route, method=method, path=scope["path"], seconds=seconds)
+            route = scope.get("route")
+            log_request(
+                scope["status"] or 499,
+                "-" if route is None else getattr(route, "path", "-"),
+                method=method,
+                path=path,
+                seconds=round(time.perf_counter() - began, 6),
+            )
 
 
 class Failures:
-    """Answers a request that fails unexpectedly, so that its connection can be used again.
+    """Answers a request that fails, so that its connection can be used again.
 
     If the response has already started, the exception goes on to uvicorn, which breaks off the response.
     """
@@ -80,17 +84,10 @@ class Failures:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_answered = False
-
-        async def watched(message: Message) -> None:
-            nonlocal is_answered
-            is_answered = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, send)
         except Exception as error:
-            if is_answered or scope["type"] != "http":
+            if scope["type"] != "http" or scope["status"]:
                 raise
             await problems.refusal(Request(scope), error)(scope, receive, send)
 
@@ -98,17 +95,20 @@ class Failures:
 def log_request(status: int, route: str = "-", *, method: str = "-", path: str = "-", **fields: object) -> None:
     """Logs a request that was answered, and counts it. `route` is the path with placeholders."""
     metrics.count_request(route, status)
-    (_log.debug if _is_quiet(path, status) else _log.info)("request", method=method, path=path, status=status, **fields)
+    if not _is_quiet(path, status):
+        _log.info("request", method=method, path=path, status=status, **fields)
+    elif _stdlib_log.isEnabledFor(logging.DEBUG):
+        _log.debug("request", method=method, path=path, status=status, **fields)
 
 
-def request_id_of(headers: Headers) -> bytes | None:
+def request_id_of(headers: Headers) -> str | None:
     """Returns the caller's X-Request-ID; None if it is missing or not printable."""
-    return _printable(headers, b"x-request-id")
+    return _printable(dict(headers).get(b"x-request-id"))
 
 
 def _is_quiet(path: str, status: int) -> bool:
     return path in _PROBES or (path == "/act" and (status < 400 or status == 429))
 
 
-def _printable(headers: Headers, name: bytes) -> bytes | None:
-    return next((value for key, value in headers if key == name and _REQUEST_ID.fullmatch(value)), None)
+def _printable(value: bytes | None) -> str | None:
+    return value.decode() if value is not None and _REQUEST_ID.fullmatch(value) else None

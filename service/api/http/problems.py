@@ -64,9 +64,8 @@ def documented(*statuses: int, public: bool = False) -> dict[int | str, dict[str
 
 def install(app: Starlette) -> None:
     """Registers the exception handlers of the app."""
-    for kind in (EpisodicError, EngineUnavailable, StoreUnavailable):
+    for kind in (EpisodicError, EngineUnavailable, StoreUnavailable, ClientClosed):
         app.add_exception_handler(kind, _expected)
-    app.add_exception_handler(ClientClosed, _closed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
 
@@ -114,16 +113,14 @@ def response(request: Request, error: EpisodicError) -> Response:
 
 def refusal(request: Request, error: Exception) -> Response:
     """Returns the response to any exception, in the format of the path that was called."""
+    if isinstance(error, ClientClosed):
+        return Response(status_code=CLIENT_CLOSED)
     answer = openai_errors.refusal if openai_errors.owns(request.scope["path"]) else response
     return answer(request, expected(error))
 
 
 async def _expected(request: Request, error: Exception) -> Response:
     return refusal(request, error)
-
-
-async def _closed(_: Request, __: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -194,12 +194,12 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _refusal_bytes(self) -> bytes:
         status = self._refusal.status
-        request_id = middleware.request_id_of(self.headers if self._in_head else []) or token_hex(8).encode()
-        scope = {"type": "http", "request_id": request_id.decode()}
+        request_id = middleware.request_id_of(self.headers if self._in_head else []) or token_hex(8)
+        scope = {"type": "http", "request_id": request_id}
         response = problems.response(Request(scope), self._refusal)
-        middleware.log_request(status, request_id=scope["request_id"])
+        middleware.log_request(status, request_id=request_id)
         headers = [*self.server_state.default_headers, *response.raw_headers]
-        headers += [(b"x-request-id", request_id), (b"connection", b"close")]
+        headers += [(b"x-request-id", request_id.encode()), (b"connection", b"close")]
         lines = b"".join(b"%b: %b\r\n" % header for header in headers)
         return STATUS_LINE[status] + lines + b"\r\n" + bytes(response.body)
 

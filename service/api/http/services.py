@@ -23,5 +23,5 @@ class Services:
 
 
 def services(request: Request) -> Services:
-    """Returns the services of the app that received the request."""
-    return request.app.state.services
+    """Returns the services of the app that received the request. `middleware.RequestContext` puts them there."""
+    return request.scope["services"]
