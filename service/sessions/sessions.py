@@ -40,7 +40,7 @@ Answer = dict[str, JsonValue]
 
 _NONE: Mapping[str, JsonValue] = {}
 _MAX_RACES = 3
-"""How often ending an episode is tried again because another call has committed a step meanwhile."""
+"""How often a call is tried again because another one has committed a step meanwhile."""
 _LOADING = "the model is still loading; retry later"
 _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0)
 
@@ -177,14 +177,15 @@ class Sessions:
                     return await self._replay_without_engine(episode_id, request)
                 if request.sink:
                     episode = await self._refreshed(episode)
-                try:
-                    return await self._answer(episode, request, limit)
-                except (Conflict, Unprocessable, PolicyFailed, EngineUnavailable) as refusal:
-                    if request.sink and request.sink.has_emitted:
-                        raise
-                    if limit.expired():  # while the commit was awaited, which has failed
-                        raise TimeoutError from refusal
-                    episode = await self._reloaded(episode, refusal)
+                for _ in range(_MAX_RACES):
+                    try:
+                        return await self._answer(episode, request, limit)
+                    except (Conflict, Unprocessable, PolicyFailed, EngineUnavailable) as refusal:
+                        if request.sink and request.sink.has_emitted:
+                            raise
+                        if limit.expired():  # while the commit was awaited, which has failed
+                            raise TimeoutError from refusal
+                        episode = await self._reloaded(episode, refusal)
                 return await self._answer(episode, request, limit)
 
     async def end(self, episode_id: str, request: ActRequest, stop_reason: StopReason) -> StoredEpisode:

@@ -194,10 +194,16 @@ class Acting:
             if flight := episode.flights.get(replica.number):
                 flight.num_waiting += 1
             else:
-                episode.flights[replica.number] = Flight(request, episode.num_steps, 1, replica.gate == "commits")
+                index = self._index_at(episode, request)
+                episode.flights[replica.number] = Flight(request, index, 1, replica.gate == "commits")
         self.pending.append(pending)
         if any(request.timeout_s for request in pending.requests):
             await self._until_timeout(pending)
+
+    def _index_at(self, episode: Episode, request: Request) -> int:
+        """The index of the step that a waiting act would take. A stale replica may decide a stored step again."""
+        named = (index for index in (request.step, episode.index_of(request.key)) if index is not None)
+        return min([episode.num_steps, *named])
 
     async def _is_stored_already(self, episode: Episode, batch: Pending) -> bool:
         """Whether the episode's act in the batch was stored, because it needs no engine, while the batch waits for
@@ -344,10 +350,8 @@ class Acting:
                 self._overtake_streams(episode)
 
     def _overtake_streams(self, episode: Episode) -> None:
-        """A stream that waits for its commit on another replica has sent text, so it cannot become a replay."""
         for pending, number in self._on(episode, self.pending):
-            if pending.requests[number].kind == "stream":
-                pending.expected[number] |= {"step_conflict"}
+            pending.expected[number] |= _overtaken(pending.requests[number], episode)
 
     def _check_expected(self, request: Request, expected: set[str], outcome: Outcome) -> None:
         name = "replay" if outcome.name == "close" and outcome.document.get("replayed") else outcome.name
@@ -391,6 +395,9 @@ class Acting:
 
     async def release(self, *, code: str | None = None, at: Replica | None = None) -> None:
         """Opens all gates, and checks the answers of all calls that waited. Those at `at` may fail with `code`."""
+        for pending in self.pending:
+            for names in pending.expected if pending.call.replica.engine.has_nan else ():
+                names |= {"policy_failed"} if "act" in names else set()
         for replica in self.world.replicas:
             replica.open_gate()
         await quiescence()
@@ -473,7 +480,7 @@ class Acting:
             request = pending.requests[number]
             pending.expected[number] |= replace(episode, flights={}).expect(request, -1)
             if len(calls) > 1:  # an act that lost a race is decided once more, and meets what arrived meanwhile
-                pending.expected[number] |= {"step_conflict", "episode_busy"}
+                pending.expected[number] |= {"step_conflict", "episode_busy"} | _overtaken(request, episode)
 
     def _origin(
         self, episode: Episode, calls: Sequence[tuple[Pending, int]], row: dict[str, Any]
@@ -580,10 +587,20 @@ def _observation(request: Request) -> Any:
     return request.body.get("observation")
 
 
+def _overtaken(request: Request, episode: Episode) -> set[str]:
+    """What a stream may come to if another replica has changed the episode meanwhile. It has sent text, so it cannot
+    become a replay."""
+    if request.kind != "stream":
+        return set()
+    return {"step_conflict"} if episode.is_active else {"step_conflict", "episode_ended"}
+
+
 def _is_of(row: dict[str, Any], request: Request) -> bool:
-    """Whether a row of a trajectory may come from the request: they have the same observation and info."""
-    info = request.body.get("info")
-    return row["observation"] == _observation(request) and row["info"] == info
+    """Whether a row of a trajectory may come from the request: they have the same observation and info, and a row that
+    ends the episode has the same other fields."""
+    body = request.body
+    ends = ("reward", "terminated", "truncated", "success") if "terminated" in row else ()
+    return all((row[name] or None) == (body.get(name) or None) for name in ("observation", "info", *ends))
 
 
 def _is_forced(episode: Episode, request: Request) -> bool:
