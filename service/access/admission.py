@@ -178,7 +178,15 @@ class Admission:
 
     @asynccontextmanager
     async def slot(self, tenant: str) -> AsyncGenerator[None]:
-        """Waits for a slot of the engine, and occupies it until the context exits.
+        """Waits for a slot of the engine, and occupies it until the context exits. See `acquire`."""
+        await self.acquire(tenant)
+        try:
+            yield
+        finally:
+            self.release(tenant)
+
+    async def acquire(self, tenant: str) -> None:
+        """Waits for a slot of the engine, and occupies it until `release`.
 
         A slot that becomes free goes to the waiting tenant that occupies the fewest slots. A tenant never occupies more
         slots than its quota of concurrent acts.
@@ -189,13 +197,14 @@ class Admission:
         else:
             with metrics.WAITING_ACTS.track_inprogress():
                 await _turn(account.waiting, lambda: self._release(account))
-        try:
-            with metrics.RUNNING_ACTS.track_inprogress():
-                yield
-        finally:
-            self._ends.append(time.monotonic())
-            self._release(account)
-            self._forget_idle(tenant)
+        metrics.RUNNING_ACTS.inc()
+
+    def release(self, tenant: str) -> None:
+        """Frees a slot that `acquire` has given."""
+        metrics.RUNNING_ACTS.dec()
+        self._ends.append(time.monotonic())
+        self._release(self._account(tenant))
+        self._forget_idle(tenant)
 
     def _occupy(self, account: _Account) -> None:
         account.num_running += 1

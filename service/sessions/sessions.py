@@ -6,9 +6,8 @@ by the agent and committed before it is answered.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, cast
 
 from service.access.admission import Admission
 from service.agent.agent import Agent
@@ -169,7 +168,8 @@ class Sessions:
         Raises EpisodicError, EngineUnavailable, StoreUnavailable. No step was committed then, with one exception: after
         StoreUnavailable the result of the commit may be unknown. A retry then returns the step or repeats the act.
         """
-        with _count_act():
+        metrics.ACTIVE_ACTS.inc()
+        try:
             async with before_deadline(request) as limit:
                 try:
                     episode = await self._cache.find(episode_id)
@@ -187,6 +187,11 @@ class Sessions:
                             raise TimeoutError from refusal
                         episode = await self._reloaded(episode, refusal)
                 return await self._answer(episode, request, limit)
+        except Exception as error:
+            metrics.ACTS.labels(getattr(error, "code", "internal_error")).inc()
+            raise
+        finally:
+            metrics.ACTIVE_ACTS.dec()
 
     async def end(self, episode_id: str, request: ActRequest, stop_reason: StopReason) -> StoredEpisode:
         """Ends an episode. One that has ended is not changed.
@@ -358,17 +363,6 @@ def _is_current(episode: Episode, head: StoredEpisode) -> bool:
     return cached == (state.step, state.status, opened_at)
 
 
-@contextmanager
-def _count_act() -> Generator[None]:
-    """Counts the acts in flight, and the failed acts by error code."""
-    with metrics.ACTIVE_ACTS.track_inprogress():
-        try:
-            yield
-        except Exception as error:
-            metrics.ACTS.labels(getattr(error, "code", "internal_error")).inc()
-            raise
-
-
 class _Slots:
     """The slots of one act in the engine.
 
@@ -382,15 +376,20 @@ class _Slots:
         self._has_begun = False
         self.first_at = time.perf_counter()
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncGenerator[None]:
+    def slot(self) -> Self:
+        """Returns a context manager that waits for a slot, and occupies it. It can be entered several times at once."""
+        return self
+
+    async def __aenter__(self) -> None:
         if not self._has_begun:
             self._on_wait()
-        async with self._admission.slot(self._tenant):
-            if not self._has_begun:
-                self._has_begun = True
-                self.first_at = time.perf_counter()
-            yield
+        await self._admission.acquire(self._tenant)
+        if not self._has_begun:
+            self._has_begun = True
+            self.first_at = time.perf_counter()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._admission.release(self._tenant)
 
 
 def _overtaken() -> Conflict:

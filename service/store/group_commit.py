@@ -25,6 +25,7 @@ class GroupCommit:
         self._pending: list[tuple[Change, asyncio.Future[None]]] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_stopping = False
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="group-commit")
@@ -33,8 +34,8 @@ class GroupCommit:
         """Writes the pending changes, then ends the background task."""
         if self._task is None:
             return
-        await asyncio.gather(*(done for _, done in self._pending), return_exceptions=True)
-        self._task.cancel()
+        self._is_stopping = True
+        self._wake.set()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def submit(self, change: Change) -> None:
@@ -48,10 +49,10 @@ class GroupCommit:
         done = asyncio.get_running_loop().create_future()
         self._pending.append((change, done))
         self._wake.set()
-        await asyncio.shield(done)
+        await done
 
     async def _run(self) -> None:
-        while True:
+        while self._pending or not self._is_stopping:
             await self._wake.wait()
             batch = self._pending[:MAX_BATCH]
             if not batch:
@@ -72,7 +73,7 @@ class GroupCommit:
                 raise
             results = [StoreUnavailable("the database's driver has cancelled the commit")] * len(batch)
         for (_, done), error in zip(batch, results, strict=True):
-            if done.done():
+            if done.done():  # the caller was cancelled
                 continue
             if error is None:
                 done.set_result(None)

@@ -4,10 +4,12 @@ orjson writes JSON fastest, but it knows only integers of at most 64 bits. Value
 the standard library.
 """
 
+import codecs
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NoReturn, cast
 
 import orjson
@@ -63,20 +65,23 @@ def _parsed(text: str | bytes, object_pairs_hook: Callable[[Pairs], Any] | None)
     """Returns the value, and whether it may contain an integer that has too many digits."""
     if isinstance(text, bytes):
         text = _decoded(text)
-
-    def loads(**options: Any) -> Any:
-        return json.loads(
-            text, object_pairs_hook=object_pairs_hook, parse_constant=_no_constant, parse_float=_finite, **options
-        )
-
     try:
-        return loads(), False
+        return _decoder(object_pairs_hook).decode(text), False
     except RecursionError as error:
         raise ValueError("the JSON nests too deeply") from error
     except ValueError as error:
         if "integer string conversion" not in str(error):
             raise
-        return loads(parse_int=_integer), True
+        return _decoder(object_pairs_hook, _integer).decode(text), True
+
+
+@cache
+def _decoder(
+    object_pairs_hook: Callable[[Pairs], Any] | None, parse_int: Callable[[str], Any] | None = None
+) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=object_pairs_hook, parse_constant=_no_constant, parse_float=_finite, parse_int=parse_int
+    )
 
 
 def without_twins(pairs: Pairs) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def _written(value: object, **options: Any) -> bytes:
 
 def _decoded(content: bytes) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
 

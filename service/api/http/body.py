@@ -29,6 +29,7 @@ async def read(request: Request, model: type[Model]) -> tuple[Model, bytes]:
     return validated(document, model), digest(document)
 
 
+@cache
 def is_optional(model: type[BaseModel]) -> bool:
     """Returns whether every field of the model is optional, so that the body may be empty."""
     return not any(field.is_required() for field in model.model_fields.values())
@@ -95,13 +96,11 @@ async def read_bytes(request: Request) -> bytes:
     limit, limit_s = settings.max_body_bytes, settings.receive_limit_s
     if int(request.headers.get("content-length", 0)) > limit:
         raise _too_large(limit)
-    body = bytearray()
     try:
+        if request.scope.get("is_complete"):
+            return await _received(request, limit)
         async with asyncio.timeout(limit_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise _too_large(limit)
+            return await _received(request, limit)
     except ClientDisconnect as error:
         raise BadRequest("malformed_json", "The connection closed before the whole body arrived. Retry.") from error
     except TimeoutError as error:
@@ -110,6 +109,18 @@ async def read_bytes(request: Request) -> bytes:
             "Send it faster, or send a smaller one."
         )
         raise BadRequest("malformed_json", detail) from error
+
+
+async def _received(request: Request, limit: int) -> bytes:
+    body, is_last = bytearray(), False
+    while not is_last:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        is_last = not message.get("more_body", False)
+        if len(body) > limit:
+            raise _too_large(limit)
     return bytes(body)
 
 

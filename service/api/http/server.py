@@ -174,6 +174,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_message = False
+        self.scope["is_complete"] = True  # type: ignore[typeddict-unknown-key]  # see `body.read_bytes`
         if self._read_timer is not None:
             self._set_read_timer(None)
         self._close_if_last()

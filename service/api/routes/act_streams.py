@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.http import problems
-from service.api.http.acting import ClientClosed, admitted, while_connected
+from service.api.http.acting import ClientClosed, WhileConnected, admitted
 from service.api.http.services import services
 from service.engine.base import TextSink
 from service.sessions.acts import ActRequest
@@ -53,14 +53,14 @@ class ActStream(Response):
         acting = asyncio.create_task(self._act(begun, deltas))
         acting.add_done_callback(lambda _: (begun.set(), deltas.put_nowait(None)))
         try:
-            async with while_connected(self._request):
+            async with WhileConnected(self._request):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(HEARTBEAT_S):
                         await begun.wait()
                 if acting.done():
                     acting.result()
             with suppress(ClientClosed):
-                async with while_connected(self._request), aclosing(self._events(deltas, acting)) as events:
+                async with WhileConnected(self._request), aclosing(self._events(deltas, acting)) as events:
                     await self._send(events, send)
         finally:
             acting.cancel()

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.http import body, problems, schemas
-from service.api.http.acting import acting, while_connected
+from service.api.http.acting import WhileConnected, admitted
 from service.api.http.answers import json_answer
 from service.api.http.caller import caller, own
 from service.api.http.media_types import accepts
@@ -45,9 +45,9 @@ async def act(request: Request) -> Response:
     episode_id = own(request, parsed.episode_id)
     if accepts(request, "text/event-stream"):
         return ActStream(request, episode_id, act_request)
-    async with acting(request):
-        answer = await services(request).sessions.act(episode_id, act_request)
-    return json_answer(answer)
+    async with WhileConnected(request):
+        with admitted(request):
+            return json_answer(await services(request).sessions.act(episode_id, act_request))
 
 
 @router.post(
@@ -73,7 +73,7 @@ async def batch(request: Request) -> Response:
     behind.admission.check(tenant)
     behind.admission.count_rest(tenant, len(acts) - 1)
     arrived = time.perf_counter()
-    async with while_connected(request):
+    async with WhileConnected(request):
         results = await asyncio.gather(*(_act_or_problem(request, item, arrived) for item in acts))
     return json_answer({"results": results})
 

@@ -11,7 +11,7 @@ from uuid_utils import uuid7
 
 from service import trajectory as trajectories
 from service.api.http import body, problems, schemas, serialization
-from service.api.http.acting import acting
+from service.api.http.acting import WhileConnected, admitted
 from service.api.http.answers import json_answer, long_answer
 from service.api.http.caller import caller, own
 from service.api.http.openapi import IDEMPOTENCY_KEY, RATING_KEY, request_body
@@ -109,9 +109,9 @@ async def record(request: Request, episode_id: EpisodeIdPath) -> Response:
     parsed, digest = await body.read(request, schemas.RecordRequest)
     key, recorded = body.idempotency_key(request), RecordedAction(parsed.action)
     act_request = ActRequest(parsed.message(), digest, parsed.step, key, recorded=recorded)
-    async with acting(request):
-        answer = await services(request).sessions.act(own(request, episode_id), act_request)
-    return json_answer(answer)
+    async with WhileConnected(request):
+        with admitted(request):
+            return json_answer(await services(request).sessions.act(own(request, episode_id), act_request))
 
 
 @router.post(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.api.http.acting import while_connected
+from service.api.http.acting import WhileConnected
 from service.engine.tokenizer import HFTokenizer
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
@@ -177,7 +177,7 @@ async def test_a_client_that_leaves_between_deltas_aborts(api: Served, monkeypat
 async def test_late_disconnect_cancels_nothing_else():
     left = asyncio.Event()
     request: Any = SimpleNamespace(receive=left.wait)
-    async with while_connected(request):
+    async with WhileConnected(request):
         left.set()
         await asyncio.sleep(0)
     for _ in range(3):
