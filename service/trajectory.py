@@ -1,9 +1,11 @@
 """The immutable values of a trajectory: the configuration and state of an episode, its steps, and how it ended."""
 
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import StrEnum
 from typing import Any, Literal, cast
+
+from service.values import immutable
 
 JsonValue = Any
 Status = Literal["active", "ended"]
@@ -51,7 +53,7 @@ def is_parts(observation: JsonValue) -> bool:
     return all(isinstance(item, dict) and cast("dict[str, JsonValue]", item).get("type") in _PARTS for item in items)
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Sampling:
     """How an action is drawn from the policy.
 
@@ -72,7 +74,7 @@ class Sampling:
     """Tokens that end a thought. The engine sets them; a caller cannot."""
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class ParseFailure:
     """Why the text of a completion is not an action.
 
@@ -84,7 +86,7 @@ class ParseFailure:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Span:
     """The tokens that one step added: exactly those that the model received and sampled.
 
@@ -106,7 +108,7 @@ class Span:
 EMPTY_SPAN = Span(array("i"), b"", array("f"))
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Message:
     """The message of one act: the new observation, and what the environment returned for the previous action."""
 
@@ -126,7 +128,7 @@ class Message:
         return StopReason.TRUNCATED if self.truncated else None
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Usage:
     """Number of tokens of one act: the prompt, the part of the prompt in the prefix cache, and the completion."""
 
@@ -135,7 +137,7 @@ class Usage:
     completion_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Decision:
     """A decision of the policy, and the tokens to store with it.
 
@@ -164,7 +166,7 @@ class Decision:
     dropped: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Step:
     """One stored step of an episode: an observation and the action for it.
 
@@ -190,7 +192,7 @@ class Step:
     """Range of the span that later windows leave out: a thought that the episode does not keep."""
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class EpisodeConfig:
     """The configuration of an episode.
 
@@ -214,7 +216,7 @@ class EpisodeConfig:
         return self.episode_id.rpartition(":")[0] or DEFAULT_TENANT
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class EpisodeState:
     """The part of an episode that changes with each committed step.
 
@@ -235,7 +237,7 @@ class EpisodeState:
     """When the episode ends if no act follows; None for never."""
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Feedback:
     """A human's rating, 1 to 5.
 
@@ -258,7 +260,7 @@ class Feedback:
         return replace(self, created_at=other.created_at) == other
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class StoredPolicy:
     """An adapter that is served, as it is stored.
 
@@ -274,7 +276,7 @@ class StoredPolicy:
     loaded_at: float
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class StoredKey:
     """An API key as it is stored.
 
@@ -291,7 +293,7 @@ class StoredKey:
     revoked_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class StoredEpisode:
     """An episode as it is stored, without its steps. `deleted` marks a tombstone. `rating` is the mean of its ratings,
     if the episode was read from a list that is sorted by it."""

@@ -1,7 +1,6 @@
 """Asks the engine for the policy's decision on an observation."""
 
 import random
-from dataclasses import dataclass
 from functools import partial
 
 from service.agent.options import Options
@@ -19,9 +18,10 @@ from service.engine.base import (
     cache_salt,
 )
 from service.trajectory import Decision, Message
+from service.values import immutable
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class View:
     """A read-only view of an episode for the agent. `step` is the index of the step to decide."""
 

@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Callable, Generator
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, Protocol, Self
 
@@ -19,6 +18,7 @@ from starlette.types import ASGIApp
 
 from service.engine.adapters import Shapes
 from service.trajectory import DEFAULT_TENANT, Decision, JsonValue, ParseFailure, Sampling, Step
+from service.values import immutable
 
 StreamKind = Literal["reasoning", "text"]
 Probs = Literal["all", "taken"]
@@ -68,7 +68,7 @@ class ConstraintRefused(ActionSpaceRefused):
     """The engine cannot enforce the constraint, or cannot compile it within the limits of time and memory."""
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Constraint:
     """A constraint on a completion.
 
@@ -116,7 +116,7 @@ class History(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Transcript:
     """The input of a decision: the system message, the steps so far, and the new observation.
 
@@ -131,7 +131,7 @@ class Transcript:
     slides: bool
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class ReasoningBudget:
     """Makes the policy draw a thought before each action.
 
@@ -143,7 +143,7 @@ class ReasoningBudget:
     keep: bool
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Recorded:
     """An action that the caller chose instead of the policy, and its text."""
 
@@ -167,7 +167,7 @@ class TextSink:
         self._emit(kind, delta)
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Adapter:
     """A LoRA adapter.
 
@@ -181,7 +181,7 @@ class Adapter:
     rank: int
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Wanted:
     """The options of a decision.
 
@@ -204,12 +204,12 @@ class Wanted:
     sink: TextSink | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Overflow:
     """Returned instead of a decision if the observation and its action do not fit into the context."""
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class TemplateReport:
     """How the model's chat template behaves.
 
@@ -225,7 +225,7 @@ class TemplateReport:
     plain: bool
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class EngineInfo:
     """The model that an engine serves.
 

@@ -1,13 +1,13 @@
 """The results of requests to a decoder-only model: completions, and scores of candidate tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from service.engine.base import OnText
 from service.engine.token_text import TextDecoder
+from service.values import immutable
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Completion:
     """A completion that the model drew.
 
@@ -23,7 +23,7 @@ class Completion:
     cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Scores:
     """Scores of candidates for the next token.
 

@@ -7,14 +7,14 @@ import math
 import random
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from service.engine.base import ActionSpaceRefused
 from service.trajectory import Sampling
+from service.values import immutable
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Branch:
     """A node of the trie with several children, where the model decides.
 
@@ -28,7 +28,7 @@ class Branch:
     bounds: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Chosen:
     """An action that was drawn.
 

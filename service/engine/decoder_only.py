@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cachetools import LRUCache, cachedmethod
 
@@ -35,6 +35,7 @@ from service.engine.token_log import TokenLog, closed_span, joined
 from service.engine.tokenizer import Tokenizer
 from service.errors import PolicyFailed
 from service.trajectory import Decision, JsonValue, ParseFailure, Sampling, Span, Usage
+from service.values import immutable
 
 _NUM_CACHED_TOKENS = 1 << 21
 """Size of the cache of tries, and of the cache of encodings: about 80 MB each."""
@@ -42,7 +43,7 @@ _MAX_ALL_PROBS = 64
 """Up to this number of legal actions, the probability of each is given unless the action space says otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class _Reply:
     """An action, drawn or recorded. `drawn` has its tokens, their logprobs, and a mask: 1 if the policy drew it."""
 

@@ -4,21 +4,22 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from service.engine.base import TextSink
 from service.errors import DeadlineExceeded
 from service.trajectory import JsonValue, Message, Step
+from service.values import immutable
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class RecordedAction:
     """An action that the caller chose instead of the policy."""
 
     value: JsonValue
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class ActRequest:
     """A request for one act.
 
@@ -57,7 +58,7 @@ async def before_deadline(request: ActRequest) -> AsyncGenerator[asyncio.Timeout
         raise DeadlineExceeded("deadline_exceeded", detail) from error
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class ActResult:
     """The result of an act: the committed step.
 
@@ -70,28 +71,58 @@ class ActResult:
     replayed: bool = False
 
 
-@dataclass(slots=True)
 class InFlightAct:
     """The act in flight of an episode. Retries join it.
 
     If the last waiting caller leaves before the commit has begun, the act is cancelled. A commit is never cancelled.
     """
 
-    request: ActRequest
-    task: "asyncio.Task[ActResult]"
-    num_waiters: int = 0
-    is_committing: bool = False
+    __slots__ = ("_waiting", "is_committing", "request", "task")
+
+    def __init__(self, request: ActRequest, task: "asyncio.Task[ActResult]") -> None:
+        self.request = request
+        self.task = task
+        self.is_committing = False
+        self._waiting: list[asyncio.Future[ActResult]] = []
+
+    @property
+    def num_waiters(self) -> int:
+        return len(self._waiting)
 
     async def join(self, limit: asyncio.Timeout) -> ActResult:
         """Waits for the result. If the limit expires after the commit has begun, continues to wait."""
-        self.num_waiters += 1
         try:
-            return await asyncio.shield(self.task)
+            return await self._result()
         except asyncio.CancelledError:
             if self.is_committing and limit.expired():
-                return await asyncio.shield(self.task)
+                return await self._result()
             raise
+
+    async def _result(self) -> ActResult:
+        """Waits for the task. If the caller is cancelled, the task is not, unless it was the last caller.
+
+        Does what asyncio.shield does, with one callback instead of three: `settle`.
+        """
+        if self.task.done():
+            return self.task.result()
+        waiter: asyncio.Future[ActResult] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            return await waiter
         finally:
-            self.num_waiters -= 1
-            if not self.num_waiters and not self.is_committing:
+            self._waiting.remove(waiter)
+            if not self._waiting and not self.is_committing:
                 self.task.cancel()
+
+    def settle(self) -> None:
+        """Passes on the result of the task, which is done, to the waiting callers."""
+        failure = None if self.task.cancelled() else self.task.exception()
+        for waiter in self._waiting:
+            if waiter.done():
+                continue
+            if self.task.cancelled():
+                waiter.cancel()
+            elif failure:
+                waiter.set_exception(failure)
+            else:
+                waiter.set_result(self.task.result())

@@ -61,16 +61,14 @@ class Episode:
 
     def start(self, request: ActRequest, work: Coroutine[None, None, ActResult]) -> InFlightAct:
         """Starts the act in flight. When it ends, it is cleared before any waiting caller receives the result."""
-        task = asyncio.create_task(work)
-        self._in_flight = act = InFlightAct(request, task)
-        task.add_done_callback(self._clear)
+        self._in_flight = act = InFlightAct(request, asyncio.create_task(work))
+        act.task.add_done_callback(lambda _: self._clear(act))
         return act
 
-    def _clear(self, task: "asyncio.Task[ActResult]") -> None:
-        if self._in_flight and self._in_flight.task is task:
+    def _clear(self, act: InFlightAct) -> None:
+        if self._in_flight is act:
             self._in_flight = None
-        if not task.cancelled():
-            task.exception()  # marks it as retrieved: asyncio would log it if no caller waits any more
+        act.settle()
 
     def check_active(self) -> None:
         """Raises Conflict (episode_ended) if the episode has ended."""

@@ -1,11 +1,11 @@
 """The interface of the store: the `Store` protocol, its exceptions, and the changes that a commit can contain."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from service.filters import EpisodeFilter, Order, Sort
 from service.trajectory import EpisodeState, Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
+from service.values import immutable
 
 
 class StepTaken(Exception):
@@ -33,7 +33,7 @@ class StoreRefused(Exception):
     """The store cannot be used, and a retry does not help. The message says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Commit:
     """The change that one act makes: the new step, and the state of the episode after it.
 
@@ -57,7 +57,7 @@ Place = tuple[float, str] | tuple[float, float, str]
 time of creation, and the id. No two episodes have the same place."""
 
 
-@dataclass(frozen=True, slots=True)
+@immutable
 class Ordering:
     """How a list of episodes is sorted. Episodes with the same value are sorted by time of creation, then by id."""
 
