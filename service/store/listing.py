@@ -3,7 +3,20 @@
 import math
 from typing import Any
 
-from sqlalchemy import ColumnElement, Float, RowMapping, Select, cast, false, func, literal, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Float,
+    RowMapping,
+    Select,
+    cast,
+    exists,
+    false,
+    func,
+    literal,
+    select,
+    tuple_,
+)
 
 from service.filters import EpisodeFilter, as_text, unix_seconds
 from service.store.base import NEWEST_FIRST, Ordering, Place
@@ -16,6 +29,8 @@ _RATING = (
     .subquery("rated")
 )
 """The mean rating of each rated episode."""
+_MAX_RARE = 1_000
+"""Up to this number of episodes have a tag or a metadata entry that counts as rare."""
 
 
 def listing(
@@ -24,12 +39,16 @@ def listing(
     tenant: str | None,
     where: EpisodeFilter,
     ordering: Ordering = NEWEST_FIRST,
+    rare: int | None = None,
 ) -> Select[Any]:
-    """Returns the query of one page of episodes; see `Store.episodes`."""
+    """Returns the query of one page of episodes; see `Store.episodes`.
+
+    rare: the result of `rare_selection`.
+    """
     query = select(episodes)
     if ordering.sort == "rating":
         query = select(episodes, _RATING.c.mean).outerjoin(_RATING, _RATING.c.episode_id == episodes.c.episode_id)
-    query = query.where(episodes.c.deleted_at.is_(None), *_conditions(tenant, where))
+    query = query.where(episodes.c.deleted_at.is_(None), *_conditions(tenant, where, rare))
     keys = _keys(ordering)
     if before is not None:
         query = query.where(_after(keys, before, ordering))
@@ -68,18 +87,49 @@ def _after(keys: list[ColumnElement[Any]], place: Place, ordering: Ordering) -> 
     return row < values if ordering.order == "desc" else row > values
 
 
-def _conditions(tenant: str | None, where: EpisodeFilter) -> list[ColumnElement[bool]]:
-    given: dict[str, Any] = {name: value for name, value in where.items() if value is not None}
-    metadata = {name: as_text(value) for name, value in given.pop("metadata", {}).items()}
-    texts = [tenant or "", *metadata, *(text or "" for text in metadata.values())]
-    if not all(map(storable, [*texts, *(value for value in given.values() if isinstance(value, str))])):
-        return [false()]  # no stored value is equal to such a text
-    conditions = [_condition(name, value) for name, value in given.items()]
+def rare_selection(connection: Connection, where: EpisodeFilter) -> int | None:
+    """Returns which tag or metadata entry of the filter few episodes have, as an index; None if there is none.
+
+    The query then starts with these episodes. Otherwise it reads the list from its place on, until the page is full.
+    SQLite cannot choose between the two, because it has no statistics.
+    """
+    for index, chosen in enumerate(_selections(where)):
+        num_found = select(func.count()).select_from(chosen.limit(_MAX_RARE + 1).subquery())
+        if connection.execute(num_found).scalar_one() <= _MAX_RARE:
+            return index
+    return None
+
+
+def is_storable(tenant: str | None, where: EpisodeFilter) -> bool:
+    """Returns whether every text of the filter can be stored. If not, no episode matches, and a query may fail."""
+    metadata = {name: as_text(value) or "" for name, value in where.get("metadata", {}).items()}
+    given = [value for value in where.values() if isinstance(value, str)]
+    return all(map(storable, [tenant or "", *metadata, *metadata.values(), *given]))
+
+
+def _selections(where: EpisodeFilter) -> list[Select[Any]]:
+    """Returns the ids of the episodes that have the tag of the filter, and of those that have each metadata entry."""
+    tag, metadata = where.get("tag"), where.get("metadata", {})
+    chosen = [] if tag is None else [select(tags.c.episode_id).where(tags.c.tag == tag)]
+    for name, value in metadata.items():
+        chosen.append(select(entries.c.episode_id).where(entries.c.name == name, entries.c.value == as_text(value)))
+    return chosen
+
+
+def _conditions(tenant: str | None, where: EpisodeFilter, rare: int | None) -> list[ColumnElement[bool]]:
+    conditions = [
+        _condition(name, value)
+        for name, value in where.items()
+        if value is not None and name not in ("tag", "metadata")
+    ]
     if tenant is not None:
-        conditions.append(episodes.c.tenant == tenant)
-    for name, text in metadata.items():
-        having = select(entries.c.episode_id).where(entries.c.name == name, entries.c.value == text)
-        conditions.append(episodes.c.episode_id.in_(having))
+        # An expression instead of the column keeps the query from using the tenant's index.
+        owner = episodes.c.tenant if rare is None else episodes.c.tenant.concat("")
+        conditions.append(owner == tenant)
+    for index, chosen in enumerate(_selections(where)):
+        (column,) = chosen.selected_columns
+        is_same = exists(chosen.where(column == episodes.c.episode_id))
+        conditions.append(episodes.c.episode_id.in_(chosen) if index == rare else is_same)
     return conditions
 
 
@@ -93,8 +143,6 @@ def _condition(name: str, value: Any) -> ColumnElement[bool]:
             return episodes.c.created_at >= unix_seconds(value)
         case "until":
             return episodes.c.created_at < unix_seconds(value)
-        case "tag":
-            return episodes.c.episode_id.in_(select(tags.c.episode_id).where(tags.c.tag == value))
         case _:
-            values: tuple[str, ...] = (value,) if isinstance(value, str) else value
-            return LABEL_COLUMNS[name].in_(values)
+            column = LABEL_COLUMNS[name]
+            return column == value if isinstance(value, str) else column.in_(value)

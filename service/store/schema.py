@@ -31,6 +31,8 @@ _Id = String(200)  # TENANT:EPISODE, up to 64 and 128 characters
 _ACTIVE = text("status = 'active'")
 _KEPT = text("deleted_at IS NULL AND ended_at IS NOT NULL")
 _GONE = text("deleted_at IS NOT NULL")
+_NEWEST = ("created_at", "episode_id")
+_INDEXED_LABELS = {"env": "env", "group": "episode_group", "policy": "policy", "profile": "profile"}
 
 LABEL_VERSION = 1
 """Stored with each episode whose labels and metadata are in columns and rows of their own."""
@@ -64,12 +66,11 @@ episodes = Table(
     Column("env", String(MAX_TEXT)),
     Column("seed", String(MAX_TEXT)),
     Column("label_version", Integer),
-    Index("ix_episodes_created", "created_at", "episode_id"),
-    Index("ix_episodes_group", "episode_group", "created_at"),
+    Index("ix_episodes_created", *_NEWEST),
     Index("ix_episodes_expires", "expires_at"),
-    Index("ix_episodes_tenant", "tenant", "created_at", "episode_id"),
-    Index("ix_episodes_active", "tenant", sqlite_where=_ACTIVE, postgresql_where=_ACTIVE),
-    Index("ix_episodes_env", "env", "created_at"),
+    Index("ix_episodes_tenant", "tenant", *_NEWEST),
+    *(Index(f"ix_episodes_tenant_{name}", "tenant", column, *_NEWEST) for name, column in _INDEXED_LABELS.items()),
+    Index("ix_episodes_tenant_active", "tenant", *_NEWEST, sqlite_where=_ACTIVE, postgresql_where=_ACTIVE),
     Index("ix_episodes_unlabelled", "episode_id", sqlite_where=UNLABELLED, postgresql_where=UNLABELLED),
     Index("ix_episodes_ended", "ended_at", sqlite_where=_KEPT, postgresql_where=_KEPT),
     Index("ix_episodes_deleted", "deleted_at", sqlite_where=_GONE, postgresql_where=_GONE),

@@ -38,7 +38,7 @@ from service.store.connections import Connections, Patience, is_duplicate, reaso
 from service.store.deletion import delete_ended, delete_episodes, remove_tombstones
 from service.store.group_commit import GroupCommit, OnCommit
 from service.store.labelling import Labelling
-from service.store.listing import listed, listing
+from service.store.listing import is_storable, listed, listing, rare_selection
 from service.store.migrations import current_revision
 from service.store.schema import (
     ancestors,
@@ -160,9 +160,14 @@ class SQLStore:
     ) -> list[StoredEpisode]:
         if where.keys() & {"env", "metadata"}:
             await self._labelling.catch_up()
-        query = listing(limit, before, tenant, where, ordering)
-        rows = await self._read(lambda connection: connection.execute(query).mappings().all())
-        return await _convert(rows, lambda row: listed(row, ordering))
+        if not is_storable(tenant, where):
+            return []
+
+        def read(connection: Connection) -> Sequence[RowMapping]:
+            query = listing(limit, before, tenant, where, ordering, rare_selection(connection, where))
+            return connection.execute(query).mappings().all()
+
+        return await _convert(await self._read(read), lambda row: listed(row, ordering))
 
     async def commit(self, commit: Commit) -> None:
         await self._group.submit(commit)

@@ -12,6 +12,7 @@ from tests.store.test_stores import commit, fork, record
 from tests.support.databases import in_database
 
 NUM_EPISODES = 5_000
+RARELY = "CASE WHEN i % 100 = 0 THEN 'rare' ELSE 'common' END"
 _SERIES = {
     "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :num) SELECT i FROM n",
     "postgresql": "SELECT generate_series(1, :num) AS i",
@@ -24,10 +25,14 @@ def grow(connection: Connection) -> None:
     empty = "x''" if connection.dialect.name == "sqlite" else "CAST('' AS bytea)"
     rows = {
         "episodes": {
-            **{"episode_id": "'e' || i", "created_at": "i", "step": "1", "status": "'active'", "tenant": "'default'"},
+            **{"episode_id": "'e' || i", "created_at": "i", "step": "1", "tenant": "'default'"},
+            **{"status": "CASE WHEN i % 100 = 0 THEN 'active' ELSE 'ended' END"},
             **{"request": "'{}'", "digest": empty, "policy_version": "'v'", "episode_return": "0", "num_tokens": "0"},
-            **{"updated_at": "1", "label_version": "1"},
+            **{"updated_at": "1", "label_version": "1", "env": RARELY, "episode_group": RARELY, "policy": RARELY},
+            **{"profile": RARELY},
         },
+        "episode_tags": {"episode_id": "'e' || i", "tag": RARELY},
+        "episode_metadata": {"episode_id": "'e' || i", "name": "'k'", "value": RARELY},
         "steps": {
             **{"episode_id": "'e' || i", "step": "0", "message": "'{}'", "closing": "0", "answer": "'{}'"},
             **{"token_ids": empty, "loss_mask": empty, "logprobs": empty, "digest": empty},
@@ -81,6 +86,39 @@ async def test_a_page_deep_in_the_list_begins_at_its_place_in_the_index(store: S
     assert "(created_at,episode_id)<" in plan or ("Index Cond" in plan and "ROW(created_at" in plan), plan
     assert "SORT" not in plan.upper(), plan
     assert not scans(plan, "episodes"), plan
+
+
+@pytest.mark.parametrize(
+    ("where", "index"),
+    [
+        ({"env": "rare"}, "ix_episodes_tenant_env"),
+        ({"group": "rare"}, "ix_episodes_tenant_group"),
+        ({"policy": "rare"}, "ix_episodes_tenant_policy"),
+        ({"profile": "rare"}, "ix_episodes_tenant_profile"),
+        ({"status": "active"}, "ix_episodes_tenant_active"),
+        ({"tag": "rare"}, "episode_tags"),
+        ({"metadata": {"k": "rare"}}, "episode_metadata"),
+    ],
+)
+async def test_a_page_of_a_rare_label_reads_only_the_episodes_that_have_it(
+    store: SQLStore, url: str, where: Any, index: str
+):
+    with recording(store) as statements:
+        page = await store.episodes(limit=10, before=(1000.5, "e"), tenant="default", where=where)
+    assert [one.config.episode_id for one in page] == [f"e{number}" for number in range(1000, 0, -100)]
+    *_, plan = (await plans(url, statements)).values()
+    assert index in plan, plan
+    assert not scans(plan, "episodes"), plan
+
+
+@pytest.mark.parametrize("where", [{"tag": "common"}, {"metadata": {"k": "common"}}])
+async def test_a_page_of_a_common_tag_reads_the_list_until_it_is_full(store: SQLStore, url: str, where: Any):
+    with recording(store) as statements:
+        page = await store.episodes(limit=3, before=(1000.5, "e"), tenant="default", where=where)
+    assert [one.config.episode_id for one in page] == ["e999", "e998", "e997"]
+    *_, plan = (await plans(url, statements)).values()
+    assert "SORT" not in plan.upper(), plan
+    assert "B-TREE" not in plan.upper(), plan
 
 
 async def test_a_deletion_reads_only_the_episode_and_its_family(store: SQLStore, url: str):
