@@ -15,10 +15,10 @@ import uvloop
 from rich.console import Console
 
 from bench import report
-from bench.contenders import CONTENDERS, ROOT, Contender, Failed
-from bench.policy import endless
+from bench.contenders import NAMES, ROOT, Contender, Failed, contenders
+from bench.models import Missing, weights
 from bench.results import AGAIN, CellResult, bars
-from bench.workloads import WORKLOADS, Cell, grid
+from bench.workloads import Cell, Model, grid, played_on
 from service.settings import Settings
 
 SETTLE_S = 0.4
@@ -43,8 +43,8 @@ def main(
     cells: Annotated[
         list[str] | None, typer.Option(help='Run only cells whose name contains this text, for example "choice1 32x".')
     ] = None,
-    contenders: Annotated[
-        list[str] | None, typer.Option(help="Run only these contenders: service, openai, engine.")
+    only: Annotated[
+        list[str] | None, typer.Option("--contenders", help=f"Run only these contenders: {', '.join(NAMES)}.")
     ] = None,
     budget_s: Annotated[
         float, typer.Option(help="Skip a contender's further rounds of a cell after this many seconds.")
@@ -55,10 +55,10 @@ def main(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = ROOT / "bench",
 ) -> None:
-    """Compare the service (a), vLLM's own OpenAI server (b) and the bare AsyncLLM (c) under the same load."""
-    named = contenders or list(CONTENDERS)
-    if unknown := set(named) - set(CONTENDERS):
-        hint = f"unknown contender {min(unknown)!r}; the contenders are {', '.join(CONTENDERS)}"
+    """Compare the service (a, d), vLLM's own server (b, e) and the bare AsyncLLM (c) under the same load."""
+    named = only or list(NAMES)
+    if unknown := set(named) - set(NAMES):
+        hint = f"unknown contender {min(unknown)!r}; the contenders are {', '.join(NAMES)}"
         raise typer.BadParameter(hint, param_hint="--contenders")
     wanted = [cell for cell in grid(quick=quick) if not cells or any(part in cell.name for part in cells)]
     if not wanted:
@@ -100,23 +100,38 @@ def _option(pair: str) -> tuple[str, Any]:
 async def _run(plan: Plan, model: str, options: dict[str, Any]) -> list[CellResult]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
     (ROOT / "data").mkdir(exist_ok=True)  # the service's default data folder; /tmp may be in memory
+    found: list[CellResult] = []
+    for name in dict.fromkeys(cell.workload.model for cell in plan.cells):
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=ROOT / "data") as folder:
+            try:
+                path = await asyncio.to_thread(weights, name, Path(model), Path(folder))
+            except Missing as error:
+                _console.print(f"Skipped the cells on {name}: {error}", markup=False, soft_wrap=True)
+                continue
+            found += await _run_on(name, str(path), plan, options, Path(folder))
+    return found
+
+
+async def _run_on(model: Model, path: str, plan: Plan, options: dict[str, Any], folder: Path) -> list[CellResult]:
+    """Runs the cells that are played on one model."""
+    cells = [cell for cell in plan.cells if cell.workload.model == model]
+    needed = {name for cell in cells for name in cell.contenders} & set(plan.contenders)
+    every = contenders(path, options, folder)
+    running = {name: every[name] for name in NAMES if name in needed}
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=ROOT / "data")))
-        policy = str(endless(Path(model), folder / "policy"))
-        running: dict[str, Contender] = {}
-        for name in plan.contenders:
-            running[name] = CONTENDERS[name](policy, options, folder)
-            stack.push_async_callback(running[name].stop)
+        for name, contender in running.items():
+            stack.push_async_callback(contender.stop)
             began = time.perf_counter()
-            await running[name].start()
-            await _warm_up(running[name])
+            await contender.start()
+            await _warm_up(name, contender, model)
             _console.print(f"{report.LABELS[name]}: started and warmed up in {time.perf_counter() - began:.0f} s")
-        return [await _play(cell, plan, running) for cell in plan.cells]
+        return [await _play(cell, plan, running) for cell in cells]
 
 
-async def _warm_up(contender: Contender) -> None:
-    for workload in WORKLOADS:
-        await contender.play(Cell(workload, num_episodes=16, num_steps=3), run=0)
+async def _warm_up(name: str, contender: Contender, model: Model) -> None:
+    for workload in played_on(model):
+        if name in workload.contenders:
+            await contender.play(Cell(workload, num_episodes=16, num_steps=3), run=0)
 
 
 async def _play(cell: Cell, plan: Plan, running: dict[str, Contender]) -> CellResult:
@@ -125,7 +140,7 @@ async def _play(cell: Cell, plan: Plan, running: dict[str, Contender]) -> CellRe
     At the end, one more round of the service shows the noise.
     """
     result = CellResult(cell)
-    names = [name for name in running if name == "service" or not cell.service_only]
+    names = [name for name in running if name in cell.contenders]
     spent = dict.fromkeys(names, 0.0)
     for turn in range(plan.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:

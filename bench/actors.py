@@ -1,4 +1,7 @@
-"""Actors for the HTTP contenders: they play an episode with POST /act, POST /act/batch, or vLLM's chat completions."""
+"""Actors for the HTTP contenders.
+
+They play an episode with POST /act, POST /act/batch, vLLM's chat completions, or vLLM's decisions (/v1/systemone).
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,7 +9,7 @@ from typing import Any
 
 from bench.http_client import Connection
 from bench.measure import Reply
-from bench.workloads import INSTRUCTIONS, Workload
+from bench.workloads import Workload
 
 
 class ServiceActor:
@@ -19,7 +22,7 @@ class ServiceActor:
         space: dict[str, Any] = {"type": "discrete", "actions": workload.actions}
         self._request = {
             "episode_id": episode_id,
-            "instructions": INSTRUCTIONS,
+            "instructions": workload.instructions,
             "action_space": space if workload.actions else {"type": "text"},
             "sampling": workload.sampling,
         }
@@ -83,16 +86,21 @@ class BatchActor(ServiceActor):
 
 
 class ChatActor:
-    """Plays an episode on a chat API. The client keeps the conversation and sends all of it at each step."""
+    """Plays an episode on a chat API. The client keeps the conversation and sends all of it at each step.
 
-    def __init__(self, connection: Connection, model: str, workload: Workload) -> None:
+    With `logprobs` it also asks for the log-probability of each token, which the service always stores.
+    """
+
+    def __init__(self, connection: Connection, model: str, workload: Workload, *, logprobs: bool = False) -> None:
         self._connection = connection
-        self._messages = [{"role": "system", "content": INSTRUCTIONS}]
+        self._messages = [{"role": "system", "content": workload.instructions}]
         self._request: dict[str, Any] = {"model": model, "messages": self._messages, **workload.sampling}
         if workload.actions:
             self._request["structured_outputs"] = {"choice": workload.actions}
         else:  # request special tokens too, so that the history sent back is as long as the service's
             self._request |= {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+        if logprobs:
+            self._request["logprobs"] = True
         self._observations: Sequence[str] = ()
 
     async def open(self, observations: Sequence[str]) -> None:
@@ -107,6 +115,36 @@ class ChatActor:
         self._messages.append({"role": "assistant", "content": text})
         usage = answer["usage"]
         return Reply(text, usage["prompt_tokens"], usage["completion_tokens"], self._connection.bytes_sent - sent)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class DecisionActor:
+    """Plays an episode with vLLM's decisions: it sends the whole transcript as the state, and asks one question.
+
+    vLLM reads the probabilities of the options' letters, and the chosen option becomes part of the transcript.
+    """
+
+    def __init__(self, connection: Connection, model: str, workload: Workload) -> None:
+        self._connection = connection
+        self._lines: list[str] = []
+        question = {"type": "choice", "criteria": dict.fromkeys(workload.actions)}
+        self._request = {"model": model, "instructions": workload.instructions, "questions": {"action": question}}
+        self._observations: Sequence[str] = ()
+
+    async def open(self, observations: Sequence[str]) -> None:
+        self._observations = observations
+        await self._connection.open()
+
+    async def act(self, step: int) -> Reply:
+        sent = self._connection.bytes_sent
+        self._lines.append(self._observations[step])
+        answer = await self._connection.post("/v1/systemone", {**self._request, "state": "\n".join(self._lines)})
+        text = answer["answers"]["action"]["choice"]
+        self._lines.append(text)
+        usage = answer["usage"]
+        return Reply(text, usage["input_tokens"], usage["output_tokens"], self._connection.bytes_sent - sent)
 
     def close(self) -> None:
         self._connection.close()

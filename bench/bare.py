@@ -15,7 +15,7 @@ import orjson
 import uvloop
 
 from bench.measure import Actor, Reply, measure
-from bench.workloads import INSTRUCTIONS, WORKLOADS, Cell, Workload
+from bench.workloads import WORKLOADS, Cell, Workload
 from service.engine.vllm.engine import VLLMEngine
 from service.trajectory import Sampling
 
@@ -26,6 +26,7 @@ class BareActor:
     def __init__(self, engine: VLLMEngine, workload: Workload) -> None:
         self._engine = engine
         self._prompt = engine.prompt
+        self._instructions = workload.instructions
         self._sampling = Sampling(**workload.sampling)
         self._token_ids: list[int] = []
         self._turns: list[list[int]] = []
@@ -40,7 +41,7 @@ class BareActor:
 
     async def open(self, observations: Sequence[str]) -> None:
         first, *later = observations
-        self._turns = [self._prompt.first_turn(INSTRUCTIONS, first), *map(self._prompt.next_turn, later)]
+        self._turns = [self._prompt.first_turn(self._instructions, first), *map(self._prompt.next_turn, later)]
 
     async def act(self, step: int) -> Reply:
         self._token_ids += self._turns[step]

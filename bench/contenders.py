@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import orjson
 
-from bench.actors import BatchActor, ChatActor, Lockstep, ServiceActor
+from bench.actors import BatchActor, ChatActor, DecisionActor, Lockstep, ServiceActor
 from bench.http_client import Connection, UnexpectedStatus
 from bench.measure import Sample, WrongAction, measure, process_clock
 from bench.workloads import Cell
@@ -25,6 +25,7 @@ START_LIMIT_S = 600.0
 STOP_LIMIT_S = 30.0
 
 Command = list[str]
+HTTPActor = ServiceActor | ChatActor | DecisionActor
 
 _RUN_MODULE: Command = [sys.executable, "-m"]
 
@@ -63,6 +64,10 @@ class _Program:
         assert self._process, "the process has not been started"
         return self._process
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
     async def start(self, *, piped: bool = False) -> Process:
         pipe = PIPE if piped else None
         with self._log.open("wb") as log:
@@ -98,6 +103,8 @@ class _Server:
         self._ready_path = ready_path
 
     async def start(self) -> None:
+        if self._program.is_running:  # it serves another contender, too
+            return
         process = await self._program.start()
         deadline = time.monotonic() + START_LIMIT_S
         while not await self._ready():
@@ -113,12 +120,13 @@ class _Server:
         return self._program.process.pid
 
     async def play(self, cell: Cell, run: int) -> Sample:
-        return await self._play(cell, run, lambda _: self._actor(cell))
+        return await self.play_with(cell, run, lambda _: self._actor(cell))
 
-    async def _play(self, cell: Cell, run: int, new: Callable[[int], ServiceActor | ChatActor]) -> Sample:
-        actors: list[ServiceActor | ChatActor] = []
+    async def play_with(self, cell: Cell, run: int, new: Callable[[int], HTTPActor]) -> Sample:
+        """Runs a cell with these actors. `new` makes the one of an episode. Raises Failed."""
+        actors: list[HTTPActor] = []
 
-        def make(number: int) -> ServiceActor | ChatActor:
+        def make(number: int) -> HTTPActor:
             actors.append(new(number))
             return actors[-1]
 
@@ -130,14 +138,14 @@ class _Server:
             for actor in actors:
                 actor.close()
 
-    def _connection(self) -> Connection:
+    def connection(self) -> Connection:
         return Connection(HOST, self._port)
 
-    def _actor(self, cell: Cell) -> ServiceActor | ChatActor:
+    def _actor(self, cell: Cell) -> HTTPActor:
         raise NotImplementedError
 
     async def _ready(self) -> bool:
-        connection = self._connection()
+        connection = self.connection()
         try:
             await connection.open()
             return (await connection.request("GET", self._ready_path)).status == 200
@@ -159,28 +167,31 @@ class Service(_Server):
         super().__init__(_Program(command, folder / "service.log", environment), port, "/readyz")
 
     def _actor(self, cell: Cell) -> ServiceActor:
-        return ServiceActor(self._connection(), uuid4().hex, cell.workload)
-
-    async def play_in_lockstep(self, cell: Cell, run: int) -> Sample:
-        """Runs a cell with POST /act/batch: its episodes step together. Raises Failed."""
-        group = Lockstep(cell.num_episodes)  # the sets of a cell are played one after the other
-        return await self._play(cell, run, lambda _: BatchActor(self._connection(), uuid4().hex, cell.workload, group))
+        return ServiceActor(self.connection(), uuid4().hex, cell.workload)
 
 
-class Batches:
-    """(d) The process of (a), called with POST /act/batch."""
+class _Guest:
+    """A contender that uses the process of another one."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, server: _Server) -> None:
+        self._server = server
 
     async def start(self) -> None:
-        pass
-
-    async def play(self, cell: Cell, run: int) -> Sample:
-        return await self._service.play_in_lockstep(cell, run)
+        await self._server.start()
 
     async def stop(self) -> None:
-        pass
+        await self._server.stop()
+
+
+class Batches(_Guest):
+    """(d) The process of (a), called with POST /act/batch: the episodes of a cell step together."""
+
+    async def play(self, cell: Cell, run: int) -> Sample:
+        group = Lockstep(cell.num_episodes)  # the sets of a cell are played one after the other
+        server = self._server
+        return await server.play_with(
+            cell, run, lambda _: BatchActor(server.connection(), uuid4().hex, cell.workload, group)
+        )
 
 
 class ScriptedService(Service):
@@ -201,7 +212,25 @@ class OpenAIServer(_Server):
         super().__init__(_Program(command, folder / "openai.log", _environment()), port, "/health")
 
     def _actor(self, cell: Cell) -> ChatActor:
-        return ChatActor(self._connection(), "bench", cell.workload)
+        return ChatActor(self.connection(), "bench", cell.workload)
+
+
+class Logprobs(_Guest):
+    """(b) with log-probabilities: the process of (b), which also returns that of each token, as the service does."""
+
+    async def play(self, cell: Cell, run: int) -> Sample:
+        server = self._server
+        return await server.play_with(
+            cell, run, lambda _: ChatActor(server.connection(), "bench", cell.workload, logprobs=True)
+        )
+
+
+class Decisions(_Guest):
+    """(e) vLLM's own server, called with POST /v1/systemone: the transcript is the state of one question a step."""
+
+    async def play(self, cell: Cell, run: int) -> Sample:
+        server = self._server
+        return await server.play_with(cell, run, lambda _: DecisionActor(server.connection(), "bench", cell.workload))
 
 
 class BareEngine:
@@ -242,11 +271,20 @@ class BareEngine:
         return orjson.loads(line)
 
 
-CONTENDERS: dict[str, type[Service] | type[OpenAIServer] | type[BareEngine]] = {
-    "service": Service,
-    "openai": OpenAIServer,
-    "engine": BareEngine,
-}
+NAMES = ("service", "batch", "openai", "logprobs", "engine", "systemone")
+
+
+def contenders(model: str, options: dict[str, Any], folder: Path) -> dict[str, Contender]:
+    """All contenders with these weights and engine options. They start when `start` is called."""
+    service, openai = Service(model, options, folder), OpenAIServer(model, options, folder)
+    return {
+        "service": service,
+        "batch": Batches(service),
+        "openai": openai,
+        "logprobs": Logprobs(openai),
+        "engine": BareEngine(model, options, folder),
+        "systemone": Decisions(openai),
+    }
 
 
 def _free_port() -> int:

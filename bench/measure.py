@@ -67,7 +67,7 @@ async def measure(cell: Cell, run: int, actor: Callable[[int], Actor], cpu_s: Ca
     sets = [[actor(first + i) for i in range(cell.num_episodes)] for first in _firsts(cell)]
     actors = [actor for one in sets for actor in one]
     began = time.perf_counter()
-    texts = [observations(run, number, cell.num_steps) for number in range(len(actors))]
+    texts = [observations(run, number, cell.num_steps, cell.workload.texts) for number in range(len(actors))]
     await asyncio.gather(*(actor.open(of_episode) for actor, of_episode in zip(actors, texts, strict=True)))
     opened = time.perf_counter()
     latencies: list[float] = []

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bench.contenders import ROOT, BareEngine, Failed, Service
 from bench.policy import endless
-from bench.workloads import CHOICE1, WORKLOADS, Cell
+from bench.workloads import CHOICE1, Cell, played_on
 from service.settings import Settings
 
 _CELLS = {1: Cell(CHOICE1, 1, 20, num_sets=20), 32: Cell(CHOICE1, 32, 20, num_sets=2)}
@@ -71,7 +71,7 @@ async def _run(rounds: int, model: str) -> dict[str, _Profile]:
             contender = kind(policy, {}, folder, [sys.executable, "-m", "bench.sampler", str(output)])
             stack.push_async_callback(contender.stop)
             await contender.start()
-            for workload in WORKLOADS:
+            for workload in played_on("policy"):
                 await contender.play(Cell(workload, num_episodes=16, num_steps=3), run=0)
             running[name] = contender, output
         for number in range(1, rounds + 1):

@@ -17,8 +17,22 @@ from rich.table import Table
 from bench.results import Bar, CellResult
 from bench.workloads import WORKLOADS
 
-LABELS = {"service": "service (a)", "openai": "vLLM's server (b)", "engine": "bare engine (c)"}
-_COLOURS = {"service": "#2a6f97", "openai": "#c9772d", "engine": "#9aa5ad"}
+LABELS = {
+    "service": "service (a)",
+    "batch": "service, batches (d)",
+    "openai": "vLLM's server (b)",
+    "logprobs": "(b) with logprobs",
+    "engine": "bare engine (c)",
+    "systemone": "vLLM's decisions (e)",
+}
+_COLOURS = {
+    "service": "#2a6f97",
+    "batch": "#7fb3d0",
+    "openai": "#c9772d",
+    "logprobs": "#e3b587",
+    "engine": "#9aa5ad",
+    "systemone": "#8a5a83",
+}
 
 
 def machine() -> dict[str, Any]:
@@ -151,7 +165,6 @@ def plot(path: Path, results: Sequence[CellResult], facts: dict[str, Any]) -> No
     for axis, workload in zip(axes[0], workloads, strict=True):
         _panel(axis, workload.title, [result for result in compared if result.cell.workload is workload])
     axes[0][0].set_ylabel("steps/s")
-    axes[0][0].legend(frameon=False, loc="upper left")
     figure.suptitle(
         f"Steps per second, {facts['cores']} cores of {facts['cpu']}; the ratio is service / vLLM's own server"
     )
@@ -161,20 +174,22 @@ def plot(path: Path, results: Sequence[CellResult], facts: dict[str, Any]) -> No
 
 
 def _panel(axis: Any, title: str, results: Sequence[CellResult]) -> None:
-    width = 0.27
+    names = [name for name in LABELS if any(name in result.samples for result in results)]
+    width = 0.81 / len(names)
     tops = [0.0] * len(results)
-    for place, (name, label) in enumerate(LABELS.items()):
+    for place, name in enumerate(names):
         heights = [result.median(name, "steps_per_s") or 0.0 for result in results]
         tops = [max(top, height) for top, height in zip(tops, heights, strict=True)]
-        at = [group + (place - 1) * width for group in range(len(results))]
-        axis.bar(at, heights, width, label=label, color=_COLOURS[name])
+        at = [group + (place - (len(names) - 1) / 2) * width for group in range(len(results))]
+        axis.bar(at, heights, width, label=LABELS[name], color=_COLOURS[name])
     for group, (result, top) in enumerate(zip(results, tops, strict=True)):
-        if ratio := result.ratio("service", "openai"):
+        if ratio := result.ratio("service", "openai") or result.ratio("service", "systemone"):
             axis.annotate(f"{ratio:.1f}x", (group, top), textcoords="offset points", xytext=(0, 3), ha="center")
     axis.set_xticks(range(len(results)), [result.cell.size for result in results])
     axis.set_xlabel("episodes x steps")
     axis.set_title(title)
-    axis.margins(y=0.14)
+    axis.margins(y=0.4)  # leaves room for the legend
+    axis.legend(frameon=False, loc="upper left", fontsize="small", ncols=2)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from bench.measure import Sample
-from bench.workloads import CHOICE1, CHOICE12, TEXT16, Cell
+from bench.workloads import CHOICE1, CHOICE12, DECISION, LABEL, REPLY, TEXT16, Cell, Workload
 
 AGAIN = "service again"
 """The name of the service's additional round, after the other rounds of a cell.
@@ -14,6 +14,14 @@ AGAIN = "service again"
 Its difference from their median is the noise.
 """
 
+_CPU = "cpu_ms_per_step"
+_RATIOS = (
+    ("service", "openai"),
+    ("service", "logprobs"),
+    ("service", "engine"),
+    ("service", "systemone"),
+    ("batch", "engine"),
+)
 _FIGURES = tuple(field.name for field in fields(Sample) if field.name != "timing_ms")
 
 
@@ -52,10 +60,7 @@ class CellResult:
             "steps": self.cell.num_steps,
             "sets": self.cell.num_sets,
             "medians": {name: {figure: self.median(name, figure) for figure in _FIGURES} for name in self.samples},
-            "ratios": {
-                "service/openai": self.ratio("service", "openai"),
-                "service/engine": self.ratio("service", "engine"),
-            },
+            "ratios": {f"{a}/{b}": self.ratio(a, b) for a, b in _RATIOS if a in self.samples and b in self.samples},
             "noise": self.noise,
             "spread": {name: self.spread(name) for name in self.samples},
             "rounds": {name: [asdict(sample) for sample in samples] for name, samples in self.samples.items()},
@@ -78,40 +83,59 @@ class Bar:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
+_ONE = ("1x20", "1x100")
+_SEVERAL = ("8x20", "8x100", "32x20", "32x100")
+_SPEED: tuple[tuple[str, str, float, Workload, tuple[str, ...]], ...] = (
+    ("service", "engine", 0.85, CHOICE1, _SEVERAL),
+    ("service", "engine", 0.8, CHOICE1, _ONE),
+    ("service", "engine", 0.85, CHOICE12, _SEVERAL),
+    ("service", "engine", 0.8, CHOICE12, _ONE),
+    ("service", "engine", 0.9, TEXT16, (*_ONE, *_SEVERAL)),
+    ("batch", "engine", 0.9, CHOICE1, ("32x20",)),
+    ("batch", "engine", 0.9, CHOICE12, ("32x20",)),
+    ("batch", "engine", 0.9, TEXT16, ("32x20",)),
+    ("service", "openai", 1.9, CHOICE1, ("32x20",)),
+    ("service", "openai", 2.0, CHOICE1, ("32x100",)),
+    ("service", "openai", 3.2, CHOICE12, ("32x100",)),
+    ("service", "openai", 6.0, CHOICE12, ("1x20",)),
+    ("service", "logprobs", 1.0, TEXT16, (*_ONE, *_SEVERAL)),
+    ("service", "openai", 0.97, TEXT16, (*_ONE, *_SEVERAL)),
+    ("service", "systemone", 1.3, DECISION, ("1x20", "32x20")),
+    ("service", "openai", 1.9, LABEL, ("1x12", "8x12")),
+    ("service", "openai", 3.0, REPLY, ("1x12", "8x12")),
+)
+"""The least ratios of steps per second: contender, other contender, limit, workload, sizes."""
+
+_MAX_CPU_RATIO = 1.8
+"""CPU time of a step in the API process, compared with that of the bare engine's client."""
+_MAX_CPU_GROWTH = 1.1
+"""CPU time of a step in episodes of 200 steps, compared with that in episodes of 20."""
+
+
 def bars(results: Sequence[CellResult]) -> list[Bar]:
     """All targets for which these results have the figures."""
     by_name = {result.cell.name: result for result in results}
     found: list[Bar] = []
-
-    def ratio(other: str, limit: float, workload: str, *sizes: str) -> None:
-        for size in sizes:
-            if result := by_name.get(f"{workload} {size}"):
-                what = f"service/{other} steps/s, {result.cell.workload.title}, {size}"
-                found.append(Bar(what, result.ratio("service", other), limit, at_least=True))
-
-    grid = [f"{episodes}x{steps}" for steps in (20, 100) for episodes in (1, 8, 32)]
-    ratio("openai", 2.0, CHOICE1.name, "32x20", "32x100")
-    ratio("openai", 4.0, CHOICE12.name, "32x100")
-    ratio("openai", 6.0, CHOICE12.name, "1x20")
-    ratio("openai", 1.0, TEXT16.name, *grid)
-    for workload in (CHOICE1, CHOICE12, TEXT16):
-        ratio("engine", 0.9, workload.name, "32x20")
+    for name, other, limit, workload, sizes in _SPEED:
+        for result in (by_name.get(f"{workload.name} {size}") for size in sizes):
+            if result:
+                what = f"{name}/{other} steps/s, {workload.title}, {result.cell.size}"
+                found.append(Bar(what, result.ratio(name, other), limit, at_least=True))
     found += _cpu_bars(by_name)
     return [bar for bar in found if bar.value is not None]
 
 
 def _cpu_bars(by_name: dict[str, CellResult]) -> list[Bar]:
     found: list[Bar] = []
-    for workload in (CHOICE1, CHOICE12):
-        for n in (1, 8, 32):
-            if short := by_name.get(f"{workload.name} {n}x20"):
-                what = f"API-process CPU ms a step, {workload.title}, {n}x20"
-                found.append(Bar(what, short.median("service", "cpu_ms_per_step"), 1.0, at_least=False))
     for n in (1, 32):
         short, long = by_name.get(f"{CHOICE1.name} {n}x20"), by_name.get(f"{CHOICE1.name} {n}x200")
+        if short:
+            what = f"service/engine API-process CPU a step, {CHOICE1.title}, {n}x20"
+            found.append(Bar(what, short.ratio("service", "engine", _CPU), _MAX_CPU_RATIO, at_least=False))
         if short and long:
-            value = _quotient(long.median("service", "cpu_ms_per_step"), short.median("service", "cpu_ms_per_step"))
-            found.append(Bar(f"API-process CPU a step at 200 steps over 20, {n} episodes", value, 1.2, at_least=False))
+            value = _quotient(long.median("service", _CPU), short.median("service", _CPU))
+            what = f"API-process CPU a step at 200 steps over 20, {n} episodes"
+            found.append(Bar(what, value, _MAX_CPU_GROWTH, at_least=False))
     return found
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from bench import report
 from bench.measure import Sample, percentile
 from bench.results import AGAIN, Bar, CellResult, bars
-from bench.workloads import CHOICE1, CHOICE12, TEXT16, Cell
+from bench.workloads import CHOICE1, CHOICE12, DECISION, REPLY, TEXT16, Cell
 
 
 def _sample(steps_per_s: float, cpu_ms: float = 0.5) -> Sample:
@@ -18,11 +18,14 @@ def _sample(steps_per_s: float, cpu_ms: float = 0.5) -> Sample:
     return Sample(1.0, steps_per_s, steps_per_s, 7.0, 9.0, cpu_ms, 300.0, 80.0, 2.0, 1.5, timing)
 
 
-def _result(cell: Cell, service: list[float], openai: list[float], engine: list[float], cpu_ms: float) -> CellResult:
+def _result(
+    cell: Cell, service: list[float], openai: list[float], engine: list[float], cpu_ms: float, **others: list[float]
+) -> CellResult:
     samples = {
         "service": [_sample(rate, cpu_ms) for rate in service],
         "openai": [_sample(rate) for rate in openai],
         "engine": [_sample(rate) for rate in engine],
+        **{name: [_sample(rate) for rate in rates] for name, rates in others.items()},
         AGAIN: [_sample(service[0])],
     }
     return CellResult(cell, {name: of for name, of in samples.items() if of})
@@ -30,9 +33,11 @@ def _result(cell: Cell, service: list[float], openai: list[float], engine: list[
 
 def _results() -> list[CellResult]:
     return [
-        _result(Cell(CHOICE1, 32, 20), [90, 300, 100], [40, 50, 500], [120, 100, 110], 0.9),
+        _result(Cell(CHOICE1, 32, 20), [90, 300, 100], [40, 50, 500], [120, 100, 110], 0.9, batch=[104.5]),
         _result(Cell(CHOICE12, 1, 20), [59, 59, 59], [10, 10, 10], [80, 80, 80], 3.5),
-        _result(Cell(TEXT16, 8, 20), [10, 10, 10], [10, 10, 10], [10, 10, 10], 2.0),
+        _result(Cell(TEXT16, 8, 20), [10, 10, 10], [10, 10, 10], [10, 10, 10], 2.0, logprobs=[8, 8, 8]),
+        _result(Cell(DECISION, 1, 20), [12], [], [], 2.0, systemone=[10]),
+        _result(Cell(REPLY, 8, 12), [29], [10], [], 2.0),
         _result(Cell(CHOICE1, 32, 200, service_only=True), [80, 80, 80], [], [], 1.2),
     ]
 
@@ -50,12 +55,17 @@ def test_one_slow_or_fast_round_moves_no_median() -> None:
 def test_bars_pass_miss_and_are_left_out_where_nothing_was_measured() -> None:
     verdicts = {bar.what: (bar.value and round(bar.value, 3), bar.passed) for bar in bars(_results())}
     assert verdicts == {
+        "service/engine steps/s, actions of 1 token, 32x20": (0.909, True),
+        "service/engine steps/s, actions of 12 tokens, 1x20": (0.738, False),
+        "service/engine steps/s, free text of 16 tokens, 8x20": (1.0, True),
+        "batch/engine steps/s, actions of 1 token, 32x20": (0.95, True),
         "service/openai steps/s, actions of 1 token, 32x20": (2.0, True),
         "service/openai steps/s, actions of 12 tokens, 1x20": (5.9, False),
+        "service/logprobs steps/s, free text of 16 tokens, 8x20": (1.25, True),
         "service/openai steps/s, free text of 16 tokens, 8x20": (1.0, True),
-        "service/engine steps/s, actions of 1 token, 32x20": (0.909, True),
-        "API-process CPU ms a step, actions of 1 token, 32x20": (0.9, True),
-        "API-process CPU ms a step, actions of 12 tokens, 1x20": (3.5, False),
+        "service/systemone steps/s, actions of 1 token, random Qwen3, 1x20": (1.2, False),
+        "service/openai steps/s, replies of 12 tokens, SmolLM2, 8x12": (2.9, False),
+        "service/engine API-process CPU a step, actions of 1 token, 32x20": (1.8, True),
         "API-process CPU a step at 200 steps over 20, 32 episodes": (1.333, False),
     }
     assert Bar("x", None, 1.0, at_least=True).passed is None
@@ -72,14 +82,14 @@ def test_the_tables_show_every_contender_and_each_bar_with_its_verdict() -> None
     printed = console.export_text()
     for label in report.LABELS.values():
         assert label in printed
-    assert (printed.count("PASS"), printed.count("MISS")) == (4, 3)
+    assert (printed.count("PASS"), printed.count("MISS")) == (7, 5)
 
 
 def test_the_file_holds_every_round_and_the_plot_is_drawn(tmp_path: Path) -> None:
     results, facts = _results(), report.machine()
     report.write_json(tmp_path / "results.json", facts, {"rounds": 3}, results, bars(results))
     written = json.loads((tmp_path / "results.json").read_text())
-    assert [cell["medians"]["service"]["steps_per_s"] for cell in written["cells"]] == [100, 59, 10, 80]
+    assert [cell["medians"]["service"]["steps_per_s"] for cell in written["cells"]] == [100, 59, 10, 12, 29, 80]
     assert [sample["steps_per_s"] for sample in written["cells"][0]["rounds"]["openai"]] == [40, 50, 500]
     assert [bar["passed"] for bar in written["bars"]] == [bar.passed for bar in bars(results)]
     assert not {"hostname", "user", "path"} & set(written["machine"])
