@@ -5,11 +5,15 @@ Every transaction inserts new episodes first, then locks existing ones, each in 
 write at the same time may therefore wait for each other, but cannot deadlock.
 """
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, bindparam, insert, select, update
+import orjson
+from sqlalchemy import ColumnElement, Connection, Insert, Select, Update, bindparam, insert, select, update
+from sqlalchemy.dialects import sqlite
 
 from service.store.base import Change, Commit, EpisodeExists, StepTaken
 from service.store.schema import entries, entry_rows, episode_row, episodes, state_row, step_row, steps, tag_rows, tags
@@ -41,6 +45,41 @@ def locked(which: ColumnElement[bool]) -> "Select[Any, Any, Any, Any, Any]":
 # Built once, because building them takes longer than executing the statements of a short commit.
 _LOCK = locked(episodes.c.episode_id.in_(bindparam("ids", expanding=True)))
 _INSERT_STEPS = insert(steps)
+
+_HEADS = (
+    "SELECT episode_id, step, status, deleted_at, created_at FROM episodes "
+    "WHERE episode_id IN (SELECT value FROM json_each(?))"
+)
+"""`_LOCK` for SQLite, which has only one writer at a time and needs no lock."""
+
+
+@cache
+def _sql(statement: Insert | Update) -> str:
+    """Returns a statement in SQLite's dialect, with named parameters."""
+    names = [column.name for column in steps.c] if isinstance(statement, Insert) else None
+    return str(statement.compile(dialect=sqlite.dialect(paramstyle="named"), column_keys=names))
+
+
+def _heads(connection: Connection, episode_ids: Sequence[str]) -> Iterable[Any]:
+    """Selects the heads of these episodes, and locks them until the transaction ends."""
+    if driver := _driver(connection):
+        return driver.execute(_HEADS, [orjson.dumps(episode_ids).decode()])
+    return connection.execute(_LOCK, {"ids": episode_ids})
+
+
+def _write(connection: Connection, statement: Insert | Update, rows: Sequence[_Row]) -> None:
+    if driver := _driver(connection):
+        driver.executemany(_sql(statement), rows)
+    else:
+        connection.execute(statement, rows)
+
+
+def _driver(connection: Connection) -> sqlite3.Connection | None:
+    """Returns the connection of SQLite's driver; None for PostgreSQL.
+
+    A commit of a single act takes twice as much CPU time with SQLAlchemy as with the driver itself.
+    """
+    return connection.connection.driver_connection if connection.dialect.name == "sqlite" else None
 
 
 def write_changes(connection: Connection, changes: Sequence[Change]) -> list[Exception | None]:
@@ -101,16 +140,19 @@ def _open(connection: Connection, records: dict[int, StoredEpisode], refusals: d
 def _advance(connection: Connection, acts: dict[int, Commit], refusals: dict[int, Exception]) -> None:
     if not acts:
         return
-    found = connection.execute(_LOCK, {"ids": [act.step.episode_id for act in acts.values()]})
-    active = {row.episode_id: row for row in found if row.status == "active" and row.deleted_at is None}
-    next_step: dict[str, int | None] = {name: row.step for name, row in active.items()}
+    found = _heads(connection, [act.step.episode_id for act in acts.values()])
+    next_step: dict[str, int | None] = {}
+    opened_at: dict[str, float] = {}
+    for episode_id, step, status, deleted_at, created_at in found:
+        if status == "active" and deleted_at is None:
+            next_step[episode_id], opened_at[episode_id] = step, created_at
     rows: list[_Row] = []
     states: list[_Row] = []
     for number, act in acts.items():
         try:
             if next_step.get(act.step.episode_id) != act.step.index:
                 raise StepTaken
-            if act.opened_at not in (None, active[act.step.episode_id].created_at):
+            if act.opened_at not in (None, opened_at[act.step.episode_id]):
                 raise StepTaken
             rows.append(step_row(act.step))
             states.append({"id": act.step.episode_id, **state_row(act.state)})
@@ -118,5 +160,5 @@ def _advance(connection: Connection, acts: dict[int, Commit], refusals: dict[int
         except (StepTaken, TypeError, ValueError) as error:
             refusals[number] = error
     if rows:
-        connection.execute(_ADVANCE, states)
-        connection.execute(_INSERT_STEPS, rows)
+        _write(connection, _ADVANCE, states)
+        _write(connection, _INSERT_STEPS, rows)

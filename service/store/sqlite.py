@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -50,6 +51,7 @@ class SQLiteConnections:
         event.listen(self._engine, "connect", self._connected)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-read")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="store-write")
+        self._writer: Connection | None = None
 
     async def open(self, revision: str = "head") -> None:
         try:
@@ -60,34 +62,50 @@ class SQLiteConnections:
     async def close(self) -> None:
         for threads in (self._writers, self._readers):
             await asyncio.to_thread(threads.shutdown)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         self._engine.dispose()
 
     async def read(self, function: Callable[[Connection], _T]) -> _T:
-        return await self._run(self._readers, "BEGIN", function)
+        return await self._run(self._readers, partial(self._reading, function))
 
     async def write(self, function: Callable[[Connection], _T]) -> _T:
-        # IMMEDIATE takes the write lock at once; upgrading a read lock later can fail.
-        return await self._run(self._writers, "BEGIN IMMEDIATE", function)
+        return await self._run(self._writers, partial(self._writing, function))
 
-    async def _run(
-        self,
-        threads: ThreadPoolExecutor,
-        begin: Literal["BEGIN", "BEGIN IMMEDIATE"],
-        function: Callable[[Connection], _T],
-    ) -> _T:
-        def call() -> _T:
-            try:
-                with self._begun(begin) as connection:
-                    return function(connection)
-            except StopIteration as error:  # a future cannot carry it, so the caller would wait forever
-                raise RuntimeError("a transaction raised StopIteration") from error
-
+    async def _run(self, threads: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, call)
         except IntegrityError:
             raise
-        except FAILURES as error:
+        except sqlite3.IntegrityError as error:
+            raise IntegrityError(None, None, error) from error
+        except (*FAILURES, sqlite3.Error) as error:
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
+
+    def _reading(self, function: Callable[[Connection], _T]) -> _T:
+        with _without_stop(), self._begun("BEGIN") as connection:
+            return function(connection)
+
+    def _writing(self, function: Callable[[Connection], _T]) -> _T:
+        """Runs a transaction on the connection of the writing thread, which is kept until a transaction fails."""
+        if self._writer is None:
+            self._writer = self._engine.connect()
+        try:
+            driver: Any = self._writer.connection.driver_connection
+            # IMMEDIATE takes the write lock at once; upgrading a read lock later can fail.
+            driver.execute("BEGIN IMMEDIATE")
+            with _without_stop():
+                result = function(self._writer)
+            if self._writer.in_transaction():  # a statement was executed by SQLAlchemy
+                self._writer.commit()
+            else:
+                driver.execute("COMMIT")
+        except BaseException:
+            self._writer.close()
+            self._writer = None
+            raise
+        return result
 
     @contextmanager
     def _begun(self, begin: str) -> Generator[Connection]:
@@ -119,6 +137,15 @@ class SQLiteConnections:
     def _remedy(self, error: Exception) -> str:
         code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0) & 0xFF
         return _REMEDIES.get(code, _NO_ACCESS).format(path=self._path)
+
+
+@contextmanager
+def _without_stop() -> Generator[None]:
+    """A future cannot carry StopIteration, so the caller would wait forever."""
+    try:
+        yield
+    except StopIteration as error:
+        raise RuntimeError("a transaction raised StopIteration") from error
 
 
 def _set_pragmas(connection: Any, lock_s: float) -> None:
