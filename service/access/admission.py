@@ -195,13 +195,16 @@ class Admission:
         if self._num_running < self._slots and account.may_run:
             self._occupy(account)
         else:
-            with metrics.WAITING_ACTS.track_inprogress():
+            metrics.WAITING_ACTS.value += 1
+            try:
                 await _turn(account.waiting, lambda: self._release(account))
-        metrics.RUNNING_ACTS.inc()
+            finally:
+                metrics.WAITING_ACTS.value -= 1
+        metrics.RUNNING_ACTS.value += 1
 
     def release(self, tenant: str) -> None:
         """Frees a slot that `acquire` has given."""
-        metrics.RUNNING_ACTS.dec()
+        metrics.RUNNING_ACTS.value -= 1
         self._ends.append(time.monotonic())
         self._release(self._account(tenant))
         self._forget_idle(tenant)
@@ -279,5 +282,5 @@ def _give_turn(line: "deque[asyncio.Future[None]]") -> bool:
 
 
 def _refused(code: str, detail: str, retry_after_s: float) -> TooManyRequests:
-    metrics.ACTS.labels(code).inc()
+    metrics.ACTS.inc(code)
     return TooManyRequests(code, detail, retry_after_s=retry_after_s)

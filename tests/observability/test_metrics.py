@@ -14,13 +14,15 @@ from service.api.http.problems import CODES
 from service.engine.tokenizer import HFTokenizer
 from service.lifecycle import Phase
 from service.observability import metrics
+from service.observability.fast_metrics import FastCounter, FastGauge, FastHistogram
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
 from service.trajectory import StopReason, StoredEpisode
 from tests.support.serving import HeldEngine, Served, serve, until
 
-OURS: set[Any] = {value for value in vars(metrics).values() if isinstance(value, Counter | Gauge | Histogram)}
-NAMES = {family.name for metric in OURS for family in metric.describe()}
+KINDS = Counter | Gauge | Histogram | FastCounter | FastGauge | FastHistogram
+OURS: set[Any] = {value for value in vars(metrics).values() if isinstance(value, KINDS)}
+NAMES = {family.name for metric in OURS for family in metric.collect()}
 
 Samples = dict[tuple[str, str], float]
 
@@ -82,6 +84,24 @@ async def test_all_appear(tmp_path: Path, tokenizer: HFTokenizer):
         assert answer.headers["content-type"].startswith("text/plain")
         found = {family.name for family in text_string_to_metric_families(answer.text)}
         assert {n for n in found if n.startswith("agent_") and not n.endswith("_created")} == NAMES
+
+
+def test_fast_histogram_counts_like_that_of_prometheus_client():
+    bounds = (0.1, 1.0, 2.5)
+    fast = FastHistogram("test_fast", "A test.", "part", ["a"], bounds)
+    slow = Histogram("test_slow", "A test.", ["part"], buckets=bounds)
+    for value in (0.0, 0.1, 0.10001, 1.0, 2.5, 7.0):
+        fast.observe("a", value)
+        slow.labels("a").observe(value)
+    try:
+        found = [
+            [(sample.name[9:], sample.labels, sample.value) for sample in metric.samples]
+            for metric in (*fast.collect(), *slow.collect())
+        ]
+        assert found[0] == found[1]
+    finally:
+        REGISTRY.unregister(fast)
+        REGISTRY.unregister(slow)
 
 
 async def test_acts_in_flight_and_live_episodes_go_up_and_down(tmp_path: Path, tokenizer: HFTokenizer):
