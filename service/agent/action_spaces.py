@@ -126,7 +126,9 @@ class DiscreteSpace(Space):
         if not legal_actions or len(set(legal_actions)) < len(legal_actions):
             raise ActionSpaceRefused("legal_actions must be a non-empty list of distinct actions", "legal_actions")
         if unknown := set(legal_actions) - self._known:
-            raise ActionSpaceRefused(f"the legal action {min(unknown)!r} is not in the action space", "legal_actions")
+            raise ActionSpaceRefused(
+                f"the legal action {min(unknown)[:100]!r} is not in the action space", "legal_actions"
+            )
         return DiscreteSpace(legal_actions, self.asked_probs)
 
     @property

@@ -63,7 +63,7 @@ class DecisionTrie:
         self.sequences: tuple[tuple[int, ...], ...] = tuple(ids for ids, _ in rows)
         for (ids, action), (next_ids, next_action) in pairwise(rows):
             if next_ids[: len(ids)] == ids:
-                names = f"{action!r} and {next_action!r}"
+                names = f"{action[:100]!r} and {next_action[:100]!r}"
                 raise ActionSpaceRefused(f"the policy's tokenizer cannot distinguish the actions {names}; rename one")
         self.branches: tuple[Branch, ...] = tuple(self._branches())
         self._by_rows = {(branch.bounds[0], branch.bounds[-1]): branch for branch in self.branches}

@@ -6,6 +6,7 @@ any other action is generated text. The span of a step is its turn, what the pol
 
 import asyncio
 import math
+import threading
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Coroutine, Sequence
@@ -39,6 +40,8 @@ from service.values import immutable
 
 _NUM_CACHED_TOKENS = 1 << 21
 """Size of the cache of tries, and of the cache of encodings: about 80 MB each."""
+_MAX_FAST_CHARS = 1 << 12
+"""Actions of up to this length in total are encoded without a thread."""
 _MAX_ALL_PROBS = 64
 """Up to this number of legal actions, the probability of each is given unless the action space says otherwise."""
 
@@ -77,6 +80,8 @@ class DecoderOnlyEngine(ABC):
         self._tries = LRUCache[tuple[str, ...], DecisionTrie](
             _NUM_CACHED_TOKENS, getsizeof=lambda trie: trie.num_tokens
         )
+        self._cache_lock = threading.Lock()
+        self._building = asyncio.Lock()
 
     @abstractmethod
     async def generate(
@@ -122,7 +127,7 @@ class DecoderOnlyEngine(ABC):
 
     async def check(self, space: ActionSpace) -> None:
         if space.choices is not None:
-            self.trie(space.choices)
+            await self._built(space.choices)
         elif space.constraint is not None:
             await self.check_constraint(space.constraint)
 
@@ -131,15 +136,16 @@ class DecoderOnlyEngine(ABC):
         assert isinstance(log, TokenLog)  # created by `history`
         thinks = wanted.reasoning is not None and wanted.recorded is None
         turn = self._turn(transcript, log, thinks=thinks)
-        limit = transcript.max_tokens - self._reserve(space, wanted)
+        trie = None if space.choices is None or wanted.recorded else await self._built(space.choices)
+        limit = transcript.max_tokens - self._reserve(trie, wanted)
         start = log.fit(len(turn), limit, slides=transcript.slides)
         if start is None:
             return Overflow()
         prompt = log.window(start) + turn
         if not thinks:
-            return self._decision(turn, start, await self._draw(prompt, space, wanted), wanted)
+            return self._decision(turn, start, await self._draw(prompt, space, trie, wanted), wanted)
         thought = await self._think(prompt, wanted)
-        reply = await self._draw([*prompt, *thought.span.token_ids], space, wanted)
+        reply = await self._draw([*prompt, *thought.span.token_ids], space, trie, wanted)
         return self._decision(turn, start, reply, wanted, thought)
 
     def _turn(self, transcript: Transcript, log: TokenLog, *, thinks: bool) -> list[int]:
@@ -147,13 +153,13 @@ class DecoderOnlyEngine(ABC):
             return self.prompt.next_turn(transcript.observation, thinks=thinks)
         return self.prompt.first_turn(transcript.system, transcript.observation, thinks=thinks)
 
-    def _reserve(self, space: ActionSpace, wanted: Wanted) -> int:
+    def _reserve(self, trie: DecisionTrie | None, wanted: Wanted) -> int:
         """Returns the maximum length of the reply in tokens, including its thought and its terminator."""
         if wanted.recorded:
             return len(self.prompt.encode_reply(wanted.recorded.text)) + 1
         tags = self.prompt.think_tags
         thought = wanted.reasoning.max_tokens + len(tags.end) + len(tags.separator) if wanted.reasoning else 0
-        reply = wanted.sampling.max_tokens + 1 if space.choices is None else self.trie(space.choices).max_len
+        reply = trie.max_len if trie else wanted.sampling.max_tokens + 1
         return thought + reply
 
     async def _think(self, prompt: list[int], wanted: Wanted) -> Thought:
@@ -174,11 +180,11 @@ class DecoderOnlyEngine(ABC):
         _check_finite(drawn)
         return closed_thought(self.prompt, len(prompt), drawn)
 
-    async def _draw(self, prompt: list[int], space: ActionSpace, wanted: Wanted) -> _Reply:
+    async def _draw(self, prompt: list[int], space: ActionSpace, trie: DecisionTrie | None, wanted: Wanted) -> _Reply:
         if wanted.recorded is not None:
             return self._recorded(wanted.recorded)
-        if space.choices is not None:
-            return await self._choose(prompt, space, space.choices, wanted)
+        if trie is not None:
+            return await self._choose(prompt, space, trie, wanted)
         return await self._write(prompt, space, wanted)
 
     def _recorded(self, recorded: Recorded) -> _Reply:
@@ -187,9 +193,9 @@ class DecoderOnlyEngine(ABC):
         drawn = Span(array("i", ids), bytes(len(ids)), array("f", bytes(4 * len(ids))))
         return _Reply(recorded.action, recorded.text, drawn, None, "recorded", Usage())
 
-    async def _choose(self, prompt: list[int], space: ActionSpace, choices: tuple[str, ...], wanted: Wanted) -> _Reply:
+    async def _choose(self, prompt: list[int], space: ActionSpace, trie: DecisionTrie, wanted: Wanted) -> _Reply:
         """Chooses one of the actions. If their first tokens are distinct, this takes one forward pass."""
-        trie = self.trie(choices)
+        choices = space.choices or trie.actions
         all_probs = len(choices) <= _MAX_ALL_PROBS if space.probs is None else space.probs == "all"
         steps = plan(trie, wanted.sampling, wanted.generator(""), all_probs=all_probs)
         first: Scores | None = None  # of the root
@@ -216,22 +222,22 @@ class DecoderOnlyEngine(ABC):
 
     async def _score_branches(self, prompt: list[int], branches: Sequence[Branch], wanted: Wanted) -> list[Scores]:
         """Raises PolicyFailed if a score is not a number."""
-        passes = [self._score_branch([*prompt, *branch.path], branch.children, wanted) for branch in branches]
-        scores = await _gather(passes)
+        scores = await _gather([self._score_branch(prompt, branch, wanted) for branch in branches])
         # -inf is allowed: such an action has the probability 0.
         if any(math.isnan(value) or value == math.inf for score in scores for value in score.logprobs):
             raise PolicyFailed
         return scores
 
-    async def _score_branch(self, prompt: list[int], children: Sequence[int], wanted: Wanted) -> Scores:
-        size = self.max_candidates or len(children)
-        parts = [children[start : start + size] for start in range(0, len(children), size)]
-        scores = await _gather([self._score(prompt, part, wanted) for part in parts])
+    async def _score_branch(self, prompt: list[int], branch: Branch, wanted: Wanted) -> Scores:
+        size = self.max_candidates or len(branch.children)
+        parts = [branch.children[start : start + size] for start in range(0, len(branch.children), size)]
+        scores = await _gather([self._score(prompt, branch.path, part, wanted) for part in parts])
         return Scores(tuple(value for score in scores for value in score.logprobs), scores[0].cached_tokens)
 
-    async def _score(self, prompt: list[int], candidates: Sequence[int], wanted: Wanted) -> Scores:
+    async def _score(self, prompt: list[int], path: Sequence[int], candidates: Sequence[int], wanted: Wanted) -> Scores:
         async with wanted.slot():
-            return await self.score(prompt, candidates, adapter=wanted.adapter, cache_salt=wanted.cache_salt)
+            ids = [*prompt, *path] if path else prompt  # only here, because hundreds of branches may wait for a slot
+            return await self.score(ids, candidates, adapter=wanted.adapter, cache_salt=wanted.cache_salt)
 
     async def _write(self, prompt: list[int], space: ActionSpace, wanted: Wanted) -> _Reply:
         """Draws an action that is text, with or without a constraint.
@@ -303,12 +309,19 @@ class DecoderOnlyEngine(ABC):
                 "belongs to another model, or its added tokens were never added to the model"
             )
 
-    @cachedmethod(lambda self: self._tries)
+    async def _built(self, choices: tuple[str, ...]) -> DecisionTrie:
+        """Like `trie`. Long actions are encoded in a thread, one action space at a time, so that other acts go on."""
+        if choices in self._tries or sum(map(len, choices)) <= _MAX_FAST_CHARS:
+            return self.trie(choices)
+        async with self._building:
+            return await asyncio.to_thread(self.trie, choices)
+
+    @cachedmethod(lambda self: self._tries, lock=lambda self: self._cache_lock)
     def trie(self, choices: tuple[str, ...]) -> DecisionTrie:
         """Returns the trie of these actions. Raises ActionSpaceRefused."""
         return DecisionTrie(choices, self._encode_choice, self.prompt.terminator)
 
-    @cachedmethod(lambda self: self._encodings)
+    @cachedmethod(lambda self: self._encodings, lock=lambda self: self._cache_lock)
     def _encode_choice(self, choice: str) -> list[int]:
         """The encoding is cached, because the legal actions of an act are often new combinations of known actions."""
         return self.prompt.encode_reply(choice)
