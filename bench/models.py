@@ -7,7 +7,7 @@ from typing import Any
 from bench.contenders import ROOT
 from bench.policy import endless
 from bench.workloads import Model
-from service.settings import Settings
+from service.engine.fetch import FetchFailed, fetch
 
 
 class Missing(RuntimeError):
@@ -47,8 +47,8 @@ def random_qwen3(policy: Path, folder: Path) -> Path:
 
 
 def _smollm2() -> Path:
-    given: dict[str, Any] = {"model": "smollm2", "data": ROOT / "data"}
-    path = Path(Settings(**given).model_path)
-    if not path.is_dir():
-        raise Missing("it has not been fetched. Run `episodic models fetch smollm2`.")
-    return path
+    """Fetches SmolLM2 unless it is in the default data folder already."""
+    try:
+        return fetch("smollm2", ROOT / "data" / "models")
+    except FetchFailed as error:
+        raise Missing(str(error)) from error

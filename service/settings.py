@@ -74,7 +74,11 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on. Addresses other than loopback need API keys.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 picks a free port.")
-    model: str = Field("toy-text", description="Model to serve: a packaged policy, a folder or a Hugging Face id.")
+    model: str = Field(
+        "toy-text",
+        description="Model to serve: a packaged policy, a model that `episodic models fetch` fetched, a folder or a "
+        "Hugging Face id.",
+    )
     model_name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_.:-]{1,128}$",
@@ -94,7 +98,9 @@ class Settings(BaseSettings):
         description="Hosts from which /v1 may download media, separated by commas. If the list is empty, /v1 accepts "
         "only data URLs.",
     )
-    data: Path = Field(Path("data"), description="Folder for the service's files: SQLite store, copies of adapters.")
+    data: Path = Field(
+        Path("data"), description="Folder for the service's files: SQLite store, copies of adapters, fetched models."
+    )
     store: str | None = Field(
         None,
         description="URL of the store: `sqlite:///FILE`, or `postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE` for "
@@ -267,9 +273,15 @@ class Settings(BaseSettings):
 
     @property
     def model_path(self) -> str:
-        """The model that the engine loads: the folder of a packaged policy, or else `model` unchanged."""
-        packaged = _POLICIES / self.model
-        return str(packaged) if "/" not in self.model and (packaged / "config.json").is_file() else self.model
+        """The model that the engine loads: the folder of a packaged policy or of a fetched model, or else `model`
+        unchanged."""
+        folders = (folder / self.model for folder in (_POLICIES, self.models) if "/" not in self.model)
+        return next((str(folder) for folder in folders if (folder / "config.json").is_file()), self.model)
+
+    @property
+    def models(self) -> Path:
+        """The folder of the models that `episodic models fetch` writes."""
+        return self.data / "models"
 
     @property
     def served_name(self) -> str:

@@ -8,6 +8,7 @@ import typer
 from service.cli.doctor import doctor_command
 from service.cli.episodes import episodes_command, export_command
 from service.cli.keys import keys_app
+from service.cli.models import models_app
 from service.cli.rollout import rollout_command
 from service.cli.serve import serve_command
 from service.cli.store import migrate_command, purge_command
@@ -38,6 +39,7 @@ app.command("rollout")(rollout_command)
 app.command("episodes")(episodes_command)
 app.command("export")(export_command)
 app.add_typer(keys_app, name="keys")
+app.add_typer(models_app, name="models")
 app.command("migrate")(migrate_command)
 app.command("purge")(purge_command)
 

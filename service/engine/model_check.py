@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from service.engine.base import EngineRefused
+from service.engine.fetch import RECIPES
 from service.settings import Settings
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -25,6 +26,9 @@ def check_model(settings: Settings) -> str:
         return _check_folder(path)
     if "://" in settings.model or os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
         return settings.model  # vLLM loads it from another place
+    if settings.model in RECIPES:
+        hint = f"Run `episodic models fetch {settings.model}`, with the same EPISODIC_DATA."
+        raise EngineRefused(f"EPISODIC_MODEL: the model {settings.model!r} has not been fetched. {hint}")
     if not _HUB_ID.fullmatch(settings.model):
         raise EngineRefused(f"EPISODIC_MODEL: the folder {path} does not exist. {_CHOICES}")
     return _check_hub(settings.model)

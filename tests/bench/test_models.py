@@ -7,6 +7,7 @@ import pytest
 
 from bench import models
 from bench.workloads import DECISION
+from service.engine.fetch import FetchFailed
 from tests.conftest import POLICY
 
 
@@ -21,7 +22,12 @@ def test_the_random_model_is_a_qwen3_with_a_token_for_each_label(tmp_path: Path)
     assert tokenizer.get_vocab()["no"] not in tokenizer.encode("north")
 
 
-def test_a_model_that_was_not_fetched_is_skipped_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "ROOT", tmp_path)
-    with pytest.raises(models.Missing, match="episodic models fetch smollm2"):
+def test_a_model_that_cannot_be_fetched_is_skipped_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Path:
+        raise FetchFailed("no network")
+
+    monkeypatch.setattr(models, "fetch", refuse)
+    with pytest.raises(models.Missing, match="no network"):
         models.weights("smollm2", POLICY, tmp_path)
