@@ -137,17 +137,14 @@ class Admission:
     def admitted(self, tenant: str) -> Generator[None]:
         """Admits an act: it counts as admitted until the context exits. Raises TooManyRequests, as `check` does."""
         self.check(tenant)
-        account = self._account(tenant)
-        self._enter(account)
+        self._enter(self._account(tenant))
         try:
             yield
         finally:
-            self._leave(account)
-            self._forget_idle(tenant)
+            self.leave(tenant)
 
-    @asynccontextmanager
-    async def admitted_in_turn(self, tenant: str) -> AsyncGenerator[None]:
-        """Admits an act of a batch, which `check` has let in as a whole.
+    async def enter_in_turn(self, tenant: str) -> None:
+        """Admits an act of a batch, which `check` has let in as a whole, until `leave`.
 
         Waits while the tenant's quota of concurrent acts is used up. So a larger batch runs in waves.
         """
@@ -156,11 +153,11 @@ class Admission:
             self._enter(account)
         else:
             await _turn(account.arriving, lambda: self._leave(account))
-        try:
-            yield
-        finally:
-            self._leave(account)
-            self._forget_idle(tenant)
+
+    def leave(self, tenant: str) -> None:
+        """Ends an admitted act."""
+        self._leave(self._account(tenant))
+        self._forget_idle(tenant)
 
     def _enter(self, account: _Account) -> None:
         account.num_acts += 1

@@ -122,19 +122,23 @@ class DecisionTrie:
         """Like `draw`, from the probabilities of all actions, by row, in order. A row that is missing has none."""
         rows = list(probs)
         row = generator.choices(rows, list(probs.values()))[0] if temperature else max(rows, key=probs.__getitem__)
+        logprob = math.log(min(probs[row], 1.0))
+        if len(self.branches) == 1 and len(rows) == len(self.actions):
+            return self.chosen(row, [logprob], logprob, probs)
         logprobs: list[float] = []
         for branch, child in self.way(row):
             low, high = branch.bounds[child], branch.bounds[child + 1]
             mass = sum(probs.get(other, 0.0) for other in range(branch.bounds[0], branch.bounds[-1]))
             taken = sum(probs.get(other, 0.0) for other in range(low, high))
             logprobs.append(math.log(min(taken / mass, 1.0)))
-        return self.chosen(row, logprobs, math.log(min(probs[row], 1.0)), probs)
+        return self.chosen(row, logprobs, logprob, probs)
 
     def chosen(self, row: int, decided: Sequence[float], logprob: float, probs: Mapping[int, float]) -> Chosen:
         """Returns the action of this row. `decided`: the logprobs at the branches on the way to it."""
         drawn = bytearray(len(self.sequences[row]))
         logprobs = [0.0] * len(drawn)
-        for (branch, _), value in zip(self.way(row), decided, strict=True):
+        way = self.branches if len(self.branches) == 1 else [branch for branch, _ in self.way(row)]
+        for branch, value in zip(way, decided, strict=True):
             drawn[len(branch.path)] = 1
             logprobs[len(branch.path)] = value
         return Chosen(
@@ -165,6 +169,9 @@ def log_softmax(values: Sequence[float]) -> list[float]:
 
 
 def _filtered(probs: list[float], sampling: Sampling) -> list[float]:
+    if sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
+        mass = sum(probs)
+        return [prob / mass for prob in probs]
     order = sorted(range(len(probs)), key=probs.__getitem__, reverse=True)
     keep = len(order) if sampling.top_k <= 0 else min(sampling.top_k, len(order))
     floor = sampling.min_p * probs[order[0]]

@@ -223,8 +223,8 @@ class DecoderOnlyEngine(ABC):
     async def _score_branches(self, prompt: list[int], branches: Sequence[Branch], wanted: Wanted) -> list[Scores]:
         """Raises PolicyFailed if a score is not a number."""
         scores = await _gather([self._score_branch(prompt, branch, wanted) for branch in branches])
-        # -inf is allowed: such an action has the probability 0.
-        if any(math.isnan(value) or value == math.inf for score in scores for value in score.logprobs):
+        # -inf is allowed: such an action has the probability 0. NaN and inf make the sum NaN or inf.
+        if not all(sum(score.logprobs) < math.inf for score in scores):
             raise PolicyFailed
         return scores
 

@@ -6,9 +6,13 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
+from cachetools import LRUCache, cachedmethod
 from tokenizers import Tokenizer as FastTokenizer
 
 from service.engine.token_text import TextDecoder, byte_decoder, text_of
+
+_NUM_CACHED_TOKENS = 1 << 20
+"""Size of the cache of encodings: about 40 MB."""
 
 Content = str | list[dict[str, str]]
 Messages = Sequence[dict[str, Content]]
@@ -31,7 +35,7 @@ class Tokenizer(Protocol):
         even if the text contains its name."""
         ...
 
-    def encode_segment(self, text: str, *, is_first: bool) -> list[int]:
+    def encode_segment(self, text: str, *, is_first: bool) -> Sequence[int]:
         """Encodes text that follows a control token, or with `is_first` the first text of a prompt. Some tokenizers put
         a space before such a text."""
         ...
@@ -85,13 +89,16 @@ class HFTokenizer:
             spec: dict[str, Any] = json.loads(backend.to_str())
             self._bytes = byte_decoder(backend, spec["decoder"], {i: str(t) for i, t in added.items()}, special)
             self._exact, self._segments, self._firsts = _encoders(spec, control)
+        self._encodings = LRUCache[Any, list[int]](_NUM_CACHED_TOKENS, getsizeof=len)
         self.max_token_id = max(set(tokenizer.get_vocab().values()) - set(control.values()), default=0)
         self.bos_token_ids = self._find_bos()
 
     def encode(self, text: str) -> list[int]:
         return self._encode(self._exact, text)
 
-    def encode_segment(self, text: str, *, is_first: bool) -> list[int]:
+    @cachedmethod(lambda self: self._encodings)
+    def encode_segment(self, text: str, *, is_first: bool) -> Sequence[int]:
+        """Cached, because instructions are the same in many episodes, and observations often recur."""
         return self._encode(self._firsts if is_first else self._segments, text)
 
     def _encode(self, encoder: FastTokenizer | None, text: str) -> list[int]:

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import field
+from types import TracebackType
+from typing import Self
 
 from service.engine.base import TextSink
 from service.errors import DeadlineExceeded
@@ -43,19 +44,39 @@ class ActRequest:
     arrived: float = field(default_factory=time.perf_counter)
 
 
-@asynccontextmanager
-async def before_deadline(request: ActRequest) -> AsyncGenerator[asyncio.Timeout]:
-    """Cancels the block at the deadline of the request. Raises DeadlineExceeded then."""
-    left_s = request.timeout_s and request.timeout_s - (time.perf_counter() - request.arrived)
-    limit = asyncio.timeout(left_s)
-    try:
-        async with limit:
-            yield limit
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        detail = f"The timeout of {request.timeout_s:g} s expired before the commit. Retry with a larger timeout_s."
-        raise DeadlineExceeded("deadline_exceeded", detail) from error
+class Deadline:
+    """Cancels a block at the deadline of a request, if it has one. Raises DeadlineExceeded then."""
+
+    __slots__ = ("_limit", "_timeout_s")
+
+    def __init__(self, request: ActRequest) -> None:
+        self._timeout_s = request.timeout_s
+        left_s = request.timeout_s and request.timeout_s - (time.perf_counter() - request.arrived)
+        self._limit = None if left_s is None else asyncio.timeout(left_s)
+
+    def has_passed(self) -> bool:
+        return self._limit is not None and self._limit.expired()
+
+    async def __aenter__(self) -> Self:
+        if self._limit:
+            await self._limit.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._limit:
+            return
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError as timeout:
+            raise self._exceeded() from timeout
+        if isinstance(error, TimeoutError) and self.has_passed():
+            raise self._exceeded() from error
+
+    def _exceeded(self) -> DeadlineExceeded:
+        detail = f"The timeout of {self._timeout_s:g} s expired before the commit. Retry with a larger timeout_s."
+        return DeadlineExceeded("deadline_exceeded", detail)
 
 
 @immutable
@@ -89,12 +110,12 @@ class InFlightAct:
     def num_waiters(self) -> int:
         return len(self._waiting)
 
-    async def join(self, limit: asyncio.Timeout) -> ActResult:
-        """Waits for the result. If the limit expires after the commit has begun, continues to wait."""
+    async def join(self, deadline: Deadline) -> ActResult:
+        """Waits for the result. If the deadline passes after the commit has begun, continues to wait."""
         try:
             return await self._result()
         except asyncio.CancelledError:
-            if self.is_committing and limit.expired():
+            if self.is_committing and deadline.has_passed():
                 return await self._result()
             raise
 

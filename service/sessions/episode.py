@@ -122,8 +122,7 @@ class Episode:
     def next_step(self, request: ActRequest, decision: Decision) -> Step:
         """Returns the step for a decision."""
         answer = _answer(self.episode_id, self.state.step, decision.policy_version, decision)
-        step = _step(self.config, self.state, request, answer, decision.span)
-        return replace(step, window_start=decision.window_start, dropped=decision.dropped)
+        return _step(self.config, self.state, request, answer, decision.span, decision.window_start, decision.dropped)
 
     def closing_step(self, request: ActRequest) -> Step:
         """Returns the closing step, for a message that ends the episode. It has no action."""
@@ -133,8 +132,7 @@ class Episode:
         """Returns the state after the commit of `step`. Raises Unprocessable."""
         if stop_reason:
             return ended_state(self.state, step, stop_reason)
-        return replace(
-            self.state,
+        return EpisodeState(
             step=self.state.step + 1,
             episode_return=return_after(self.state, step.message),
             num_tokens=self.state.num_tokens + len(step.span.token_ids),
@@ -205,7 +203,7 @@ def keys_of(episode_id: str, steps: Sequence[Step]) -> dict[str, int]:
 def closing_step(config: EpisodeConfig, state: EpisodeState, request: ActRequest) -> Step:
     """Returns the step that ends an episode in this state. It has no action."""
     answer = _answer(config.episode_id, state.step, config.policy_version, None)
-    return replace(_step(config, state, request, answer, EMPTY_SPAN), closing=True)
+    return _step(config, state, request, answer, EMPTY_SPAN, closing=True)
 
 
 def ended_state(state: EpisodeState, step: Step, stop_reason: StopReason) -> EpisodeState:
@@ -239,19 +237,28 @@ def _sum_of_rewards(steps: Sequence[Step]) -> float:
 
 
 def _step(
-    config: EpisodeConfig, state: EpisodeState, request: ActRequest, answer: dict[str, JsonValue], span: Span
+    config: EpisodeConfig,
+    state: EpisodeState,
+    request: ActRequest,
+    answer: dict[str, JsonValue],
+    span: Span,
+    window_start: int = 0,
+    dropped: tuple[int, int] = (0, 0),
+    *,
+    closing: bool = False,
 ) -> Step:
     return Step(
         episode_id=config.episode_id,
         index=state.step,
         message=request.message,
-        closing=False,
+        closing=closing,
         span=span,
-        window_start=0,
+        window_start=window_start,
         answer=answer,
         digest=request.digest,
         created_at=time.time(),
         idempotency_key=request.idempotency_key,
+        dropped=dropped,
     )
 
 

@@ -17,7 +17,7 @@ from service.errors import Conflict, PolicyFailed, Unavailable, Unprocessable, e
 from service.filters import EpisodeFilter
 from service.lifecycle import Lifecycle, Phase
 from service.observability import metrics
-from service.sessions.acts import ActRequest, ActResult, InFlightAct, before_deadline
+from service.sessions.acts import ActRequest, ActResult, Deadline, InFlightAct
 from service.sessions.commits import Commits
 from service.sessions.creation import Creation
 from service.sessions.episode import Episode
@@ -170,7 +170,7 @@ class Sessions:
         """
         metrics.ACTIVE_ACTS.value += 1
         try:
-            async with before_deadline(request) as limit:
+            async with Deadline(request) as deadline:
                 try:
                     episode = await self._cache.find(episode_id)
                 except EngineUnavailable:
@@ -179,14 +179,14 @@ class Sessions:
                     episode = await self._refreshed(episode)
                 for _ in range(_MAX_RACES):
                     try:
-                        return await self._answer(episode, request, limit)
+                        return await self._answer(episode, request, deadline)
                     except (Conflict, Unprocessable, PolicyFailed, EngineUnavailable) as refusal:
                         if request.sink and request.sink.has_emitted:
                             raise
-                        if limit.expired():  # while the commit was awaited, which has failed
+                        if deadline.has_passed():  # while the commit was awaited, which has failed
                             raise TimeoutError from refusal
                         episode = await self._reloaded(episode, refusal)
-                return await self._answer(episode, request, limit)
+                return await self._answer(episode, request, deadline)
         except Exception as error:
             metrics.ACTS.inc(getattr(error, "code", "internal_error"))
             raise
@@ -273,14 +273,14 @@ class Sessions:
         self._cache.drop_idle(episode.episode_id)
         return await self._cache.find(episode.episode_id)
 
-    async def _answer(self, episode: Episode, request: ActRequest, limit: asyncio.Timeout) -> Answer:
+    async def _answer(self, episode: Episode, request: ActRequest, deadline: Deadline) -> Answer:
         if step := await committed_step(self.store, episode, request):
             await self._cache.stored(episode.episode_id)  # raises Gone: forks keep the steps of a deleted episode
             return _replay(episode.episode_id, step)
         act, is_joined = self._act_for(episode, request)
         if is_joined:
             request.on_wait()
-        result = await act.join(limit)
+        result = await act.join(deadline)
         return {**result.step.answer, "replayed": is_joined or result.replayed, "timing": result.timing}
 
     async def _replay_without_engine(self, episode_id: str, request: ActRequest) -> Answer:

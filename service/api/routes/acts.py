@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections import Counter
-from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,7 +19,7 @@ from service.api.http.routing import StrictRoute
 from service.api.http.services import services
 from service.api.routes.act_streams import EVENTS, ActStream
 from service.errors import Unprocessable
-from service.sessions.acts import ActRequest, before_deadline
+from service.sessions.acts import ActRequest, Deadline
 from service.sessions.sessions import Answer
 
 router = APIRouter(tags=["acts"], route_class=StrictRoute)
@@ -86,9 +85,11 @@ async def _act_or_problem(request: Request, item: dict[str, Any], arrived: float
         act_request = ActRequest(
             parsed.message(), body.digest(item), parsed.step, timeout_s=parsed.timeout_s, arrived=arrived
         )
-        async with AsyncExitStack() as admitted:
-            async with before_deadline(act_request):
-                await admitted.enter_async_context(behind.admission.admitted_in_turn(tenant))
+        async with Deadline(act_request):
+            await behind.admission.enter_in_turn(tenant)
+        try:
             return await behind.sessions.act(own(request, parsed.episode_id), act_request)
+        finally:
+            behind.admission.leave(tenant)
     except Exception as error:  # noqa: BLE001 - an error of one act must not fail the batch
         return problems.document(request, problems.expected(error))
