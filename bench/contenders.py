@@ -116,6 +116,10 @@ class _Server:
         await self._program.stop()
 
     @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self._port}"
+
+    @property
     def pid(self) -> int:
         return self._program.process.pid
 

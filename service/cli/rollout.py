@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from service.cli.open_files import raise_limit
 from service.cli.options import explained, no_service, program
 from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Retry, Unavailable
 from service.environments import describe
@@ -78,6 +79,7 @@ def rollout_command(
 
     The API key comes from EPISODIC_API_KEY. The exit code is 1 if an episode failed."""
     search_working_folder()
+    raise_limit()
     temperature = 0.0 if temperature is None and profile is None else temperature
     run = Run(tuple(tag or ()), group, policy, profile, instructions, temperature, success_at)
     kwargs = _json_object(env_kwargs)

@@ -16,6 +16,7 @@ from service.api.http import server
 from service.api.http.security import is_loopback
 from service.api.http.shutdown import FINAL_RESPONSES_S, DrainingServer, end
 from service.app import create_app
+from service.cli.open_files import raise_limit
 from service.cli.options import Store, fail, read_settings, store_variable
 from service.cli.setting_errors import unknown
 from service.engine.base import EngineRefused
@@ -75,6 +76,7 @@ def serve_command(
     given = {"model": model, "host": host, "port": port, "store": store, "config": config, "log_format": log_format}
     settings = read_settings(given, dict(_pair(option) for option in engine or []))
     logs.configure(settings.log_format, settings.log_level)
+    raise_limit()
     for name, meant in unknown(settings):
         _log.warning("unknown_setting", name=name, did_you_mean=meant)
     if settings.adapters and not settings.adapters.is_dir():
