@@ -19,11 +19,11 @@ from bench.workloads import WORKLOADS
 
 LABELS = {
     "service": "service (a)",
-    "batch": "service, batches (d)",
+    "batch": "batches (d)",
     "openai": "vLLM's server (b)",
     "logprobs": "(b) with logprobs",
     "engine": "bare engine (c)",
-    "systemone": "vLLM's decisions (e)",
+    "systemone": "systemone (e)",
 }
 _COLOURS = {
     "service": "#2a6f97",
@@ -33,6 +33,8 @@ _COLOURS = {
     "engine": "#9aa5ad",
     "systemone": "#8a5a83",
 }
+_COLUMNS = 3
+"""Panels of the plot in a row."""
 
 
 def machine() -> dict[str, Any]:
@@ -53,7 +55,7 @@ def table(result: Sequence[CellResult]) -> Table:
     """The table of medians, with a row for each cell and contender."""
     rows = Table(title="Medians over the rounds", title_justify="left")
     rows.add_column("cell")
-    rows.add_column("contender")
+    rows.add_column("contender", no_wrap=True)
     for heading in (
         "rounds", "steps/s", "p50 ms", "p99 ms", "CPU ms/step", "bytes/step", "prompt tok", "compl. tok",
         "service/this", "spread",
@@ -160,11 +162,16 @@ def plot(path: Path, results: Sequence[CellResult], facts: dict[str, Any]) -> No
     workloads = [workload for workload in WORKLOADS if any(result.cell.workload is workload for result in compared)]
     if not workloads:
         return
+    columns = min(_COLUMNS, len(workloads))
+    rows = -(-len(workloads) // columns)
     figure: Any
-    figure, axes = pyplot.subplots(1, len(workloads), figsize=(5.2 * len(workloads), 4.4), squeeze=False)
-    for axis, workload in zip(axes[0], workloads, strict=True):
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 4.4 * rows), squeeze=False)
+    for axis in axes.flat[len(workloads) :]:
+        axis.set_axis_off()
+    for axis, workload in zip(axes.flat, workloads, strict=False):
         _panel(axis, workload.title, [result for result in compared if result.cell.workload is workload])
-    axes[0][0].set_ylabel("steps/s")
+    for row in axes:
+        row[0].set_ylabel("steps/s")
     figure.suptitle(
         f"Steps per second, {facts['cores']} cores of {facts['cpu']}; the ratio is service / vLLM's own server"
     )
