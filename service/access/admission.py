@@ -192,16 +192,16 @@ class Admission:
         if self._num_running < self._slots and account.may_run:
             self._occupy(account)
         else:
-            metrics.WAITING_ACTS.value += 1
+            metrics.WAITING_ACTS.inc()
             try:
                 await _turn(account.waiting, lambda: self._release(account))
             finally:
-                metrics.WAITING_ACTS.value -= 1
-        metrics.RUNNING_ACTS.value += 1
+                metrics.WAITING_ACTS.dec()
+        metrics.RUNNING_ACTS.inc()
 
     def release(self, tenant: str) -> None:
         """Frees a slot that `acquire` has given."""
-        metrics.RUNNING_ACTS.value -= 1
+        metrics.RUNNING_ACTS.dec()
         self._ends.append(time.monotonic())
         self._release(self._account(tenant))
         self._forget_idle(tenant)
@@ -279,5 +279,5 @@ def _give_turn(line: "deque[asyncio.Future[None]]") -> bool:
 
 
 def _refused(code: str, detail: str, retry_after_s: float) -> TooManyRequests:
-    metrics.ACTS.inc(code)
+    metrics.ACTS.labels(code).inc()
     return TooManyRequests(code, detail, retry_after_s=retry_after_s)

@@ -21,29 +21,23 @@ OUTCOMES = (
     *("deadline_exceeded", "overloaded", "quota_exceeded", "episode_not_found", "episode_deleted", "invalid_request"),
     *("step_conflict", "idempotency_mismatch", "episode_busy", "episode_ended", "context_overflow"),
 )
-ACTS = FastCounter("agent_acts", "Acts by outcome: acted, done, replayed, or an error code.", ["outcome"], OUTCOMES)
+ACTS = FastCounter("agent_acts", "Acts by outcome: acted, done, replayed, or an error code.", ["outcome"])
 ACT_SECONDS = FastHistogram(
     "agent_act_seconds",
     "Duration of an act in seconds, by part: queue_s, engine_s, store_s, total_s.",
-    "part",
-    ("queue_s", "engine_s", "store_s", "total_s"),
-    _LATENCY_S,
+    ["part"],
+    buckets=_LATENCY_S,
 )
 ENGINE_FAILURES = Counter("agent_engine_failures", "Times that an engine died, hung, or could not be loaded.")
 EPISODES_STARTED = Counter("agent_episodes_started", "Episodes opened.")
 EPISODES_ENDED = Counter("agent_episodes_ended", "Episodes ended, by stop reason.", ["stop_reason"])
 CACHED_EPISODES = Gauge("agent_live_episodes", "Episodes cached in memory; the others are only in the store.")
-ACTIVE_ACTS = FastGauge("agent_active_acts", "In-flight acts, waiting ones included.")
-RUNNING_ACTS = FastGauge("agent_running_acts", "Requests of acts and of /v1 that occupy a slot of the engine.")
-WAITING_ACTS = FastGauge("agent_waiting_acts", "Requests of acts and of /v1 that wait for a slot of the engine.")
+ACTIVE_ACTS = FastGauge("agent_active_acts", "In-flight acts, waiting ones included.").labels()
+RUNNING_ACTS = FastGauge("agent_running_acts", "Requests of acts and of /v1 that occupy a slot of the engine.").labels()
+WAITING_ACTS = FastGauge("agent_waiting_acts", "Requests of acts and of /v1 that wait for a slot.").labels()
 TASKS = Gauge("agent_tasks", "Tasks of the event loop. If the number only grows, tasks leak.")
 ACTIVE_EPISODES = Gauge("agent_active_episodes", "Episodes in the store that have not ended, cached or not.")
-TOKENS = FastCounter(
-    "agent_tokens",
-    "Tokens by kind: prompt, cached (part of the prompt), completion.",
-    ["kind"],
-    ("prompt", "cached", "completion"),
-)
+TOKENS = FastCounter("agent_tokens", "Tokens by kind: prompt, cached (part of the prompt), completion.", ["kind"])
 PARSE_FAILURES = Counter(
     "agent_parse_failures", "Completions that gave no valid action, by kind: length, json, schema.", ["kind"]
 )
@@ -58,9 +52,13 @@ PURGED = Counter(
 SUPPRESSED_LOG_LINES = Counter(
     "agent_suppressed_log_lines", "Log lines left out because lines with the same event were too frequent."
 )
-STORE_COMMITS = Counter("agent_store_commits", "Commits to the store. Concurrent acts share one commit.")
-STORE_COMMIT_SECONDS = Histogram("agent_store_commit_seconds", "Duration of a commit in seconds.", buckets=_LATENCY_S)
-STORE_BATCH_SIZE = Histogram("agent_store_batch_size", "Acts and new episodes in one commit.", buckets=_BATCH)
+STORE_COMMITS = FastCounter("agent_store_commits", "Commits to the store. Concurrent acts share one commit.").labels()
+STORE_COMMIT_SECONDS = FastHistogram(
+    "agent_store_commit_seconds", "Duration of a commit in seconds.", buckets=_LATENCY_S
+).labels()
+STORE_BATCH_SIZE = FastHistogram(
+    "agent_store_batch_size", "Acts and new episodes in one commit.", buckets=_BATCH
+).labels()
 EPISODE_RETURN = Histogram(
     "agent_episode_return",
     "Returns of ended episodes, by profile (none: opened without a profile).",
@@ -89,6 +87,8 @@ INFO = Gauge("agent_info", "Always 1; the labels say what is served.", ["version
 STATES = ("ready", "loading", "engine_unavailable", "store_unavailable", "draining")
 
 # Create the series at 0 now: `rate` ignores the first increment of a series that did not exist before.
+for _outcome in OUTCOMES:
+    ACTS.labels(_outcome)
 for _reason in StopReason:
     EPISODES_ENDED.labels(_reason)
 for _kind in ("episode", "tombstone"):
@@ -97,15 +97,17 @@ for _kind in ("length", "json", "schema"):
     PARSE_FAILURES.labels(_kind)
 
 
+_PARTS = {part: ACT_SECONDS.labels(part) for part in ("queue_s", "engine_s", "store_s", "total_s")}
+_TOKENS = {f"{kind}_tokens": TOKENS.labels(kind) for kind in ("prompt", "cached", "completion")}
+
+
 def count_act(step: Step, timing: dict[str, float]) -> None:
     """Counts an answered act. `timing` is that of the answer: seconds by part."""
-    ACTS.inc("done" if step.closing else "acted")
+    ACTS.labels("done" if step.closing else "acted").inc()
     for part, seconds in timing.items():
-        ACT_SECONDS.observe(part, seconds)
-    usage = step.answer["usage"]
-    TOKENS.inc("prompt", amount=usage["prompt_tokens"])
-    TOKENS.inc("cached", amount=usage["cached_tokens"])
-    TOKENS.inc("completion", amount=usage["completion_tokens"])
+        _PARTS[part].observe(seconds)
+    for kind, num_tokens in step.answer["usage"].items():
+        _TOKENS[kind].inc(num_tokens)
     if failure := step.answer["parse_failure"]:
         PARSE_FAILURES.labels(failure["kind"]).inc()
 
@@ -142,7 +144,7 @@ def expect_profile(profile: str) -> None:
 
 def count_request(route: str, status: int) -> None:
     """Counts an HTTP request. `route` is a template such as /episode/{episode_id}, not the path of the request."""
-    HTTP_REQUESTS.inc(route, str(status))
+    HTTP_REQUESTS.labels(route, status).inc()
 
 
 def set_state(unready_reason: str | None, version: str, policy: str | None, policy_version: str | None) -> None:

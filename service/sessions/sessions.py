@@ -85,7 +85,7 @@ class Sessions:
     def refuse_acts_while_draining(self) -> None:
         """Raises Unavailable (draining) if new acts are refused. An act must pass this once, when it arrives."""
         if self.lifecycle.is_draining:
-            metrics.ACTS.inc("draining")
+            metrics.ACTS.labels("draining").inc()
             raise _draining()
 
     async def create(self, episode_id: str, request: dict[str, Any], digest: bytes) -> tuple[StoredEpisode, bool]:
@@ -168,7 +168,7 @@ class Sessions:
         Raises EpisodicError, EngineUnavailable, StoreUnavailable. No step was committed then, with one exception: after
         StoreUnavailable the result of the commit may be unknown. A retry then returns the step or repeats the act.
         """
-        metrics.ACTIVE_ACTS.value += 1
+        metrics.ACTIVE_ACTS.inc()
         try:
             async with Deadline(request) as deadline:
                 try:
@@ -188,10 +188,10 @@ class Sessions:
                         episode = await self._reloaded(episode, refusal)
                 return await self._answer(episode, request, deadline)
         except Exception as error:
-            metrics.ACTS.inc(getattr(error, "code", "internal_error"))
+            metrics.ACTS.labels(getattr(error, "code", "internal_error")).inc()
             raise
         finally:
-            metrics.ACTIVE_ACTS.value -= 1
+            metrics.ACTIVE_ACTS.dec()
 
     async def end(self, episode_id: str, request: ActRequest, stop_reason: StopReason) -> StoredEpisode:
         """Ends an episode. One that has ended is not changed.
@@ -326,7 +326,7 @@ class Sessions:
         if committed is not step:
             if request.sink and request.sink.has_emitted:
                 raise _overtaken()  # the text that was streamed is not that of the stored step
-            metrics.ACTS.inc("replayed")
+            metrics.ACTS.labels("replayed").inc()
             return ActResult(committed, timing, replayed=True)
         metrics.count_act(step, timing)
         return ActResult(step, timing)
@@ -350,7 +350,7 @@ class Sessions:
 
 def _replay(episode_id: str, step: Step) -> Answer:
     """Returns the stored answer of a committed step."""
-    metrics.ACTS.inc("replayed")
+    metrics.ACTS.labels("replayed").inc()
     own = {"episode_id": public_id(episode_id)}  # a fork inherits steps that have its parent's id
     added = {"legal_mass": None}  # steps of older versions lack it
     return {**added, **step.answer, **own, "replayed": True, "timing": dict(_NO_TIME)}
