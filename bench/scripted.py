@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from service.api.http import server
 from service.app import create_app
-from service.cli.serve import freeze_garbage_collector
+from service.cli.serve import tune_garbage_collector
 from service.engine.tokenizer import HFTokenizer
 from service.observability import logs
 from service.settings import Settings
@@ -24,7 +24,7 @@ def main() -> None:
     tokenizer: Any = AutoTokenizer
     engine = ScriptedEngine(HFTokenizer(tokenizer.from_pretrained(model)), max_model_len=1 << 20)
     uvicorn.Server(
-        server.config(create_app(settings, engine=engine, on_ready=freeze_garbage_collector), port=settings.port)
+        server.config(create_app(settings, engine=engine, on_ready=tune_garbage_collector), port=settings.port)
     ).run()
 
 
