@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from service.client import Act, ApiError, AsyncClient, AsyncEpisode, EpisodicError
+from service.client import Act, ActFields, ApiError, AsyncClient, AsyncEpisode, EpisodicError
+from service.rollout.acting import Acting
 from service.rollout.environment import EnvironmentFactory, TextEnvironment, UnusableEnvironment, added
 from service.rollout.report import Cut, Failure, Outcome, Report, percentile, summarize
 from service.rollout.run import End, Run
@@ -48,6 +49,8 @@ async def rollout(
 ) -> Report:
     """Plays `episodes` seeds with each player, at most `concurrency` of the policy's episodes at the same time.
 
+    Discrete acts that are ready at the same time share a request.
+
     The seeds are `seed`, `seed` + 1, ... The policy plays each of them `repeat` times; these plays share a group. The
     random policy plays each once. `run` has the labels and options of the episodes; `temperature` replaces its
     temperature.
@@ -62,7 +65,9 @@ async def rollout(
     first = factory.make()
     random, step_s, failures = await _play_random(first, factory.name, run, seeds, on_episode)
     workers = [first, *(factory.make() for _ in range(min(concurrency, len(games)) - 1))]
-    players = _Players(client, factory.name, run, in_threads=step_s > SLOW_STEP_S, failures=failures)
+    is_discrete = first.text.action_space["type"] == "discrete"  # then all acts take about as long
+    acting = Acting(client, len(workers)) if is_discrete else None
+    players = _Players(client, factory.name, run, acting, in_threads=step_s > SLOW_STEP_S, failures=failures)
     began = time.perf_counter()
     await _play_all(players, workers, games, on_episode)
     wall_s = time.perf_counter() - began
@@ -129,6 +134,8 @@ class _Players:
     client: AsyncClient
     env_id: str
     run: Run
+    acting: Acting | None
+    """Sends the acts, unless each one is a request of its own."""
     in_threads: bool
     outcomes: list[Outcome] = field(default_factory=list[Outcome])
     failures: list[Failure] = field(default_factory=list[Failure])
@@ -168,9 +175,9 @@ class _Players:
             described = text.observation(observation, info)
             if terminated or truncated:
                 success = self.run.success(text, end)
-                await episode.act(
-                    described, reward=reward, terminated=end.terminated, truncated=end.truncated, success=success
-                )
+                closing = ActFields(reward=reward, success=success)
+                closing |= ActFields(terminated=end.terminated, truncated=end.truncated)
+                await self._send(episode, described, closing)
                 return Outcome(seed, end.episode_return, length, success, end.terminated)
             act = await self._act(episode, described, reward)
         success = self.run.success_of_cut(text, end)
@@ -200,10 +207,15 @@ class _Players:
 
     async def _act(self, episode: AsyncEpisode, observation: Any, reward: float | None) -> Act:
         began = time.perf_counter()
-        act = await episode.act(observation, reward=reward)
+        act = await self._send(episode, observation, ActFields(reward=reward))
         self.latencies_s.append(time.perf_counter() - began)
         self.policy_version = act.policy_version
         return act
+
+    async def _send(self, episode: AsyncEpisode, observation: Any, fields: ActFields) -> Act:
+        if self.acting is None:
+            return await episode.act(observation, **fields)
+        return await self.acting.act(episode, observation, fields)
 
     async def _abandon(self, episode: AsyncEpisode) -> None:
         """Ends an episode that cannot be continued, so that it does not stay active for ever."""

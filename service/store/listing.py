@@ -91,8 +91,10 @@ def rare_selection(connection: Connection, where: EpisodeFilter) -> int | None:
     """Returns which tag or metadata entry of the filter few episodes have, as an index; None if there is none.
 
     The query then starts with these episodes. Otherwise it reads the list from its place on, until the page is full.
-    SQLite cannot choose between the two, because it has no statistics.
+    PostgreSQL chooses between the two itself, from its statistics. SQLite has none.
     """
+    if connection.dialect.name != "sqlite":
+        return None
     for index, chosen in enumerate(_selections(where)):
         num_found = select(func.count()).select_from(chosen.limit(_MAX_RARE + 1).subquery())
         if connection.execute(num_found).scalar_one() <= _MAX_RARE:

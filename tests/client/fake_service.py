@@ -70,6 +70,7 @@ class FakeService:
                 Route("/episode/{id}/end", self._end, methods=["POST"]),
                 Route("/episode/{id}/trajectory", self._trajectory, methods=["GET"]),
                 Route("/act", self._act, methods=["POST"]),
+                Route("/act/batch", self._batch, methods=["POST"]),
                 Route("/readyz", self._readyz),
                 Route("/version", self._version),
             ]
@@ -143,8 +144,14 @@ class FakeService:
         steps = [{"observation": body.get("observation"), "action": answer["action"]} for body, answer in episode.acts]
         return JSONResponse({"format": request.query_params["format"], "steps": steps})
 
+    async def _batch(self, request: Request) -> Response:
+        answers = [self._act_in(body).body for body in (await request.json())["acts"]]
+        return JSONResponse({"results": [json.loads(answer) for answer in answers]})
+
     async def _act(self, request: Request) -> Response:
-        body = await request.json()
+        return self._act_in(await request.json())
+
+    def _act_in(self, body: dict[str, Any]) -> Response:
         episode = self.episodes.get(body["episode_id"])
         if episode is None:
             return problem(404, "episode_not_found")
