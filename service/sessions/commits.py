@@ -74,12 +74,13 @@ class Commits:
         Otherwise raises Conflict: episode_ended if the episode has ended meanwhile, else step_conflict.
 
         An equal body alone does not identify a retry: the request must name its step or have the same idempotency key.
+        Raises Gone for a deleted episode, whose steps remain if forks need them.
         """
+        state = (await self._cache.stored(step.episode_id)).state
         for row in await self._store.steps(step.episode_id, step.index):
             has_key = step.idempotency_key is not None and step.idempotency_key == row.idempotency_key
             if row.digest == step.digest and (names_step or has_key):
                 return row
-        state = (await self._cache.stored(step.episode_id)).state
         check_active(state)
         detail = f"Another act was committed as step {step.index}. The next step is {state.step}."
         raise Conflict("step_conflict", detail, expected_step=state.step)

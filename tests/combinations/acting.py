@@ -196,7 +196,8 @@ class Acting:
                 flight.num_waiting += 1
             else:
                 index = self._index_at(episode, request)
-                episode.flights[replica.number] = Flight(request, index, 1, replica.gate == "commits")
+                is_certain = len(pending.requests) == 1 or not episode.small
+                episode.flights[replica.number] = Flight(request, index, 1, replica.gate == "commits", is_certain)
         self.pending.append(pending)
         if any(request.timeout_s for request in pending.requests):
             await self._until_timeout(pending)

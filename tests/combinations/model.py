@@ -86,6 +86,8 @@ class Flight:
     index: int
     num_waiting: int = 1
     is_committing: bool = False
+    is_certain: bool = True
+    """Whether the act is in flight: an act of a batch that waits for others may have been refused already."""
 
 
 @dataclass
@@ -135,7 +137,9 @@ class Episode:
         flight = self.flights.get(replica)
         if flight is None:
             return False
-        return flight.request.stop_reason is not None or flight.index < self.num_steps or not self.is_active
+        if flight.request.stop_reason is not None or not flight.is_certain:
+            return True
+        return flight.index < self.num_steps or not self.is_active
 
     def at(self, index: int) -> Taken | None:
         return self.steps[index] if index < self.num_steps else self.closing if index == self.num_steps else None

@@ -77,7 +77,10 @@ def answer_code(answer: httpx.Response) -> Any:
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["active", "ended"])
-async def test_an_episode_that_another_replica_deleted_is_gone(tmp_path: Path, tokenizer: HFTokenizer, ended: bool):
+@pytest.mark.parametrize("knows_step", [False, True], ids=["unknown step", "known step"])
+async def test_an_episode_that_another_replica_deleted_is_gone(
+    tmp_path: Path, tokenizer: HFTokenizer, ended: bool, knows_step: bool
+):
     """A fork keeps the rows of its deleted parent, so the rows alone do not tell that the parent is deleted."""
     async with replicas(tmp_path, tokenizer) as (stale, other):
         await stale.open("other")
@@ -86,9 +89,10 @@ async def test_an_episode_that_another_replica_deleted_is_gone(tmp_path: Path, t
         async def check(make: Callable[[str], tuple[str, str, Any]], **headers: str) -> None:
             name = next(names)
             await stale.open(name, action_space=DISCRETE)
-            assert (await stale.post_act(name, headers=KEY)).status_code == 200
+            actor = stale if knows_step else other
+            assert (await actor.post_act(name, headers=KEY)).status_code == 200
             if ended:
-                await stale.act(name, observation=None, truncated=True)
+                await actor.act(name, observation=None, truncated=True)
             fork = {"episode_ids": [f"{name}-kept"]}
             assert (await call(other, "POST", f"/episode/{name}/fork", fork)).status_code == 201
             assert (await call(other, "DELETE", f"/episode/{name}")).status_code == 204
