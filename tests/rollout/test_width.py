@@ -7,6 +7,8 @@ import resource
 import sys
 from pathlib import Path
 
+import httpx
+
 from service.client import AsyncClient
 from service.engine.tokenizer import HFTokenizer
 from service.rollout import EnvironmentFactory, rollout
@@ -39,9 +41,9 @@ async def test_a_thousand_acts_at_once_are_all_admitted(tmp_path: Path, tokenize
 async def test_a_wide_rollout_is_not_refused_and_sends_few_requests(tmp_path: Path, tokenizer: HFTokenizer) -> None:
     acts: list[str] = []
 
-    async def count(request: object) -> None:
-        path = request.url.path  # pyright: ignore
-        acts.extend([path] if path.startswith("/act") else [])
+    async def count(request: httpx.Request) -> None:
+        if request.url.path.startswith("/act"):
+            acts.append(request.url.path)
 
     async with serve(tmp_path, ScriptedEngine(tokenizer)) as api, AsyncClient(api.url) as client:
         before = await num_refused(api)
