@@ -5,12 +5,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from service.validation import strict_json
 
 
 class JSONAnswer(Response):
-    """A JSON response. Without headers of its own, it makes its two headers faster than Starlette's classes."""
+    """A JSON response. It makes its two headers faster than Starlette's classes.
+
+    `is_whole` says that the body follows at once, so that the server sends head and body together.
+    """
 
     media_type = "application/json"
 
@@ -20,6 +24,11 @@ class JSONAnswer(Response):
             self.raw_headers = [(b"content-length", length), (b"content-type", b"application/json")]
         else:
             super().init_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await send({**start, "is_whole": True})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 def json_answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

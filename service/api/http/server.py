@@ -93,6 +93,24 @@ class _Refused(Exception):
     """Raised in a callback to stop the parser."""
 
 
+class _Corked:
+    """A transport that holds back the head of a response until its body follows: one system call sends both."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self._transport.write(self._head + data)
+            self._head = b""
+        else:
+            self._head = data
+
+    def close(self) -> None:
+        self._transport.close()
+
+
 class _Cycle(RequestResponseCycle):
     """A request and its response.
 
@@ -104,6 +122,8 @@ class _Cycle(RequestResponseCycle):
     is_last = False
 
     async def send(self, message: Any) -> None:
+        if message.get("is_whole") and self.scope["method"] != "HEAD":
+            self.transport = _Corked(self.transport)  # type: ignore[assignment]
         if self.response_started or not self.more_body:
             await super().send(message)
             return
