@@ -84,8 +84,8 @@ class SQLiteConnections:
             raise StoreUnavailable(f"the store failed: {reason(error)}") from error
 
     def _reading(self, function: Callable[[Connection], _T]) -> _T:
-        with _without_stop(), self._begun("BEGIN") as connection:
-            return function(connection)
+        with self._begun("BEGIN") as connection:
+            return _called(function, connection)
 
     def _writing(self, function: Callable[[Connection], _T]) -> _T:
         """Runs a transaction on the connection of the writing thread, which is kept until a transaction fails."""
@@ -95,8 +95,7 @@ class SQLiteConnections:
             driver: Any = self._writer.connection.driver_connection
             # IMMEDIATE takes the write lock at once; upgrading a read lock later can fail.
             driver.execute("BEGIN IMMEDIATE")
-            with _without_stop():
-                result = function(self._writer)
+            result = _called(function, self._writer)
             if self._writer.in_transaction():  # a statement was executed by SQLAlchemy
                 self._writer.commit()
             else:
@@ -139,12 +138,10 @@ class SQLiteConnections:
         return _REMEDIES.get(code, _NO_ACCESS).format(path=self._path)
 
 
-@contextmanager
-def _without_stop() -> Generator[None]:
-    """A future cannot carry StopIteration, so the caller would wait forever."""
+def _called(function: Callable[[Connection], _T], connection: Connection) -> _T:
     try:
-        yield
-    except StopIteration as error:
+        return function(connection)
+    except StopIteration as error:  # a future cannot carry it, so the caller would wait forever
         raise RuntimeError("a transaction raised StopIteration") from error
 
 

@@ -96,7 +96,7 @@ def read_cursor(data: bytes, generator: random.Random) -> None:
 def read_headers(data: bytes, generator: random.Random) -> None:
     """Reads each header that the service uses, with API keys in the store and without."""
     name = generator.choice((b"authorization", b"host", b"origin", b"x-request-id", b"x-episode-id"))
-    scope = {"type": "http", "method": "GET", "path": "/episode", "headers": [(name, data)], "app": _APP}
+    scope = {"type": "http", "method": "GET", "path": "/episode", "headers": [(name, data)], "services": _SERVICES}
     request_id = request_id_of([(name, data)])
     assert request_id is None or request_id.isascii()
     keyring = generator.choice((_KEYS, _NO_KEYS))
@@ -144,7 +144,6 @@ def _now(awaited: Coroutine[Any, Any, Any]) -> Any:
 
 _KEY, _RECORD = new_key("tenant", ("read",), 0.0)
 _SERVICES = SimpleNamespace(settings=SimpleNamespace(cors_origins=("https://trusted.example",)))
-_APP = SimpleNamespace(state=SimpleNamespace(services=_SERVICES))
 _STORE: Any = _Store(_RECORD)
 _EMPTY: Any = _Store()
 _KEYS, _NO_KEYS = Keyring(_STORE), Keyring(_EMPTY)
