@@ -85,14 +85,29 @@ class BatchActor(ServiceActor):
         return await self._lockstep.act(body, self._connection)
 
 
-class ChatActor:
+class _VLLMActor:
+    """Plays an episode on vLLM's server, which keeps nothing: the client sends all of it at each step."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._observations: Sequence[str] = ()
+
+    async def open(self, observations: Sequence[str]) -> None:
+        self._observations = observations
+        await self._connection.open()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class ChatActor(_VLLMActor):
     """Plays an episode on a chat API. The client keeps the conversation and sends all of it at each step.
 
     With `logprobs` it also asks for the log-probability of each token, which the service always stores.
     """
 
     def __init__(self, connection: Connection, model: str, workload: Workload, *, logprobs: bool = False) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._messages = [{"role": "system", "content": workload.instructions}]
         self._request: dict[str, Any] = {"model": model, "messages": self._messages, **workload.sampling}
         if workload.actions:
@@ -101,11 +116,6 @@ class ChatActor:
             self._request |= {"skip_special_tokens": False, "spaces_between_special_tokens": False}
         if logprobs:
             self._request["logprobs"] = True
-        self._observations: Sequence[str] = ()
-
-    async def open(self, observations: Sequence[str]) -> None:
-        self._observations = observations
-        await self._connection.open()
 
     async def act(self, step: int) -> Reply:
         sent = self._connection.bytes_sent
@@ -116,26 +126,18 @@ class ChatActor:
         usage = answer["usage"]
         return Reply(text, usage["prompt_tokens"], usage["completion_tokens"], self._connection.bytes_sent - sent)
 
-    def close(self) -> None:
-        self._connection.close()
 
-
-class DecisionActor:
+class DecisionActor(_VLLMActor):
     """Plays an episode with vLLM's decisions: it sends the whole transcript as the state, and asks one question.
 
     vLLM reads the probabilities of the options' letters, and the chosen option becomes part of the transcript.
     """
 
     def __init__(self, connection: Connection, model: str, workload: Workload) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._lines: list[str] = []
         question = {"type": "choice", "criteria": dict.fromkeys(workload.actions)}
         self._request = {"model": model, "instructions": workload.instructions, "questions": {"action": question}}
-        self._observations: Sequence[str] = ()
-
-    async def open(self, observations: Sequence[str]) -> None:
-        self._observations = observations
-        await self._connection.open()
 
     async def act(self, step: int) -> Reply:
         sent = self._connection.bytes_sent
@@ -145,6 +147,3 @@ class DecisionActor:
         self._lines.append(text)
         usage = answer["usage"]
         return Reply(text, usage["input_tokens"], usage["output_tokens"], self._connection.bytes_sent - sent)
-
-    def close(self) -> None:
-        self._connection.close()

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -73,30 +73,31 @@ class _Family(Collector, Generic[_Series]):
     def _new(self) -> _Series: ...
 
 
-class FastCounter(_Family[Number]):
+class _Numbers(_Family[Number]):
+    """A family of numbers. `_kind`: the class of prometheus_client in which they are collected."""
+
+    _kind: ClassVar[type[CounterMetricFamily | GaugeMetricFamily]]
+
+    def _new(self) -> Number:
+        return Number()
+
+    def collect(self) -> Iterator[Metric]:
+        family = self._kind(self._name, self._documentation, labels=self._labelnames)
+        for values, series in self._series.items():
+            family.add_metric(values, series.value)
+        yield family
+
+
+class FastCounter(_Numbers):
     """A counter."""
 
-    def _new(self) -> Number:
-        return Number()
-
-    def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(self._name, self._documentation, labels=self._labelnames)
-        for values, series in self._series.items():
-            family.add_metric(values, series.value)
-        yield family
+    _kind = CounterMetricFamily
 
 
-class FastGauge(_Family[Number]):
+class FastGauge(_Numbers):
     """A gauge."""
 
-    def _new(self) -> Number:
-        return Number()
-
-    def collect(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily(self._name, self._documentation, labels=self._labelnames)
-        for values, series in self._series.items():
-            family.add_metric(values, series.value)
-        yield family
+    _kind = GaugeMetricFamily
 
 
 class FastHistogram(_Family[Distribution]):

@@ -154,6 +154,20 @@ async def test_a_refusal_by_a_stale_copy_is_checked_against_the_store(tmp_path: 
         assert (await stale.act(reward=1.7e308, step=3))["step"] == 3
 
 
+async def test_an_act_that_loses_a_race_after_its_copy_was_stale_is_judged_by_what_is_stored(
+    tmp_path: Path, tokenizer: HFTokenizer
+):
+    async with serve(tmp_path, HeldEngine(tokenizer)) as slow, serve(tmp_path, ScriptedEngine(tokenizer)) as fast:
+        await slow.open()
+        await fast.act(step=0)  # so the copy of `slow` is stale
+        acting = asyncio.create_task(slow.post_act(observation="mine", step=1))
+        await until(lambda: slow.engine.num_held == 1)
+        await fast.act(observation="another", step=1)
+        slow.engine.release.set()
+        answer = await acting
+        assert (answer.status_code, answer.json()["code"]) == (409, "idempotency_mismatch")
+
+
 class CountedReads(SQLStore):
     """Counts the reads of whole trajectories."""
 
