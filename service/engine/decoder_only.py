@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from cachetools import LRUCache, cachedmethod
 
@@ -27,6 +28,7 @@ from service.engine.base import (
     Wanted,
 )
 from service.engine.completion import Completion, Scores, without_prefix
+from service.engine.decision_paths import TriePath, paths
 from service.engine.decision_plans import plan
 from service.engine.decision_trie import Branch, Chosen, DecisionTrie
 from service.engine.prompt import Prompt
@@ -37,6 +39,8 @@ from service.engine.tokenizer import Tokenizer
 from service.errors import PolicyFailed
 from service.trajectory import Decision, JsonValue, ParseFailure, Sampling, Span, Usage
 from service.values import immutable
+
+T = TypeVar("T")
 
 _NUM_CACHED_TOKENS = 1 << 21
 """Size of the cache of tries, and of the cache of encodings: about 80 MB each."""
@@ -66,6 +70,8 @@ class DecoderOnlyEngine(ABC):
 
     max_candidates: int | None = None
     """Maximum number of candidates of one call of `score`; None for no limit."""
+    max_path_candidates: int = 0
+    """Maximum number of candidates at each place of `score_path`; 0 if the engine does not support `score_path`."""
 
     def __init__(self, info: EngineInfo, tokenizer: Tokenizer) -> None:
         """If the chat template is not usable for episodes, `info.no_episodes` says why."""
@@ -112,6 +118,20 @@ class DecoderOnlyEngine(ABC):
     ) -> Scores:
         """Scores at most `max_candidates` candidates for the next token, in one forward pass. Raises
         EngineUnavailable."""
+
+    async def score_path(
+        self,
+        prompt_token_ids: list[int],
+        path: TriePath,
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
+    ) -> list[Scores] | None:
+        """Scores the children of each branch of a path behind the prompt, in one request. Raises EngineUnavailable.
+
+        Returns None if the engine cannot, because it has computed one of these places before.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     async def check_constraint(self, constraint: Constraint) -> None:
@@ -222,11 +242,30 @@ class DecoderOnlyEngine(ABC):
 
     async def _score_branches(self, prompt: list[int], branches: Sequence[Branch], wanted: Wanted) -> list[Scores]:
         """Raises PolicyFailed if a score is not a number."""
-        scores = await _gather([self._score_branch(prompt, branch, wanted) for branch in branches])
+        scores = await self._score_all(prompt, branches, wanted)
         # -inf is allowed: such an action has the probability 0. NaN and inf make the sum NaN or inf.
         if not all(sum(score.logprobs) < math.inf for score in scores):
             raise PolicyFailed
         return scores
+
+    async def _score_all(self, prompt: list[int], branches: Sequence[Branch], wanted: Wanted) -> list[Scores]:
+        """Scores branches with few requests: one for each path if the engine supports it, else one for each branch."""
+        if not self.max_path_candidates or len(branches) == 1:
+            return await _gather([self._score_branch(prompt, branch, wanted) for branch in branches])
+        found = paths(branches)
+        scores = await _gather([self._score_path(prompt, path, wanted) for path in found])
+        on_path = zip(found, scores, strict=True)
+        by_place = {branch.path: one for path, row in on_path for branch, one in zip(path.branches, row, strict=True)}
+        return [by_place[branch.path] for branch in branches]
+
+    async def _score_path(self, prompt: list[int], path: TriePath, wanted: Wanted) -> list[Scores]:
+        has_room = len(prompt) + len(path.token_ids) < self.info.max_model_len
+        if len(path.branches) > 1 and path.num_candidates <= self.max_path_candidates and has_room:
+            async with wanted.slot():
+                scores = await self.score_path(prompt, path, adapter=wanted.adapter, cache_salt=wanted.cache_salt)
+            if scores:
+                return scores
+        return await _gather([self._score_branch(prompt, branch, wanted) for branch in path.branches])
 
     async def _score_branch(self, prompt: list[int], branch: Branch, wanted: Wanted) -> Scores:
         size = self.max_candidates or len(branch.children)
@@ -340,7 +379,7 @@ def _check_finite(drawn: Completion) -> None:
         raise PolicyFailed
 
 
-async def _gather(calls: Sequence[Coroutine[None, None, Scores]]) -> list[Scores]:
+async def _gather(calls: Sequence[Coroutine[None, None, T]]) -> list[T]:
     """Like asyncio.gather, but if a call fails, the others are cancelled."""
     if len(calls) == 1:  # by far the most frequent case, and faster without a task
         return [await calls[0]]

@@ -21,10 +21,11 @@ from service.engine.base import (
     OnText,
 )
 from service.engine.completion import Completion, CompletionText, Scores
+from service.engine.decision_paths import TriePath
 from service.engine.decoder_only import DecoderOnlyEngine
 from service.engine.grammar import GrammarChecker
 from service.engine.tokenizer import HFTokenizer
-from service.engine.vllm import openai_app
+from service.engine.vllm import openai_app, path_scoring
 from service.engine.vllm.loading import Heartbeat, build, in_daemon_thread, model_info
 from service.engine.vllm.openai_app import OpenAIApp
 from service.observability import logs
@@ -65,6 +66,7 @@ class VLLMEngine(DecoderOnlyEngine):
         self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
         self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
         self._dead, self._refused = EngineDeadError, VLLMClientError
+        self.max_path_candidates = path_scoring.max_candidates(llm.vllm_config)
 
     @classmethod
     async def load(
@@ -176,6 +178,32 @@ class VLLMEngine(DecoderOnlyEngine):
         by_token = dict(zip(found.token_ids, found.logprobs, strict=True))
         return Scores(tuple(by_token[token] for token in candidates), output.num_cached_tokens or 0)
 
+    async def score_path(
+        self,
+        prompt_token_ids: list[int],
+        path: TriePath,
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str | None = None,
+    ) -> list[Scores] | None:
+        candidates: Any = path.candidates  # vLLM's annotation leaves out the lists that it accepts
+        params = self._params(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprob_token_ids=candidates,
+            prompt_logprob_start=len(prompt_token_ids) + len(path.branches[0].path) - 1,
+            skip_reading_prefix_cache=False,  # by default vLLM computes the whole prompt again
+            detokenize=False,
+            output_kind=self._final,
+            skip_clone=True,
+        )
+        output = await self._run([*prompt_token_ids, *path.token_ids], params, adapter, cache_salt)
+        rows = output.prompt_token_id_logprobs
+        if rows is None:  # vLLM gives none if the first place is in the prefix cache
+            return None
+        scores = (rows[path.depth(branch)][: len(branch.children)] for branch in path.branches)
+        return [Scores(tuple(map(float, row)), output.num_cached_tokens or 0) for row in scores]
+
     async def check_constraint(self, constraint: Constraint) -> None:
         await self._grammar.check(constraint)
 
@@ -247,6 +275,9 @@ class VLLMEngine(DecoderOnlyEngine):
         prompt = [0]
         await self.score(prompt, prompt)
         await self.generate(prompt, Sampling(temperature=0.0, max_tokens=1), None)
+        if self.max_path_candidates and (reason := await path_scoring.fault(self)):
+            _log.warning("path_scoring_disabled", reason=reason)
+            self.max_path_candidates = 0
 
     async def _run(
         self,
