@@ -21,10 +21,10 @@ PROJECT = str(ROOT / "pyproject.toml")
 
 def main() -> None:
     omitted = [word for name in NOT_FROM_THE_DEFAULT_INDEX for word in ("--no-emit-package", name)]
-    cpu = [PROJECT, "--extra", "cpu", "--group", "dev", *omitted]
+    cpu = [PROJECT, "--extra", "cpu", "--extra", "train", "--group", "dev", *omitted]
     locked = compile_lock("cpu", cpu) or compile_lock("cpu", [*cpu, "--index", TORCH_CPU_INDEX])
     # A folder of wheels may hold a CPU build of torch.
-    locked &= compile_lock("gpu", [PROJECT, "--extra", "gpu", "--group", "dev"], find_links=False)
+    locked &= compile_lock("gpu", [PROJECT, "--extra", "gpu", "--extra", "train", "--group", "dev"], find_links=False)
     locked &= compile_lock("deploy", ["--group", "deploy"])
     locked &= compile_lock("bootstrap", [str(REQUIREMENTS / "bootstrap.in")])
     sys.exit(not locked)
