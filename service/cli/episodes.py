@@ -76,7 +76,7 @@ def episodes_command(
     **where: Unpack[EpisodeQuery],
 ) -> None:
     """List episodes, by default the newest first. Times are in UTC, and in JSON Unix seconds as in the HTTP API."""
-    with _service(url) as client:
+    with service_at(url) as client:
         found = islice(client.episodes(**where), limit)
         if as_json:
             for episode in found:
@@ -134,7 +134,7 @@ def export_command(
 ) -> None:
     """Write trajectories as NDJSON, one per line. The file is created only when the export is complete."""
     count = 0
-    with _service(url) as client, _open_output(output) as out:
+    with service_at(url) as client, _open_output(output) as out:
         for document in client.export(format, **where):
             out.write(strict_json.write(document).decode() + "\n")
             count += 1
@@ -157,7 +157,7 @@ def _open_output(output: str) -> Generator[TextIO]:
 
 
 @contextmanager
-def _service(url: str) -> Generator[Client]:
+def service_at(url: str) -> Generator[Client]:
     """A client of the service at the URL. Prints expected errors in one line, and exits with code 1.
 
     If nothing answers at the URL, says so at once: the client itself would wait for a service that restarts.

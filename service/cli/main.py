@@ -12,6 +12,7 @@ from service.cli.models import models_app
 from service.cli.rollout import rollout_command
 from service.cli.serve import serve_command
 from service.cli.store import migrate_command, purge_command
+from service.cli.train import train_command
 from service.settings import Settings
 
 
@@ -38,6 +39,7 @@ app.command("doctor")(doctor_command)
 app.command("rollout")(rollout_command)
 app.command("episodes")(episodes_command)
 app.command("export")(export_command)
+app.command("train")(train_command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
 app.command("migrate")(migrate_command)

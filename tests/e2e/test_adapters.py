@@ -1,11 +1,15 @@
 """LoRA adapters on the real engine: selection, replacement without stale cache entries, rejection, and restart."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from service.cli.main import app
 from tests.e2e.server import Server
 from tests.e2e.test_episodes import acted, opened
 from tests.support.adapters import make_adapter
@@ -79,3 +83,35 @@ def test_adapters_act_and_a_replaced_one_meets_no_stale_prefix(lora: Server) -> 
         assert "lora_requests_info" not in exported, "this metric would have a series for each combination of adapters"
         assert http.delete("/policy/walker").status_code == 204
         assert near(base, probs(http, "toy-text"))
+
+
+def episodic(*arguments: str | Path) -> Any:
+    """Runs a command, and returns its JSON."""
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_what_was_trained_is_what_acts(lora: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds: play, train, load, play with the adapter, and train it further. The trainer and the engine agree on
+    the version of each policy and on the log-probabilities of its actions."""
+    monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
+    if lora.process is None or lora.process.poll() is not None:
+        lora.start()
+    lake = ("--env", "episodic/FrozenLakeRandom-v0", "--env-kwargs", '{"size": 5}', "--episodes", "8", "--repeat", "4")
+    play = ("rollout", "--url", lora.url, *lake, "--temperature", "1")
+    learn = ("train", "--method", "grpo", "--from", lora.url)
+    episodic(*play, "--tag", "lesson")
+    first = episodic(*learn, "--tag", "lesson", "--epochs", "4", "--out", lora.folder / "in" / "lesson")
+    assert first["metrics"]["start"]["mean_abs_delta_logprob"] < 0.05
+    assert first["data"]["token_kinds"] == {"ids": 1.0}
+    with httpx.Client(base_url=lora.url, timeout=120) as http:
+        loaded = http.put("/policy/pupil", json={"path": "lesson"})
+        assert loaded.json()["policy_version"] == first["policy_version"], loaded.text
+        assert not near(probs(http, "toy-text"), probs(http, "pupil"))
+    episodic(*play, "--tag", "second", "--policy", "pupil")
+    second = episodic(
+        *learn, "--tag", "second", "--init-adapter", lora.folder / "in" / "lesson", "--out", tmp_path / "second"
+    )
+    assert second["initial_policy_version"] == first["policy_version"]
+    assert second["metrics"]["start"]["mean_abs_delta_logprob"] < 0.05

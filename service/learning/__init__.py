@@ -1,0 +1,22 @@
+"""Trains LoRA adapters on exported trajectories. Programs call `run.train`, people `episodic train`.
+
+* `options`: what can be set
+* `trajectories`: reads an export and checks it
+* `selection`: chooses the tokens to train on, and their weights, advantages or pairs
+* `likelihood`: the log-probability of tokens under the policy, as the service defines it
+* `losses`: behaviour cloning, DPO and GRPO, all on this log-probability
+* `trainer`: batches, optimizer, checkpoints
+* `adapter`: the base model, the LoRA adapter, and the folder that is written
+* `run`: puts everything together
+
+Training runs in a process of its own, never in that of the service. `likelihood`, `losses`, `trainer`, `adapter` and
+`run` import torch, so a command imports them inside its function.
+"""
+
+
+class TrainingRefused(Exception):
+    """The training cannot start or go on. The message says why, and what to do."""
+
+
+class TrainingInterrupted(Exception):
+    """The training was asked to stop. A checkpoint has been written, if the first step was reached."""

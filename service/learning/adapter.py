@@ -1,0 +1,155 @@
+"""The base model, its LoRA adapter (by PEFT), and the folder that training writes.
+
+The folder has the two files that `PUT /policy/{name}` loads, and a card, `episodic_adapter.json`.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.learning import TrainingRefused
+from service.learning.options import Device, Options
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "episodic_adapter.json"
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def peft() -> Any:
+    """The module peft. Raises TrainingRefused if it is not installed."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise TrainingRefused(
+            "training needs the package peft. Install it with: pip install 'episodic[train]'"
+        ) from error
+
+
+def choose_device(wanted: Device) -> torch.device:
+    """Raises TrainingRefused if there is no such device."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise TrainingRefused("--device cuda: PyTorch finds no GPU. Use --device cpu, or check the driver.")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_base(model: str, options: Options, device: torch.device) -> Any:
+    """Loads a causal language model of the transformers library. Raises TrainingRefused."""
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[options.dtype])
+    except (OSError, ValueError) as error:
+        raise TrainingRefused(f"the base model {model} cannot be loaded: {error}") from error
+    return base.to(device)
+
+
+def new_adapter(base: Any, options: Options, name: str) -> Any:
+    """Adds a LoRA adapter to all linear layers but the output layer. At first it changes nothing.
+
+    name: of the base model, for the adapter's configuration.
+    """
+    library = peft()
+    config = library.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        target_modules="all-linear",
+        bias="none",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    model = library.get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = name
+    return model
+
+
+def load_adapter(base: Any, folder: Path, name: str) -> Any:
+    """Adds the adapter of a folder, which can then be trained further. Raises TrainingRefused."""
+    try:
+        model = peft().PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise TrainingRefused(f"the adapter {folder} does not fit the base model: {error}") from error
+    model.peft_config["default"].base_model_name_or_path = name
+    return model
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """Returns the adapter's weights under PEFT's names, on the CPU in float32."""
+    state: Mapping[str, torch.Tensor] = peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.detach().to("cpu", torch.float32).contiguous().clone() for name, value in sorted(state.items())}
+
+
+def set_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    peft().set_peft_model_state_dict(model, dict(weights))
+
+
+def files_of(model: Any) -> dict[str, bytes]:
+    """Returns the adapter's files, by name."""
+    return {CONFIG: _configuration(model), WEIGHTS: _serialized(weights_of(model))}
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files to a folder, which appears only when it is complete. Raises OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        scratch.chmod(0o755)
+        for name, content in files.items():
+            _write(scratch / name, content)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _serialized(weights: Mapping[str, torch.Tensor]) -> bytes:
+    library: Any = importlib.import_module("safetensors.torch")
+    return library.save(dict(weights), metadata={"format": "pt"})
+
+
+def _configuration(model: Any) -> bytes:
+    """PEFT's configuration. Sets become sorted lists, so that the same adapter always has the same bytes."""
+    fields: dict[str, Any] = model.peft_config["default"].to_dict()
+    return json.dumps({**fields, "inference_mode": True}, indent=2, sort_keys=True, default=sorted).encode() + b"\n"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file, and waits until it is on disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, and renames it. Raises OSError, and then leaves the old file."""
+    partial = path.with_name(f"{path.name}.incomplete")
+    try:
+        _write(partial, content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Reads the files of an adapter. Raises TrainingRefused if one is missing."""
+    try:
+        return {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    except OSError as error:
+        raise TrainingRefused(f"the folder {folder} is not an adapter: {error.filename}: {error.strerror}") from error
+
+
+def digest(files: Mapping[str, bytes]) -> str:
+    """The digest of an adapter's files (`engine.adapters.AdapterFiles`)."""
+    return hashlib.sha256(b"".join(hashlib.sha256(files[name]).digest() for name in (CONFIG, WEIGHTS))).hexdigest()
+
+
+def version_of(files: Mapping[str, bytes], base_version: str) -> str:
+    """The `policy_version` that the service gives to an adapter (`agent.policies`)."""
+    return hashlib.sha256(f"{base_version}:{digest(files)}".encode()).hexdigest()[:12]

@@ -1,0 +1,73 @@
+"""The card beside an adapter's weights: what it was trained from, how, and what came out."""
+
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from service.filters import EpisodeFilter
+from service.learning.checks import Versions
+from service.learning.options import Options
+from service.learning.selection import Selection
+from service.learning.trainer import Figures
+from service.learning.trajectories import Data
+
+_PACKAGES = ("episodic", "peft", "torch", "transformers")
+
+
+def make_card(
+    *,
+    options: Options,
+    base_name: str,
+    versions: Versions,
+    policy_version: str,
+    data: Data,
+    where: EpisodeFilter,
+    chosen: Selection,
+    metrics: Mapping[str, Any],
+    device: str,
+) -> dict[str, Any]:
+    """Returns the card as JSON."""
+    return {
+        "policy_version": policy_version,
+        "base": {"model": base_name, "policy_version": versions.base},
+        "initial_policy_version": versions.initial,
+        "method": options.method,
+        "options": options.as_json(),
+        "data": {
+            "digest": f"sha256:{data.digest}",
+            "filters": {name: str(value) for name, value in where.items()},
+            "trajectories_read": data.num_read,
+            **chosen.as_json(),
+        },
+        "warnings": chosen.warnings,
+        "metrics": metrics,
+        "device": device,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def rounded(figures: Figures) -> dict[str, float | None]:
+    """Figures for JSON: rounded, and None in place of infinity and NaN."""
+    return {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def summary(data: Data, chosen: Selection) -> str:
+    """One line about the data."""
+    counts = chosen.as_json()
+    kinds = ", ".join(f"{share:.1%} {kind}" for kind, share in chosen.kinds().items())
+    excluded = "".join(f"; {count} {reason}" for reason, count in chosen.excluded.most_common())
+    mean = "" if chosen.mean_return is None else f", mean return {chosen.mean_return:.3f}"
+    return (
+        f"{chosen.num_used} of {len(data.episodes)} episodes{mean}: {counts['trained_tokens']} trained tokens of "
+        f"{counts['tokens']} in {counts['segments']} segments ({kinds}){excluded}"
+    )

@@ -1,0 +1,116 @@
+"""The log-probability of tokens under the policy, defined as the service stores it.
+
+A token was drawn from the softmax of logits / temperature over its support. The support of a discrete action's token is
+the tokens that lead to legal actions, so a log-probability over the whole vocabulary would differ by the mass of the
+other tokens. Log-softmax is computed in float32.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.learning.trajectories import Kind, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows as tensors. N is the number of trained tokens of all rows.
+
+    input_ids: (rows, length), padded at the end with zeros. No trained token sees the padding, because models of this
+    kind are causal.
+    rows, columns: (N,) the place of the logits of each trained token: one before the token.
+    targets: (N,) the tokens.
+    temperatures: (N,)
+    bound, free: which of the N have a support of ids, and which have the whole vocabulary.
+    support: (bound, K) ids; `absent` is true where a support has fewer than K.
+    """
+
+    input_ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    temperatures: Tensor
+    bound: Tensor
+    free: Tensor
+    support: Tensor
+    absent: Tensor
+
+
+def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
+    """Makes a batch of rows, which have at least one trained token."""
+    length = max(len(row.token_ids) for row in rows)
+    input_ids = np.zeros((len(rows), length), np.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row.token_ids)] = row.token_ids
+    columns = np.concatenate([row.positions for row in rows]).astype(np.int64) - 1
+    places = np.repeat(np.arange(len(rows)), [len(row.positions) for row in rows])
+    kinds = np.concatenate([row.kinds for row in rows])
+    sizes = np.concatenate([row.support_sizes for row in rows])[kinds == Kind.IDS]
+    support, absent = _padded(np.concatenate([row.support_ids for row in rows]), sizes)
+    temperatures = np.concatenate([np.where(row.kinds == Kind.RECORDED, 1.0, row.temperature) for row in rows])
+    arrays = (
+        input_ids,
+        places,
+        columns,
+        input_ids[places, columns + 1],
+        temperatures.astype(np.float32),
+        np.flatnonzero(kinds == Kind.IDS),
+        np.flatnonzero(kinds != Kind.IDS),
+        support,
+        absent,
+    )
+    return Batch(*(torch.as_tensor(array, device=device) for array in arrays))
+
+
+def _padded(ids: Any, sizes: Any) -> tuple[Any, Any]:
+    """Returns supports, which follow each other in `ids`, as a matrix, and where it is padding."""
+    width = int(sizes.max()) if sizes.size else 0
+    absent = np.arange(width) >= sizes[:, None]
+    support = np.zeros((len(sizes), width), np.int64)
+    support[~absent] = ids
+    return support, absent
+
+
+def token_logprobs(model: Any, batch: Batch) -> Tensor:
+    """Returns the log-probability of each trained token, (N,) in float32.
+
+    model: a causal language model of the transformers library. It is asked for logits only at trained positions.
+    """
+    logits = _logits(model, batch)
+    scaled = logits.gather(1, batch.targets[:, None])[:, 0].float() / batch.temperatures
+    normalisers = torch.empty_like(scaled)
+    if len(batch.free):
+        over_all = logits[batch.free] if len(batch.bound) else logits
+        values = over_all.float() / batch.temperatures[batch.free, None]
+        normalisers = normalisers.index_copy(0, batch.free, values.logsumexp(dim=-1))
+    if len(batch.bound):
+        values = logits[batch.bound[:, None], batch.support].float() / batch.temperatures[batch.bound, None]
+        values = values.masked_fill(batch.absent, -torch.inf)
+        normalisers = normalisers.index_copy(0, batch.bound, values.logsumexp(dim=-1))
+    return scaled - normalisers
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:
+    """Returns the logits at the trained positions, (N, vocabulary).
+
+    The output layer receives only these hidden states. Whatever a model does to its logits afterwards still happens.
+    """
+    with _only_at(model.get_output_embeddings(), batch):
+        return model(input_ids=batch.input_ids, use_cache=False).logits
+
+
+@contextmanager
+def _only_at(head: Any, batch: Batch) -> Generator[None]:
+    def pick(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (arguments[0][batch.rows, batch.columns],)
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,54 @@
+"""The options of a training run."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Method = Literal["bc", "dpo", "grpo"]
+Score = Literal["return", "rating"]
+Reference = Literal["base", "initial"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
+
+LEARNING_RATES: dict[Method, float] = {"bc": 1e-3, "dpo": 3e-4, "grpo": 5e-4}
+"""The default learning rate of each method, for LoRA on the packaged policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What determines the result, beside the data, the base model and the initial adapter.
+
+    keep: which tokens behaviour cloning imitates; see `selection.parse_keep`.
+    score: what DPO compares the episodes of a group by.
+    reference: the policy that DPO and the KL term compare with: the base model, or the initial adapter.
+    beta: DPO's inverse temperature.
+    clip: GRPO keeps the probability ratio within 1 - clip and 1 + clip.
+    max_ratio: GRPO truncates the importance weight, which is the probability ratio, at this value.
+    kl: weight of GRPO's KL term.
+    rank, alpha: of a new LoRA adapter. An initial adapter keeps its own.
+    batch_size: number of segments (bc, grpo) or pairs (dpo) in one optimizer step.
+    max_batch_tokens: a batch is computed in parts of at most this number of tokens, padding included.
+    """
+
+    method: Method
+    keep: tuple[str, ...] = ("success",)
+    score: Score = "return"
+    reference: Reference = "base"
+    beta: float = 0.1
+    clip: float = 0.2
+    max_ratio: float = 3.0
+    kl: float = 0.0
+    rank: int = 8
+    alpha: int = 16
+    learning_rate: float = 5e-4
+    warmup_steps: int = 5
+    max_grad_norm: float = 1.0
+    epochs: int = 1
+    batch_size: int = 32
+    max_batch_tokens: int = 4096
+    seed: int = 0
+    allow_filtered: bool = False
+    any_version: bool = False
+    dtype: Dtype = "float32"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "keep": list(self.keep)}

@@ -1,0 +1,112 @@
+"""`episodic train`: what it prints, its exit codes, and a process that is stopped and killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from service.cli.main import app
+from service.learning import adapter
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def _data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPISODIC_DATA", str(tmp_path / "data"))
+
+
+def test_what_it_prints(export: Path, tiny: Path, tmp_path: Path):
+    arguments = ("--method", "grpo", "--from", export, "--model", tiny, "--epochs", "2", "--env", "Tokens-v0")
+    done = run(*arguments, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "of 24 episodes, mean return" in done.stderr
+    assert "(100.0% ids)" in done.stderr
+    assert "step 2 of 2: loss " in done.stderr
+    card = json.loads((tmp_path / "out" / adapter.CARD).read_text())
+    assert f"Wrote version {card['policy_version']}" in done.stdout
+    assert '-d \'{"path": "out"}\'' in done.stdout
+    printed = json.loads(run(*arguments, "--out", tmp_path / "out2", "--json").stdout)
+    assert printed["policy_version"] == card["policy_version"]
+    assert printed["data"]["filters"] == {"env": "Tokens-v0"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--method", "ppo"), "'ppo' is not one of 'bc', 'dpo', 'grpo'"),
+        (("--method", "bc", "--keep", "best"), "'best' is none of success"),
+        (("--method", "bc", "--keep", "top:2"), "'top:2' is none of success"),
+        (("--method", "bc", "--epochs", "0"), "should be greater than or equal to 1"),
+        (("--method", "bc", "--init-adapter", "nowhere"), "'nowhere' does not exist"),
+    ],
+)
+def test_usage_errors(arguments: tuple[str, ...], words: str, export: Path, tmp_path: Path):
+    refused = run(*arguments, "--from", export, "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert words in " ".join(refused.stderr.replace("│", " ").split())
+
+
+def test_a_refusal_is_one_line_and_leaves_nothing(export: Path, tiny: Path, tmp_path: Path):
+    before = {path.name for path in tmp_path.iterdir()}
+    for arguments, words in [
+        (("bc", "--from", tmp_path / "absent", "--model", tiny), "absent cannot be read"),
+        (("bc", "--from", export, "--model", tiny, "--success", "--tag", "x"), "matches the filters"),
+        (("bc", "--from", export, "--model", tiny, "--keep", "recorded"), "nothing to imitate"),
+        (("grpo", "--from", export), "is of another base model or policy version"),
+        (("bc", "--from", "http://127.0.0.1:9", "--model", tiny), "no service answers at http://127.0.0.1:9"),
+    ]:
+        refused = run("--method", *arguments, "--out", tmp_path / "out")
+        assert (refused.exit_code, words in refused.stderr) == (1, True), refused.output
+        assert refused.stderr.splitlines()[-1].startswith("Error: ")
+    assert {path.name for path in tmp_path.iterdir()} - {"data"} == before
+
+
+class Process:
+    """`episodic train` as a process of its own."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        command = [sys.executable, "-m", "service", "train", *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def wait_for(self, is_true: Any) -> None:
+        deadline = time.monotonic() + 120
+        while not is_true():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def end(self, number: int) -> tuple[int, str]:
+        self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, output
+
+
+def test_a_process_that_is_stopped_and_killed_continues_as_if_it_had_not_been(export: Path, tiny: Path, tmp_path: Path):
+    arguments = ("--method", "grpo", "--from", export, "--model", tiny, "--epochs", "80", "--checkpoint-every", "1")
+    out, checkpoint = tmp_path / "out", tmp_path / "out.partial" / "checkpoint.pt"
+    stopped = Process(*arguments, "--out", out)
+    stopped.wait_for(checkpoint.exists)
+    code, output = stopped.end(signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM. A checkpoint is in" in output
+    assert f"--out {out} --resume" in output
+    left = checkpoint.stat().st_mtime_ns
+    killed = Process(*arguments, "--out", out, "--resume")
+    killed.wait_for(lambda: checkpoint.stat().st_mtime_ns != left)
+    assert killed.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not out.exists()
+    finished = run(*arguments, "--out", out, "--resume")
+    assert finished.exit_code == 0, finished.output
+    assert "continuing after step" in finished.stderr
+    assert run(*arguments, "--out", tmp_path / "unbroken").exit_code == 0
+    first, second = (folder / adapter.WEIGHTS for folder in (out, tmp_path / "unbroken"))
+    assert first.read_bytes() == second.read_bytes()

@@ -1,0 +1,203 @@
+"""Reading an export: what is kept of it, older formats, forks, and files that cannot be used."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.filters import EpisodeFilter
+from service.learning import TrainingRefused
+from service.learning.trajectories import Episode, Kind, Row, freeze, matches, read
+from tests.support.trajectories import Player, write
+
+
+def one(document: Any, folder: Path) -> Episode:
+    (episode,) = read(write([document], folder / "export.ndjson")).episodes
+    return episode
+
+
+def test_a_row_has_the_tokens_that_were_drawn_or_recorded(player: Player, tmp_path: Path):
+    document = player.play("e", num_steps=3, recorded=(1,), temperature=0.5)
+    (row,) = one(document, tmp_path).rows
+    (segment,) = document["segments"]
+    ends = [start - 2 for start in [*segment["step_starts"][1:], len(row.token_ids)]]
+    assert row.positions.tolist() == ends
+    assert row.kinds.tolist() == [Kind.IDS, Kind.RECORDED, Kind.IDS]
+    assert row.steps.tolist() == [0, 1, 2]
+    assert row.support_sizes.tolist() == [4, 0, 4]
+    assert row.logprobs[1] == 0
+    assert row.temperature == 0.5
+    taken = row.take(np.array([False, True, True]))
+    assert (taken.steps.tolist(), taken.support_ids.tolist()) == ([1, 2], [10, 11, 12, 13])
+
+
+def test_tokens_of_an_older_export_count_as_filtered(player: Player, tmp_path: Path):
+    document = player.play("e")
+    for name in ("support", "temperature", "recorded_mask", "step_starts"):
+        del document["segments"][0][name]
+    (row,) = one(document, tmp_path).rows
+    assert row.kinds.tolist() == [Kind.FILTERED] * 3
+    assert row.steps.tolist() == [-1] * 3
+    assert row.temperature == 1.0
+
+
+def test_a_forks_row_has_only_its_own_steps(player: Player, tmp_path: Path):
+    document = player.play("fork", num_steps=5, parent={"episode_id": "e", "step": 3})
+    (row,) = one(document, tmp_path).rows
+    assert row.steps.tolist() == [3, 4]
+
+
+def test_a_fork_in_an_older_export_is_refused_if_its_own_steps_cannot_be_told(player: Player, tmp_path: Path):
+    document = player.play("fork", num_steps=5, parent={"episode_id": "e", "step": 3})
+    del document["segments"][0]["step_starts"]
+    with pytest.raises(TrainingRefused, match=r"is a fork.*Export it again"):
+        one(document, tmp_path)
+    document["episode"]["parent"]["step"] = 5
+    assert one(document, tmp_path).rows == ()
+
+
+def test_ratings_are_averaged_by_step(player: Player, tmp_path: Path):
+    document = player.play("e")
+    rated = [(None, 5), (None, 2), (1, 4)]
+    document["feedback"] = [{"step": step, "rating": rating} for step, rating in rated]
+    assert one(document, tmp_path).ratings == {None: 3.5, 1: 4.0}
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ({}, 2),
+        ({"status": "active"}, 1),
+        ({"tag": "good"}, 1),
+        ({"success": True}, 1),
+        ({"success": False}, 0),
+        ({"policy": "tiny"}, 2),
+        ({"group": "g"}, 1),
+        ({"env": "Tokens-v0"}, 2),
+        ({"env": "Other-v0"}, 0),
+        ({"metadata": {"seed": 7}}, 2),
+        ({"metadata": {"seed": 8}}, 0),
+        ({"since": 1_790_000_000}, 2),
+        ({"since": "2030-01-01"}, 0),
+        ({"until": "2030-01-01"}, 2),
+        ({"until": 1_790_000_000}, 0),
+    ],
+)
+def test_filters_mean_the_same_as_in_an_export(player: Player, where: EpisodeFilter, number: int):
+    documents = [
+        player.play("one", tags=["good"], success=True),
+        player.play("two", group="g", success=None),
+        player.play("three", status="active", success=None),
+    ]
+    assert sum(matches(document["episode"], where) for document in documents) == number
+
+
+def test_filters_apply_to_a_file(player: Player, tmp_path: Path):
+    path = write([player.play("one", tags=["good"]), player.play("two")], tmp_path / "export.ndjson")
+    data = read(path, {"tag": "good"})
+    assert ([episode.episode_id for episode in data.episodes], data.num_read) == (["one"], 2)
+    assert data.digest != read(path).digest
+    with pytest.raises(TrainingRefused, match=r"none of the 2 trajectories .* matches the filters \{'tag': 'bad'\}"):
+        read(path, {"tag": "bad"})
+
+
+def test_a_frozen_export_is_complete_or_absent(player: Player, tmp_path: Path):
+    def cut() -> Any:
+        yield player.play("e")
+        raise ConnectionError
+
+    path = tmp_path / "export.ndjson"
+    with pytest.raises(ConnectionError):
+        freeze(cut(), path)
+    assert list(tmp_path.iterdir()) == []
+    freeze([player.play("e")], path)
+    assert len(read(path).episodes) == 1
+
+
+def spoiled(change: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def apply(document: Any) -> Any:
+        document = copy.deepcopy(document)
+        change(document)
+        return document
+
+    return apply
+
+
+def segment_with(**fields: Any) -> Callable[[Any], Any]:
+    return spoiled(lambda document: document["segments"][0].update(fields))
+
+
+def episode_with(**fields: Any) -> Callable[[Any], Any]:
+    return spoiled(lambda document: document["episode"].update(fields))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoiled(lambda d: d.pop("segments")), "line 2 has no `segments`. Export with --format tokens"),
+        (spoiled(lambda d: d.pop("episode")), "line 2 is not a trajectory"),
+        (episode_with(episode_return=float("nan")), "line 2: `episode_return` is nan, which is not a finite number"),
+        (episode_with(episode_return="high"), "`episode_return` is 'high'"),
+        (segment_with(encoder_token_ids=[1]), "segment 0 is of an encoder-decoder model"),
+        (segment_with(loss_mask=[1]), "differ in length"),
+        (segment_with(temperature=0.0), "the temperature is 0"),
+        (spoiled(lambda d: d["segments"][0]["token_ids"].__setitem__(0, -1)), "token id -1 is negative"),
+        (spoiled(lambda d: d["segments"][0]["token_ids"].__setitem__(0, "x")), "line 2, segment 0 is not a segment"),
+        (spoiled(lambda d: d["segments"][0]["token_ids"].__setitem__(0, 1 << 40)), "is not a segment of tokens"),
+        (spoiled(lambda d: d["segments"][0].pop("logprobs")), "KeyError: 'logprobs'"),
+        (segment_with(step_starts=[0]), "step_starts does not fit steps"),
+        (segment_with(step_starts=[8, 9, 10]), "a token before the first step has the mask 1"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(player: Player, spoil: Callable[[Any], Any], words: str, tmp_path: Path):
+    document = player.play("e")
+    path = write([document, spoil(document)], tmp_path / "export.ndjson")
+    with pytest.raises(TrainingRefused) as refused:
+        read(path)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 0.5])
+def test_a_logprob_that_is_none_is_refused(player: Player, value: float, tmp_path: Path):
+    document = player.play("e")
+    (segment,) = document["segments"]
+    segment["logprobs"][segment["loss_mask"].index(1)] = value
+    with pytest.raises(TrainingRefused, match="a log-probability is not a number, or above 0"):
+        one(document, tmp_path)
+
+
+def test_a_token_outside_of_its_support_is_refused(player: Player, tmp_path: Path):
+    document = player.play("e")
+    (segment,) = document["segments"]
+    segment["token_ids"][segment["loss_mask"].index(1)] = 9
+    with pytest.raises(TrainingRefused, match="is not in its own support"):
+        one(document, tmp_path)
+
+
+def test_a_missing_return_stays_missing(player: Player, tmp_path: Path):
+    assert one(player.play("e", episode_return=None), tmp_path).episode_return is None
+
+
+def test_files_that_cannot_be_used(player: Player, tmp_path: Path):
+    path = tmp_path / "export.ndjson"
+    with pytest.raises(TrainingRefused, match=r"export.ndjson cannot be read: No such file"):
+        read(path)
+    path.touch()
+    with pytest.raises(TrainingRefused, match="is empty"):
+        read(path)
+    write([player.play("e"), player.play("e")], path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(TrainingRefused, match="line 2: the line is cut off, so the file is incomplete"):
+        read(path)
+    path.write_text("nonsense\n")
+    with pytest.raises(TrainingRefused, match="line 1 is not JSON"):
+        read(path)
+
+
+def test_rows_are_compact(player: Player, tmp_path: Path):
+    (row,) = one(player.play("e", num_steps=20), tmp_path).rows
+    arrays = [getattr(row, name) for name in Row.__slots__ if isinstance(getattr(row, name), np.ndarray)]
+    assert sum(array.nbytes for array in arrays) < 8 * len(row.token_ids) + 20 * (5 * 4 + 4 * 4)
