@@ -15,13 +15,13 @@ from service.cli.open_files import raise_limit
 from service.cli.options import explained, no_service, program
 from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Retry, Unavailable
 from service.environments import describe
+from service.evaluation.statistics import Interval
 from service.rollout.environment import (
     EnvironmentFactory,
     UnusableEnvironment,
     load_description,
     search_working_folder,
 )
-from service.rollout.intervals import Interval
 from service.rollout.play import EpisodeRefused, Player, rollout
 from service.rollout.report import Report, Summary
 from service.rollout.run import Run

@@ -6,7 +6,11 @@ from math import ceil
 from statistics import fmean
 from typing import Any, Literal
 
-from service.rollout.intervals import Interval, mean_interval, wilson
+import numpy as np
+import numpy.typing as npt
+
+from service.evaluation import statistics
+from service.evaluation.statistics import Interval
 
 Cut = Literal["parse_failure", "ended_by_service"]
 """`parse_failure`: the policy's text was not a valid action. `ended_by_service`: for example by `max_steps`."""
@@ -89,19 +93,30 @@ class Report:
 
 
 def summarize(outcomes: Sequence[Outcome]) -> Summary:
-    """The statistics over these outcomes."""
-    known = [outcome.success for outcome in outcomes if outcome.success is not None]
-    returns = [outcome.episode_return for outcome in outcomes]
+    """The statistics over these outcomes. The plays of one seed are a cluster of the confidence intervals."""
+    # Sorted, so that rounding does not depend on the order in which the episodes ended.
+    outcomes = sorted(outcomes, key=lambda outcome: (outcome.seed, outcome.episode_return))
+    known = [outcome for outcome in outcomes if outcome.success is not None]
+    completion = statistics.rate(np.array([outcome.success for outcome in known], bool), _seeds(known))
+    returns = statistics.mean(np.array([outcome.episode_return for outcome in outcomes], float), _seeds(outcomes))
     return Summary(
         episodes=len(outcomes),
-        completion_rate=fmean(known) if known else None,
-        completion_rate_ci95=wilson(sum(known), len(known)) if known else None,
+        completion_rate=completion.rate,
+        completion_rate_ci95=_interval(completion),
         success_unknown=len(outcomes) - len(known),
         terminated=sum(outcome.terminated for outcome in outcomes),
-        mean_return=fmean(returns) if returns else None,
-        mean_return_ci95=mean_interval(returns),
+        mean_return=returns.mean,
+        mean_return_ci95=_interval(returns),
         mean_length=fmean(outcome.length for outcome in outcomes) if outcomes else None,
     )
+
+
+def _seeds(outcomes: Sequence[Outcome]) -> npt.NDArray[Any]:
+    return np.array([outcome.seed for outcome in outcomes])
+
+
+def _interval(estimate: statistics.Rate | statistics.Mean) -> Interval | None:
+    return None if estimate.low is None or estimate.high is None else Interval(estimate.low, estimate.high)
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

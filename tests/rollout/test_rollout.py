@@ -564,3 +564,20 @@ def test_percentiles_are_observed_values() -> None:
     assert (percentile(values, 50), percentile(values, 99), percentile([3.0], 99)) == (50.0, 99.0, 3.0)
     assert percentile([], 50) is None
     assert summarize([]).mean_return is None
+
+
+def test_intervals_are_right_for_two_episodes() -> None:
+    summary = summarize([Outcome(0, 1.0, 1, True), Outcome(1, 3.0, 1, True)])
+    # Student's t with one degree of freedom is 12.706.
+    assert summary.mean_return_ci95 == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+    assert summary.completion_rate_ci95 == pytest.approx((0.342, 1.0), abs=1e-3)
+    alone = summarize([Outcome(0, 1.0, 1, None)])
+    assert (alone.mean_return, alone.mean_return_ci95, alone.completion_rate_ci95) == (1.0, None, None)
+
+
+def test_plays_of_one_seed_are_a_cluster_of_the_intervals() -> None:
+    once = [Outcome(seed, float(seed % 3), 1, seed % 3 == 0) for seed in range(50)]
+    repeated, alone = summarize(once * 4), summarize(once)
+    assert repeated.mean_return_ci95 == pytest.approx(alone.mean_return_ci95)
+    assert repeated.completion_rate_ci95 == pytest.approx(alone.completion_rate_ci95, abs=0.01)
+    assert summarize(once[::-1]) == alone
