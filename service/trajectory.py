@@ -73,6 +73,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a thought. The engine sets them; a caller cannot."""
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether top_k, top_p or min_p can cut the distribution."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
 
 @immutable
 class ParseFailure:
@@ -97,12 +102,15 @@ class Span:
     logprobs: float32 for each token: log-probability of a sampled token under the distribution that it was sampled
     from, else 0.
     encoder_token_ids: int32 ids that the encoder received; None for a decoder-only model.
+    support: int32: the ids among which each token was drawn, as a run-length code; see `service.engine.supports`. Empty
+    if unknown.
     """
 
     token_ids: "array[int]"
     loss_mask: bytes
     logprobs: "array[float]"
     encoder_token_ids: "array[int] | None" = None
+    support: "array[int]" = field(default_factory=lambda: array("i"))
 
 
 EMPTY_SPAN = Span(array("i"), b"", array("f"))
@@ -176,6 +184,10 @@ class Step:
     answer: the answer to POST /act, without `replayed` and `timing`.
     digest: digest of the request body, which identifies a retry.
     created_at: Unix seconds.
+    dropped: range of the span that later windows leave out: a thought that the episode does not keep.
+    temperature: of the episode's sampling when the step was decided; None for a closing step and steps of older
+    versions.
+    seconds: from the arrival of the request until the commit began; None if the policy did not decide.
     """
 
     episode_id: str
@@ -189,7 +201,8 @@ class Step:
     created_at: float
     idempotency_key: str | None = None
     dropped: tuple[int, int] = (0, 0)
-    """Range of the span that later windows leave out: a thought that the episode does not keep."""
+    temperature: float | None = None
+    seconds: float | None = None
 
 
 @immutable

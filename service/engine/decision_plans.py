@@ -11,7 +11,8 @@ from collections.abc import Generator, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import accumulate, chain, repeat
 
-from service.engine.decision_trie import Branch, Chosen, DecisionTrie, renormalised
+from service.engine import supports
+from service.engine.decision_trie import Branch, Chosen, DecisionTrie, is_unscored, renormalised
 from service.trajectory import Sampling
 
 Plan = Generator[Sequence[Branch], Sequence[Sequence[float]], Chosen]
@@ -27,13 +28,9 @@ def plan(trie: DecisionTrie, sampling: Sampling, generator: random.Random, *, al
     """
     if all_probs or len(trie.branches) <= 1:
         return _score_all(trie, sampling, generator)
-    if _is_filtered(trie, sampling) or not sampling.temperature:
+    if trie.is_filtered(sampling) or not sampling.temperature:
         return _rank(trie, sampling, generator)
     return _descend(trie, sampling, generator)
-
-
-def _is_filtered(trie: DecisionTrie, sampling: Sampling) -> bool:
-    return 0 < sampling.top_k < len(trie.actions) or sampling.top_p < 1.0 or sampling.min_p > 0.0
 
 
 def _score_all(trie: DecisionTrie, sampling: Sampling, generator: random.Random) -> Plan:
@@ -51,6 +48,7 @@ def _descend(trie: DecisionTrie, sampling: Sampling, generator: random.Random) -
     point = generator.random()
     low, high, total = 0, len(trie.actions), 0.0
     decided: list[float] = []
+    drawn_among: list[supports.Ids] = []
     known: dict[int, float] = {}
     while high - low > 1:
         branch = trie.branch(low, high)
@@ -61,9 +59,10 @@ def _descend(trie: DecisionTrie, sampling: Sampling, generator: random.Random) -
                 known[branch.bounds[child]] = math.exp(total + logprob)
         child, point = _select([math.exp(logprob) for logprob in logprobs], point)
         decided.append(logprobs[child])
+        drawn_among.append(None if is_unscored(scores) else branch.children)
         total += logprobs[child]
         low, high = branch.bounds[child], branch.bounds[child + 1]
-    return trie.chosen(low, decided, total, known)
+    return trie.chosen(low, decided, total, known, drawn_among)
 
 
 def _select(weights: Sequence[float], point: float) -> tuple[int, float]:
@@ -83,11 +82,12 @@ def _rank(trie: DecisionTrie, sampling: Sampling, generator: random.Random) -> P
     The probability of a branch bounds that of each action behind it. Rounds start with one branch. If that does not
     suffice, they take more and more of the branches that are likelier than any action known so far.
     """
-    is_filtered = _is_filtered(trie, sampling)
+    is_filtered = trie.is_filtered(sampling)
     num_kept = min(sampling.top_k or len(trie.actions), len(trie.actions)) if is_filtered else 1
     frontier = [(0.0, 0, len(trie.actions))]  # the negative logprob of reaching a subtree, and its rows
     shares: dict[tuple[int, int], float] = {}  # the logprob of each subtree among its siblings, by its rows
     ranked: dict[int, float] = {}
+    unscored: list[Branch] = []
     mass = floor = 0.0
     widths = _widths()
     while frontier and len(ranked) < num_kept:
@@ -102,6 +102,8 @@ def _rank(trie: DecisionTrie, sampling: Sampling, generator: random.Random) -> P
         expanded = list(_popped_branches(frontier, next(widths)))
         branches = [trie.branch(low, high) for _, low, high in expanded]
         for (cost, _, _), branch, scores in zip(expanded, branches, (yield branches), strict=True):
+            if is_unscored(scores):
+                unscored.append(branch)
             for child, logprob in enumerate(renormalised(scores, sampling.temperature)):
                 low, high = branch.bounds[child], branch.bounds[child + 1]
                 shares[low, high] = logprob
@@ -110,10 +112,12 @@ def _rank(trie: DecisionTrie, sampling: Sampling, generator: random.Random) -> P
     known.update((row, prob / mass if is_filtered else prob) for row, prob in ranked.items())
     probs = dict(sorted(known.items()))
     if is_filtered:
-        return trie.drawn(probs, sampling.temperature, generator)
+        return trie.drawn(probs, sampling, generator, unscored)
     (row,) = ranked
-    decided = [shares[branch.bounds[child], branch.bounds[child + 1]] for branch, child in trie.way(row)]
-    return trie.chosen(row, decided, sum(decided), probs)
+    way = list(trie.way(row))
+    decided = [shares[branch.bounds[child], branch.bounds[child + 1]] for branch, child in way]
+    drawn_among = [None if branch in unscored else branch.children for branch, _ in way]
+    return trie.chosen(row, decided, sum(decided), probs, drawn_among)
 
 
 def _is_branch(entry: tuple[float, int, int]) -> bool:

@@ -5,10 +5,12 @@ All functions are pure: the caller asks the model for logprobs. `decision_plans`
 
 import math
 import random
+from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
+from service.engine import supports
 from service.engine.base import ActionSpaceRefused
 from service.trajectory import Sampling
 from service.values import immutable
@@ -38,6 +40,7 @@ class Chosen:
     temperature 1); 0 if it was forced.
     logprob: of the whole action.
     probs: the probability of every action that is known: of all actions, or of some.
+    support: among which ids each token was drawn, as `service.engine.supports` encodes it.
     """
 
     action: str
@@ -46,6 +49,7 @@ class Chosen:
     logprobs: tuple[float, ...]
     logprob: float
     probs: dict[str, float]
+    support: "array[int]"
 
 
 class DecisionTrie:
@@ -114,33 +118,80 @@ class DecisionTrie:
                     totals[row] += logprob
         return _filtered([math.exp(total) for total in totals], sampling)
 
+    def is_filtered(self, sampling: Sampling) -> bool:
+        """Whether top_k, top_p or min_p can leave out actions."""
+        return 0 < sampling.top_k < len(self.actions) or sampling.top_p < 1.0 or sampling.min_p > 0.0
+
     def draw(self, scores: Sequence[Sequence[float]], sampling: Sampling, generator: random.Random) -> Chosen:
         """Draws an action, or takes the most likely one at temperature 0. Arguments are those of `distribution`."""
-        return self.drawn(dict(enumerate(self.distribution(scores, sampling))), sampling.temperature, generator)
+        probs = dict(enumerate(self.distribution(scores, sampling)))
+        unscored = [branch for branch, logprobs in zip(self.branches, scores, strict=True) if is_unscored(logprobs)]
+        return self.drawn(probs, sampling, generator, unscored)
 
-    def drawn(self, probs: Mapping[int, float], temperature: float, generator: random.Random) -> Chosen:
-        """Like `draw`, from the probabilities of all actions, by row, in order. A row that is missing has none."""
+    def drawn(
+        self,
+        probs: Mapping[int, float],
+        sampling: Sampling,
+        generator: random.Random,
+        unscored: Sequence[Branch] = (),
+    ) -> Chosen:
+        """Like `draw`, from the probabilities of all actions, by row, in order. A row that is missing has none.
+
+        unscored: the branches for which `is_unscored` holds.
+        """
         rows = list(probs)
-        row = generator.choices(rows, list(probs.values()))[0] if temperature else max(rows, key=probs.__getitem__)
+        is_drawn = sampling.temperature > 0
+        row = generator.choices(rows, list(probs.values()))[0] if is_drawn else max(rows, key=probs.__getitem__)
         logprob = math.log(min(probs[row], 1.0))
         if len(self.branches) == 1 and len(rows) == len(self.actions):
-            return self.chosen(row, [logprob], logprob, probs)
+            support = self._support(self.branches[0], probs, sampling, unscored)
+            return self.chosen(row, [logprob], logprob, probs, [support])
         logprobs: list[float] = []
+        drawn_among: list[supports.Ids] = []
         for branch, child in self.way(row):
             low, high = branch.bounds[child], branch.bounds[child + 1]
             mass = sum(probs.get(other, 0.0) for other in range(branch.bounds[0], branch.bounds[-1]))
             taken = sum(probs.get(other, 0.0) for other in range(low, high))
             logprobs.append(math.log(min(taken / mass, 1.0)))
-        return self.chosen(row, logprobs, logprob, probs)
+            drawn_among.append(self._support(branch, probs, sampling, unscored))
+        return self.chosen(row, logprobs, logprob, probs, drawn_among)
 
-    def chosen(self, row: int, decided: Sequence[float], logprob: float, probs: Mapping[int, float]) -> Chosen:
-        """Returns the action of this row. `decided`: the logprobs at the branches on the way to it."""
+    def _support(
+        self, branch: Branch, probs: Mapping[int, float], sampling: Sampling, unscored: Sequence[Branch]
+    ) -> supports.Ids:
+        """Returns the children of a branch among which the token was drawn: their probabilities are the model's,
+        renormalised. None if there is no such set.
+
+        Filters leave out actions. If there is one branch, they leave out its children. If there are several, the mass
+        of the actions that are left out changes the shares of the children, and no renormalisation gives these shares.
+        """
+        if branch in unscored:
+            return None
+        if not self.is_filtered(sampling) or (len(probs) == len(self.actions) and all(probs.values())):
+            return branch.children
+        if len(self.branches) > 1:
+            return None
+        return tuple(token for row, token in enumerate(branch.children) if probs.get(row))
+
+    def chosen(
+        self,
+        row: int,
+        decided: Sequence[float],
+        logprob: float,
+        probs: Mapping[int, float],
+        drawn_among: Sequence[supports.Ids],
+    ) -> Chosen:
+        """Returns the action of this row.
+
+        decided, drawn_among: the logprob and the support at each branch on the way to it.
+        """
         drawn = bytearray(len(self.sequences[row]))
         logprobs = [0.0] * len(drawn)
         way = self.branches if len(self.branches) == 1 else [branch for branch, _ in self.way(row)]
-        for branch, value in zip(way, decided, strict=True):
-            drawn[len(branch.path)] = 1
-            logprobs[len(branch.path)] = value
+        places = [len(branch.path) for branch in way]
+        for place, value in zip(places, decided, strict=True):
+            drawn[place] = 1
+            logprobs[place] = value
         return Chosen(
             action=self.actions[row],
             token_ids=self.sequences[row],
@@ -148,7 +199,13 @@ class DecisionTrie:
             logprobs=tuple(logprobs),
             logprob=logprob,
             probs={self.actions[known]: prob for known, prob in probs.items()},
+            support=supports.of_choice(len(drawn), zip(places, drawn_among, strict=True)),
         )
+
+
+def is_unscored(logprobs: Sequence[float]) -> bool:
+    """Whether the model rules out all children of a branch. They are then drawn uniformly."""
+    return max(logprobs) == -math.inf
 
 
 def renormalised(logprobs: Sequence[float], temperature: float) -> list[float]:
@@ -169,7 +226,7 @@ def log_softmax(values: Sequence[float]) -> list[float]:
 
 
 def _filtered(probs: list[float], sampling: Sampling) -> list[float]:
-    if sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
+    if not sampling.has_filters:
         mass = sum(probs)
         return [prob / mass for prob in probs]
     order = sorted(range(len(probs)), key=probs.__getitem__, reverse=True)

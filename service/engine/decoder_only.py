@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from cachetools import LRUCache, cachedmethod
 
+from service.engine import supports
 from service.engine.base import (
     ActionSpace,
     Adapter,
@@ -72,6 +73,8 @@ class DecoderOnlyEngine(ABC):
     """Maximum number of candidates of one call of `score`; None for no limit."""
     max_path_candidates: int = 0
     """Maximum number of candidates at each place of `score_path`; 0 if the engine does not support `score_path`."""
+    min_temperature: float = 0.0
+    """A text with a lower temperature, except 0, is drawn at this one."""
 
     def __init__(self, info: EngineInfo, tokenizer: Tokenizer) -> None:
         """If the chat template is not usable for episodes, `info.no_episodes` says why."""
@@ -198,7 +201,7 @@ class DecoderOnlyEngine(ABC):
                 prompt, sampling, None, adapter=wanted.adapter, cache_salt=wanted.cache_salt, on_text=on_text
             )
         _check_finite(drawn)
-        return closed_thought(self.prompt, len(prompt), drawn)
+        return closed_thought(self.prompt, len(prompt), drawn, self._text_support(sampling, None))
 
     async def _draw(self, prompt: list[int], space: ActionSpace, trie: DecisionTrie | None, wanted: Wanted) -> _Reply:
         if wanted.recorded is not None:
@@ -209,8 +212,13 @@ class DecoderOnlyEngine(ABC):
 
     def _recorded(self, recorded: Recorded) -> _Reply:
         """Returns an action that the caller chose, in the tokens of the policy. Its mask is 0: the policy drew none."""
-        ids = self.prompt.encode_reply(recorded.text)
-        drawn = Span(array("i", ids), bytes(len(ids)), array("f", bytes(4 * len(ids))))
+        ids = [*self.prompt.encode_reply(recorded.text), self.prompt.terminator]
+        drawn = Span(
+            array("i", ids),
+            bytes(len(ids)),
+            array("f", bytes(4 * len(ids))),
+            support=supports.run(len(ids), supports.RECORDED),
+        )
         return _Reply(recorded.action, recorded.text, drawn, None, "recorded", Usage())
 
     async def _choose(self, prompt: list[int], space: ActionSpace, trie: DecisionTrie, wanted: Wanted) -> _Reply:
@@ -231,7 +239,7 @@ class DecoderOnlyEngine(ABC):
         return _Reply(
             action=action,
             text=chosen.action,
-            drawn=Span(array("i", chosen.token_ids), chosen.drawn, array("f", chosen.logprobs)),
+            drawn=Span(array("i", chosen.token_ids), chosen.drawn, array("f", chosen.logprobs), support=chosen.support),
             logprob=chosen.logprob,
             finish_reason="stop",
             usage=Usage(len(prompt), first.cached_tokens if first else 0, len(chosen.token_ids)),
@@ -302,15 +310,22 @@ class DecoderOnlyEngine(ABC):
         text = drawn.text.removeprefix(space_before)
         action, failure = space.parse(text, drawn.finish_reason)
         num_drawn = len(drawn.token_ids)
+        support = supports.run(num_drawn, self._text_support(sampling, space.constraint))
         return _Reply(
             action=action,
             text=text,
-            drawn=Span(array("i", drawn.token_ids), b"\x01" * num_drawn, array("f", drawn.logprobs)),
+            drawn=Span(array("i", drawn.token_ids), b"\x01" * num_drawn, array("f", drawn.logprobs), support=support),
             logprob=sum(drawn.logprobs),
             finish_reason=drawn.finish_reason,
             usage=Usage(len(prompt), drawn.cached_tokens, num_drawn),
             parse_failure=failure,
         )
+
+    def _text_support(self, sampling: Sampling, constraint: Constraint | None) -> int:
+        """Returns what the tokens of a text are drawn among. At temperature 0, filters change nothing."""
+        is_filtered = sampling.has_filters and sampling.temperature > 0
+        is_raised = 0 < sampling.temperature < self.min_temperature
+        return supports.FILTERED if constraint is not None or is_filtered or is_raised else supports.ALL
 
     def _decision(
         self, turn: list[int], start: int, reply: _Reply, wanted: Wanted, thought: Thought | None = None

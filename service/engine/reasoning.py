@@ -3,6 +3,7 @@
 from array import array
 from dataclasses import dataclass
 
+from service.engine import supports
 from service.engine.completion import Completion
 from service.engine.prompt import Prompt
 from service.trajectory import Span, Usage
@@ -24,8 +25,8 @@ class Thought:
     usage: Usage
 
 
-def closed_thought(prompt: Prompt, num_prompt_tokens: int, drawn: Completion) -> Thought:
-    """Makes a thought of a completion, and closes it if the policy did not.
+def closed_thought(prompt: Prompt, num_prompt_tokens: int, drawn: Completion, support: int) -> Thought:
+    """Makes a thought of a completion, and closes it if the policy did not. `support` is the kind of its tokens.
 
     If the policy ended its turn instead of its thought, the token that ended the turn is removed, because the action
     must not be drawn after the end of a turn.
@@ -39,6 +40,7 @@ def closed_thought(prompt: Prompt, num_prompt_tokens: int, drawn: Completion) ->
         array("i", [*drawn.token_ids[:num_kept], *forced]),
         b"\x01" * num_kept + bytes(len(forced)),
         array("f", [*drawn.logprobs[:num_kept], *([0.0] * len(forced))]),
+        support=supports.run(num_kept, support) + supports.run(len(forced), supports.NOT_DRAWN),
     )
     # If the template opens a thought in every reply, only the text is dropped, and an empty thought remains.
     dropped = (0, num_thought) if tags.opened_by_template else (-len(tags.start), len(span.token_ids))

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
 
+from service.engine import supports
 from service.trajectory import Span, Step
 
 
@@ -91,7 +92,10 @@ class TokenLog:
 def joined(first: Span, second: Span) -> Span:
     """Concatenates two spans."""
     return Span(
-        first.token_ids + second.token_ids, first.loss_mask + second.loss_mask, first.logprobs + second.logprobs
+        first.token_ids + second.token_ids,
+        first.loss_mask + second.loss_mask,
+        first.logprobs + second.logprobs,
+        support=first.support + second.support,
     )
 
 
@@ -99,8 +103,10 @@ def closed_span(turn: list[int], completion: Span, terminator: int) -> Span:
     """Makes the span of a step: its turn, the completion, and the terminator if the completion does not end with it."""
     drawn = completion.token_ids
     end = [] if drawn and drawn[-1] == terminator else [terminator]
+    before, after = (supports.run(len(ids), supports.NOT_DRAWN) for ids in (turn, end))
     return Span(
         array("i", turn) + drawn + array("i", end),
         bytes(len(turn)) + completion.loss_mask + bytes(len(end)),
         array("f", bytes(4 * len(turn))) + completion.logprobs + array("f", bytes(4 * len(end))),
+        support=before + completion.support + after,
     )

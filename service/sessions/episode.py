@@ -120,9 +120,19 @@ class Episode:
         return StopReason.CONTEXT_OVERFLOW
 
     def next_step(self, request: ActRequest, decision: Decision) -> Step:
-        """Returns the step for a decision."""
+        """Returns the step for a decision, with the seconds that the act has taken so far."""
         answer = _answer(self.episode_id, self.state.step, decision.policy_version, decision)
-        return _step(self.config, self.state, request, answer, decision.span, decision.window_start, decision.dropped)
+        return _step(
+            self.config,
+            self.state,
+            request,
+            answer,
+            decision.span,
+            window_start=decision.window_start,
+            dropped=decision.dropped,
+            temperature=self.options.sampling.temperature,
+            seconds=None if request.recorded else time.perf_counter() - request.arrived,
+        )
 
     def closing_step(self, request: ActRequest) -> Step:
         """Returns the closing step, for a message that ends the episode. It has no action."""
@@ -242,10 +252,12 @@ def _step(
     request: ActRequest,
     answer: dict[str, JsonValue],
     span: Span,
-    window_start: int = 0,
-    dropped: tuple[int, int] = (0, 0),
     *,
     closing: bool = False,
+    window_start: int = 0,
+    dropped: tuple[int, int] = (0, 0),
+    temperature: float | None = None,
+    seconds: float | None = None,
 ) -> Step:
     return Step(
         episode_id=config.episode_id,
@@ -259,6 +271,8 @@ def _step(
         created_at=time.time(),
         idempotency_key=request.idempotency_key,
         dropped=dropped,
+        temperature=temperature,
+        seconds=seconds,
     )
 
 

@@ -136,6 +136,9 @@ steps = Table(
     Column("dropped_from", Integer, nullable=False, server_default="0"),
     Column("dropped_to", Integer, nullable=False, server_default="0"),
     Column("encoder_token_ids", LargeBinary),
+    Column("support", LargeBinary),
+    Column("temperature", Float(53)),
+    Column("seconds", Float(53)),
 )
 
 policies = Table(
@@ -289,6 +292,9 @@ def step_row(step: Step) -> dict[str, Any]:
         "dropped_from": step.dropped[0],
         "dropped_to": step.dropped[1],
         "encoder_token_ids": None if encoder_ids is None else encoder_ids.tobytes(),
+        "support": step.span.support.tobytes() or None,
+        "temperature": step.temperature,
+        "seconds": step.seconds,
     }
     return checked(steps, row)
 
@@ -309,6 +315,8 @@ def step_value(row: RowMapping) -> Step:
         created_at=row["created_at"],
         idempotency_key=row["idempotency_key"],
         dropped=(row["dropped_from"], row["dropped_to"]),
+        temperature=row["temperature"],
+        seconds=row["seconds"],
     )
 
 
@@ -319,6 +327,7 @@ def _span(row: RowMapping) -> Span:
         row["loss_mask"],
         array("f", row["logprobs"]),
         None if encoder_ids is None else array("i", encoder_ids),
+        array("i", row["support"] or b""),
     )
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from service.engine import supports
 from service.engine.base import ActionSpaceRefused
 from service.engine.decision_plans import Plan, plan
-from service.engine.decision_trie import Branch, Chosen, DecisionTrie, log_softmax
+from service.engine.decision_trie import Branch, Chosen, DecisionTrie, log_softmax, renormalised
 from service.engine.tokenizer import HFTokenizer
 from service.testing.scripted_engine import ScriptedEngine
 from service.trajectory import Sampling
@@ -275,6 +276,40 @@ def test_a_plan_with_few_requests_makes_the_same_choice(
     assert (taken.token_ids, taken.drawn) == (whole.token_ids, whole.drawn)
     assert taken.logprobs == pytest.approx(whole.logprobs, abs=1e-6)
     assert taken.logprob == pytest.approx(whole.logprob, abs=1e-6)
+    assert taken.support == whole.support
+
+
+@given(ACTIONS, st.data(), SAMPLINGS, st.integers(), st.booleans())
+def test_renormalising_over_the_supports_gives_the_logprobs(
+    actions: list[str], data: st.DataObject, sampling: Sampling, seed: int, all_probs: bool
+):
+    trie = trie_of(actions)
+    scores = dict(zip(trie.branches, drawn_scores(data, trie), strict=True))
+    chosen, _ = followed(plan(trie, sampling, random.Random(seed), all_probs=all_probs), scores.__getitem__)
+    by_place = {len(branch.path): branch for branch, _ in trie.way(trie.actions.index(chosen.action))}
+    place = 0
+    for num_tokens, kind, ids in supports.runs(chosen.support):
+        assert bool(kind) == (place in by_place)
+        if kind > 0:
+            branch = by_place[place]
+            of_token = dict(zip(branch.children, scores[branch], strict=True))
+            again = renormalised([of_token[token] for token in ids], sampling.temperature)
+            assert again[ids.index(chosen.token_ids[place])] == pytest.approx(chosen.logprobs[place], abs=1e-6)
+        elif kind:
+            is_cut = trie.is_filtered(sampling) and len(trie.branches) > 1
+            assert is_cut or max(scores[by_place[place]]) == -math.inf
+        place += num_tokens
+    assert place == len(chosen.token_ids)
+
+
+@pytest.mark.parametrize("all_probs", [True, False])
+@pytest.mark.parametrize("sampling", [DRAWN, GREEDY])
+def test_a_uniform_draw_among_actions_that_the_model_rules_out_has_no_support(sampling: Sampling, all_probs: bool):
+    trie = trie_of(["aa", "ab", "b"])
+    scores = {(): [0.0, -math.inf], (97,): [-math.inf, -math.inf]}
+    choosing = plan(trie, sampling, random.Random(0), all_probs=all_probs)
+    chosen, _ = followed(choosing, lambda branch: scores[branch.path])
+    assert [kind for _, kind, _ in supports.runs(chosen.support)] == [2, supports.FILTERED, supports.NOT_DRAWN]
 
 
 @pytest.mark.parametrize("sampling", [DRAWN, Sampling(top_p=0.8), Sampling(top_k=3), Sampling(min_p=0.3)])

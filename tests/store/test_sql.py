@@ -150,13 +150,18 @@ async def test_a_downgrade_is_not_refused_for_tombstones_of_other_tenants(url: s
         ("0003", "the episode 'two-streams'"),
         ("0002", "the tenant 'acme'"),
         ("0001", "the fork 'fork'"),
-        ("0007", "this version knows 0001, 0002, 0003, 0004, 0005, 0006"),
+        ("0006", "the steps of the episode .supported."),
+        ("0008", "this version knows 0001, 0002, 0003, 0004, 0005, 0006, 0007"),
     ],
 )
 async def test_lossy_downgrade_is_refused(url: str, revision: str, message: str):
     async with SQLStore(url) as store:
         await store.create(record())
         await store.commit(commit(0))
+        if revision == "0006":
+            await store.create(record("supported"))
+            span = replace(step(0).span, support=array("i", [1, 0, 2, -1]))
+            await store.commit(commit(0, "supported", span=span))
         if revision == "0003":
             await store.create(record("two-streams"))
             span = replace(step(0).span, encoder_token_ids=array("i", [1, 2]))
@@ -167,7 +172,7 @@ async def test_lossy_downgrade_is_refused(url: str, revision: str, message: str)
         await store.fork([replace(fork, config=replace(fork.config, parent=("e", 1)), state=commit(0).state)])
     with pytest.raises(StoreRefused, match=message):
         await SQLStore(url).migrate(revision)
-    assert await in_database(url, lambda connection: connection.execute(text(VERSION)).scalar()) == "0006"
+    assert await in_database(url, lambda connection: connection.execute(text(VERSION)).scalar()) == "0007"
     async with SQLStore(url) as store:
         assert await store.steps("fork") == [step(0)]
 

@@ -280,14 +280,16 @@ MESSAGES = st.builds(
 FLOAT32 = st.floats(width=32, allow_nan=False, max_value=0)
 TOKENS = st.integers(0, 2**31 - 1)
 SPANS = st.builds(
-    lambda rows, encoder_ids: Span(
+    lambda rows, encoder_ids, support: Span(
         array("i", [token for token, _, _ in rows]),
         bytes(drawn for _, drawn, _ in rows),
         array("f", [logprob for _, _, logprob in rows]),
         encoder_ids,
+        array("i", support),
     ),
     st.lists(st.tuples(TOKENS, st.integers(0, 1), FLOAT32), max_size=9),
     st.none() | st.lists(TOKENS, max_size=9).map(lambda ids: array("i", ids)),
+    st.lists(st.integers(-3, 2**31 - 1), max_size=9),
 )
 """Spans with one stream of tokens (decoder-only) or two (encoder-decoder)."""
 STEPS = st.builds(
@@ -302,6 +304,8 @@ STEPS = st.builds(
     digest=st.binary(min_size=16, max_size=16),
     created_at=st.floats(0, 1e10),
     idempotency_key=st.none() | st.text("ab'\"\\", min_size=1, max_size=9),
+    temperature=st.none() | st.floats(0, 100),
+    seconds=st.none() | st.floats(0, 1e6),
 )
 
 

@@ -44,6 +44,8 @@ class VLLMEngine(DecoderOnlyEngine):
 
     max_candidates = 128
     """vLLM's limit on the length of `logprob_token_ids` (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)."""
+    min_temperature = 0.01
+    """vLLM raises lower ones (vllm.sampling_params._MAX_TEMP)."""
 
     def __init__(
         self, llm: Any, info: EngineInfo, heartbeat: Heartbeat, grammar: GrammarChecker, openai: OpenAIApp
