@@ -51,6 +51,7 @@ PLAY_UNIFORMLY = """
         given = bytes(segments[1]["encoder_token_ids"]).decode()
         assert given == f"Play.\\nat the door\\n{act['action']}\\nin the hall", given
         assert bytes(segments[0]["token_ids"]).decode() == act["action"]
+        assert segments[0]["support"] == [{"kind": "filtered"}, *[None] * (len(act["action"]) - 1)], segments[0]
         refused = await api.client.post("/episode", json={"action_space": {"type": "text"}})
         assert refused.status_code == 422
 """

@@ -12,6 +12,8 @@ from tests.combinations.acting import Acting, Pending, check, failures
 from tests.combinations.model import SPACES, TTL_S, Episode, Request, digest
 from tests.combinations.world import QUOTAS, Replica, quiescence, tasks
 
+TOKEN_LISTS = ("token_ids", "loss_mask", "logprobs", "support", "recorded_mask")
+
 
 class Player(Acting):
     """Plays one sequence of calls and faults."""
@@ -137,8 +139,10 @@ class Player(Acting):
     async def read_tokens(self, episode: Episode, replica: Replica) -> None:
         document = await self._read(replica, episode, "tokens")
         for segment in document["segments"] if document else ():
-            lengths = {len(segment[name]) for name in ("token_ids", "loss_mask", "logprobs")}
+            lengths = {len(segment[name]) for name in TOKEN_LISTS}
             check(len(lengths) == 1, f"lists of different lengths: {segment}")
+            has_support = [entry is not None for entry in segment["support"]]
+            check(has_support == [bool(mask) for mask in segment["loss_mask"]], f"supports without mask: {segment}")
         if document:
             found = [step for segment in document["segments"] for step in segment["steps"]]
             check(found == list(range(episode.num_steps)), f"the segments have the steps {found}")

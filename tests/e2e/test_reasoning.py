@@ -4,18 +4,15 @@ Each thought ends with the model's closing tag, and the action after it satisfie
 """
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.conftest import POLICY
+from tests.e2e.conftest import TAGS
 from tests.e2e.server import Server
 from tests.e2e.test_episodes import acted, opened
 
-TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 SPACES: list[Any] = [
     {"type": "discrete", "actions": ["left", "right"]},
     {
@@ -32,35 +29,20 @@ SPACES: list[Any] = [
 ]
 
 
-def make_thinker(folder: Path) -> list[int]:
-    """Saves the packaged policy with Qwen's tags as tokens. Returns the ids of <think> and </think>."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(POLICY)
-    tokenizer.add_tokens(TAGS, special_tokens=True)
-    tokenizer.save_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(POLICY)
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(folder)
-    return tokenizer.convert_tokens_to_ids(TAGS[:2])
-
-
 @pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, list[int]]]:
-    folder = tmp_path_factory.mktemp("thinker")
-    tags = make_thinker(folder / "model")
-    started = Server(folder, model=str(folder / "model"), engine__reasoning_parser="qwen3").start()
-    yield started, tags
-    started.kill()
+def tags(thinker: Server) -> list[int]:
+    """The ids of <think> and </think>."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(thinker.folder / "model").convert_tokens_to_ids(TAGS[:2])
 
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda space: space["type"])
 @pytest.mark.parametrize("reasoning", [None, {"max_tokens": 5}, {"max_tokens": 5, "history": "drop"}])
 def test_thoughts_are_the_models_own_and_actions_are_held(
-    thinker: tuple[Server, list[int]], space: Any, reasoning: Any
+    thinker: Server, tags: list[int], space: Any, reasoning: Any
 ) -> None:
-    server, tags = thinker
-    with httpx.Client(base_url=server.url, timeout=120) as http:
+    with httpx.Client(base_url=thinker.url, timeout=120) as http:
         episode = opened(http, action_space=space, reasoning=reasoning, sampling={"seed": 3, "max_tokens": 64})
         for step in range(2):
             answer = acted(http, episode, f"row {step}", step=step)
@@ -73,10 +55,8 @@ def test_thoughts_are_the_models_own_and_actions_are_held(
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_constraints_of_completions_are_enforced_under_a_reasoning_parser(
-    thinker: tuple[Server, list[int]], streams: bool
-) -> None:
-    with httpx.Client(base_url=f"{thinker[0].url}/v1", timeout=120) as http:
+def test_constraints_of_completions_are_enforced_under_a_reasoning_parser(thinker: Server, streams: bool) -> None:
+    with httpx.Client(base_url=f"{thinker.url}/v1", timeout=120) as http:
         model = http.get("/models").json()["data"][0]["id"]
         assert http.get(f"/models/{model}").json()["id"] == model
         wanted = {"structured_outputs": {"regex": "go (up|down)"}, "prompt": "row 0", "max_tokens": 32, "seed": 3}

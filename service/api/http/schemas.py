@@ -430,6 +430,77 @@ class Episode(_Response):
     ended_at: float | None
 
 
+class Support(_Response):
+    """What a sampled token was sampled among. Renormalising the model's distribution over `ids` (or over the whole
+    vocabulary, for `all`) at the segment's temperature gives the stored log-probability."""
+
+    kind: Literal["ids", "all", "filtered"]
+    """`ids`: the token ids in `ids`. `all`: the whole vocabulary. `filtered`: unknown, because `top_k`, `top_p`,
+    `min_p` or a grammar cut the vocabulary; no renormalisation gives the log-probability."""
+    ids: list[int] = []
+
+
+class Segment(_Response):
+    """A run of steps in which each prompt begins with the whole prompt and action of the step before. The lists except
+    `steps` and `policy_versions` have one entry for each token."""
+
+    steps: list[int]
+    """The indices of the steps."""
+    window_start: int
+    """The first step after step 0 that the context contained."""
+    policy_versions: list[str]
+    """The version of the weights that acted, for each step."""
+    temperature: float
+    """The temperature of the sampling. 1 where 0 was asked for, because the stored log-probabilities are then those of
+    temperature 1."""
+    encoder_token_ids: list[int] = []
+    """What the encoder received; only for encoder-decoder models."""
+    token_ids: list[int]
+    """All tokens that the policy received or sampled. For an encoder-decoder model: those of the decoder."""
+    loss_mask: list[int]
+    """1 for tokens that the policy sampled in a step of this segment, else 0."""
+    logprobs: list[float]
+    """The log-probability of each token with mask 1 under the distribution that it was sampled from, else 0."""
+    support: list[Support | None]
+    """What each token with mask 1 was sampled among, else null."""
+    recorded_mask: list[int]
+    """1 for tokens of actions that a human or another policy chose in a step of this segment, else 0."""
+
+
+class StepTrajectory(_Response):
+    """A trajectory with `format=steps`."""
+
+    episode: Episode
+    format: Literal["steps"]
+    steps: list[JsonObject]
+    closing: JsonObject | None
+    """The message that ended the episode."""
+    feedback: list[Feedback]
+    next_step: int | None = None
+    """The `from_step` of the next page; only in pages."""
+
+
+class MessageTrajectory(_Response):
+    """A trajectory with `format=messages`."""
+
+    episode: Episode
+    format: Literal["messages"]
+    messages: list[JsonObject]
+    next_step: int | None = None
+    """The `from_step` of the next page; only in pages."""
+
+
+class TokenTrajectory(_Response):
+    """A trajectory with `format=tokens`, for training."""
+
+    episode: Episode
+    format: Literal["tokens"]
+    segments: list[Segment]
+
+
+Trajectory = Annotated[StepTrajectory | MessageTrajectory | TokenTrajectory, Field(discriminator="format")]
+
+
 class Forks(_Response):
     """The answer to POST /episode/{episode_id}/fork."""
 

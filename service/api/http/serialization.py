@@ -1,14 +1,15 @@
 """Serializes episodes and trajectories: as a resource, as steps, as chat messages, or as tokens for training."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
 from service.agent.options import system_text
+from service.engine import supports
 from service.engine.prompt import observation_text
 from service.settings import policy_name
-from service.trajectory import Feedback, JsonValue, Step, StoredEpisode, public_id
+from service.trajectory import Feedback, JsonValue, Span, Step, StoredEpisode, public_id
 
 Rendered = dict[str, JsonValue]
 
@@ -99,16 +100,25 @@ def as_tokens(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
     loss_mask: 1 for tokens that the policy sampled in this segment's steps, else 0.
     logprobs: log-probability of sampled tokens under the distribution that they were sampled from (at temperature 0:
     under that of temperature 1), else 0.
+    support: what a sampled token was sampled among, else null; see `schemas.Segment`.
+    recorded_mask: 1 for tokens of actions that somebody else chose, else 0.
 
-    A step whose thought is dropped from later windows ends its segment. An encoder-decoder model has one segment for
+    A step whose thought is dropped from later windows ends its segment. So does a change of the temperature: the
+    default of a policy can change while an episode is active. An encoder-decoder model has one segment for
     each step, with the encoder's input in `encoder_token_ids` and the decoder's tokens in `token_ids`.
     """
     decided = [row for row in rows if not row.closing]
     if any(row.span.encoder_token_ids is not None for row in decided):
-        return {"segments": [_encoder_decoder_segment(row) for row in decided]}
+        return {"segments": [_encoder_decoder_segment(row, _temperature(record, row)) for row in decided]}
     num_dropped = list(accumulate((row.dropped != (0, 0) for row in decided[:-1]), initial=0))
-    groups = groupby(zip(decided, num_dropped, strict=False), key=lambda pair: (pair[0].window_start, pair[1]))
-    return {"segments": [_segment(decided, key[0], [row for row, _ in members]) for key, members in groups]}
+    keys = [(row.window_start, num, _temperature(record, row)) for row, num in zip(decided, num_dropped, strict=False)]
+    groups = groupby(zip(keys, decided, strict=True), key=lambda pair: pair[0])
+    return {
+        "segments": [
+            _segment(decided, start, temperature, [row for _, row in members])
+            for (start, _, temperature), members in groups
+        ]
+    }
 
 
 Format = Literal["steps", "messages", "tokens"]
@@ -155,40 +165,76 @@ def rating(feedback: Feedback) -> Rendered:
     return {**fields, "episode_id": public_id(feedback.episode_id)}
 
 
-def _segment(rows: Sequence[Step], start: int, members: Sequence[Step]) -> Rendered:
-    first = members[0].index
-    context = [row for row in rows[:first] if row.index == 0 or row.index >= start]
-    token_ids: list[int] = []
-    loss_mask: list[int] = []
-    logprobs: list[float] = []
-    for row in context:
+@dataclass(slots=True)
+class _Tokens:
+    """The lists of a segment, with one entry for each token."""
+
+    token_ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    support: list[Rendered | None] = field(default_factory=list)
+    recorded_mask: list[int] = field(default_factory=list)
+
+    def add_context(self, row: Step) -> None:
+        """Adds the tokens of an earlier step that the segment repeats, without its dropped thought."""
         visible = [*row.span.token_ids[: row.dropped[0]], *row.span.token_ids[row.dropped[1] :]]
-        token_ids += visible
-        loss_mask += bytes(len(visible))
-        logprobs += [0.0] * len(visible)
+        self.token_ids += visible
+        self.loss_mask += bytes(len(visible))
+        self.logprobs += [0.0] * len(visible)
+        self.support += [None] * len(visible)
+        self.recorded_mask += bytes(len(visible))
+
+    def add(self, span: Span) -> None:
+        """Adds the tokens of a step of the segment."""
+        self.token_ids += span.token_ids
+        self.loss_mask += span.loss_mask
+        self.logprobs += span.logprobs
+        for num_tokens, kind, ids in supports.runs(supports.support_of(span)):
+            self.support += [_support(kind, ids)] * num_tokens
+            self.recorded_mask += [int(kind == supports.RECORDED)] * num_tokens
+
+    def rendered(self) -> Rendered:
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+def _support(kind: int, ids: Sequence[int]) -> Rendered | None:
+    if kind == supports.ALL:
+        return {"kind": "all"}
+    if kind == supports.FILTERED:
+        return {"kind": "filtered"}
+    return {"kind": "ids", "ids": list(ids)} if ids else None
+
+
+def _temperature(record: StoredEpisode, row: Step) -> float:
+    """Returns the temperature that the stored log-probabilities of a step have: 1 where 0 was asked for."""
+    sampling: Rendered = record.config.request.get("sampling") or {}  # steps of older versions lack the temperature
+    return (sampling.get("temperature") if row.temperature is None else row.temperature) or 1.0
+
+
+def _segment(rows: Sequence[Step], start: int, temperature: float, members: Sequence[Step]) -> Rendered:
+    first = members[0].index
+    tokens = _Tokens()
+    for row in rows[:first]:
+        if row.index == 0 or row.index >= start:
+            tokens.add_context(row)
     for row in members:
-        token_ids += row.span.token_ids
-        loss_mask += row.span.loss_mask
-        logprobs += row.span.logprobs
+        tokens.add(row.span)
+    return {**_head(members, start, temperature), **tokens.rendered()}
+
+
+def _encoder_decoder_segment(row: Step, temperature: float) -> Rendered:
+    tokens = _Tokens()
+    tokens.add(row.span)
+    given = list(row.span.encoder_token_ids or ())
+    return {**_head([row], row.window_start, temperature), "encoder_token_ids": given, **tokens.rendered()}
+
+
+def _head(members: Sequence[Step], start: int, temperature: float) -> Rendered:
     return {
         "steps": [row.index for row in members],
         "window_start": start,
         "policy_versions": [row.answer["policy_version"] for row in members],
-        "token_ids": token_ids,
-        "loss_mask": loss_mask,
-        "logprobs": logprobs,
-    }
-
-
-def _encoder_decoder_segment(row: Step) -> Rendered:
-    return {
-        "steps": [row.index],
-        "window_start": row.window_start,
-        "policy_versions": [row.answer["policy_version"]],
-        "encoder_token_ids": list(row.span.encoder_token_ids or ()),
-        "token_ids": list(row.span.token_ids),
-        "loss_mask": list(row.span.loss_mask),
-        "logprobs": list(row.span.logprobs),
+        "temperature": temperature,
     }
 
 

@@ -186,7 +186,7 @@ async def end(request: Request, episode_id: EpisodeIdPath) -> Response:
 @router.get(
     "/{episode_id}/trajectory",
     summary="Read a trajectory",
-    responses={200: {"description": "The trajectory in the requested format."}}
+    responses={200: {"model": schemas.Trajectory, "description": "The trajectory in the requested format."}}
     | problems.documented(404, 410, 422, 503),
 )
 async def trajectory(
