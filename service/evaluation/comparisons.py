@@ -31,8 +31,8 @@ MIN_PAIRS = 10
 """The fewest pairs for a verdict. Without pairs, twice as many independent episodes are needed on each side.
 
 With 5 pairs the exact McNemar test cannot give p < 0.05, whatever the outcomes. From 10 pairs on, the tests keep their
-error rate in simulations with skewed returns: `python -m tests.evaluation.coverage`. Welch's test does so from 20
-episodes on, because the skewness of two different sides does not cancel as in pairs.
+error rate in simulations with skewed returns: `python -m tests.evaluation.coverage`. Welch's test needs more values,
+because the skewness of two sides of different sizes does not cancel as in pairs.
 """
 _DRAWS = 10_000
 _ROUNDING = 1e-12  # values that vary less than this, relative to their size, are equal

@@ -13,7 +13,7 @@ TESTS = [each for each in FALSE_POSITIVES if not any(word in each.name for word 
 
 @pytest.mark.parametrize("simulation", FAST, ids=lambda simulation: simulation.name)
 def test_intervals_of_95_percent_contain_the_truth(simulation: Coverage) -> None:
-    # Wilson's interval of 5 expected successes in 100 trials contains the truth with 97.2%.
+    # With 5 expected successes in 100 trials, Wilson's interval contains the truth in 96.6% of the samples.
     most = 0.98 if simulation.name == "rate 0.05" else 0.97
     assert 0.93 <= simulation.share(100, draws=2000) <= most
 
