@@ -46,6 +46,7 @@ async def decided(engine: ScriptedEngine, space: Any, sampling: Sampling, **want
     [
         (TEXT, DRAWN, None, {ALL}),
         (TEXT, GREEDY, None, {ALL}),
+        (TEXT, Sampling(max_tokens=2), None, {ALL}),
         (TEXT, TOP_1, None, {FILTERED}),
         (TEXT, Sampling(top_p=0.9), None, {FILTERED}),
         (TEXT, Sampling(min_p=0.1), None, {FILTERED}),
