@@ -235,6 +235,8 @@ class EpisodeState:
 
     step: index of the next step.
     num_tokens: number of tokens in the spans of all steps; the ids that an encoder received are not counted.
+    num_parse_failures, num_recorded: number of steps whose text is not an action, and of those whose action somebody
+    else chose; None if an older version opened the episode.
     updated_at, ended_at, expires_at: Unix seconds.
     """
 
@@ -244,6 +246,8 @@ class EpisodeState:
     success: bool | None = None
     episode_return: float = 0.0
     num_tokens: int = 0
+    num_parse_failures: int | None = None
+    num_recorded: int | None = None
     updated_at: float = 0.0
     ended_at: float | None = None
     expires_at: float | None = None

@@ -57,7 +57,8 @@ class Creation:
         request = {**request, **unnamed, "policy": agent.policies.get(name).name}
         options = await _checked(agent, request)
         config = EpisodeConfig(episode_id, request, digest, agent.policies.get(name).version, now)
-        stored = StoredEpisode(config, EpisodeState(updated_at=now, expires_at=options.expires_at(now)))
+        state = EpisodeState(num_parse_failures=0, num_recorded=0, updated_at=now, expires_at=options.expires_at(now))
+        stored = StoredEpisode(config, state)
         try:
             async with self._within_quota(config.tenant):
                 await self._store.create(stored)

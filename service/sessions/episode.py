@@ -146,6 +146,8 @@ class Episode:
             step=self.state.step + 1,
             episode_return=return_after(self.state, step.message),
             num_tokens=self.state.num_tokens + len(step.span.token_ids),
+            num_parse_failures=_added(self.state.num_parse_failures, _has_failed(step)),
+            num_recorded=_added(self.state.num_recorded, _is_recorded(step)),
             updated_at=step.created_at,
             expires_at=self.options.expires_at(step.created_at),
         )
@@ -170,6 +172,8 @@ class Episode:
             step=len(rows),
             episode_return=_sum_of_rewards(rows),
             num_tokens=sum(len(row.span.token_ids) for row in rows),
+            num_parse_failures=sum(map(_has_failed, rows)),
+            num_recorded=sum(map(_is_recorded, rows)),
             updated_at=now,
             expires_at=self.options.expires_at(now),
         )
@@ -236,6 +240,19 @@ def return_after(state: EpisodeState, message: Message) -> float:
     if not math.isfinite(total):
         raise Unprocessable("the sum of the episode's rewards is too large for a 64-bit float", "reward")
     return total
+
+
+def _has_failed(step: Step) -> bool:
+    return step.answer.get("parse_failure") is not None
+
+
+def _is_recorded(step: Step) -> bool:
+    return step.answer.get("finish_reason") == "recorded"
+
+
+def _added(count: int | None, counts: bool) -> int | None:
+    """Returns the count with one more if `counts`; None if it is unknown."""
+    return None if count is None else count + counts
 
 
 def _sum_of_rewards(steps: Sequence[Step]) -> float:
