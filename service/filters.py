@@ -19,6 +19,8 @@ Time = datetime | float | str
 
 Sort = Literal["created", "return", "length", "rating"]
 Order = Literal["asc", "desc"]
+By = Literal["policy", "policy_version", "profile", "tag", "group", "env"]
+Metric = Literal["completion", "return"]
 
 
 class EpisodeFilter(TypedDict, total=False):
@@ -47,6 +49,19 @@ class EpisodeQuery(EpisodeFilter, EpisodeOrder, total=False):
     """Which episodes to list, and how the list is sorted."""
 
 
+class EvaluationOptions(TypedDict, total=False):
+    """How an evaluation divides episodes into groups, and which comparisons it makes."""
+
+    by: Annotated[By, "What divides the episodes into groups. Default: policy."]
+    baseline: Annotated[str, "Compare every other group with this one: a value of what divides the episodes."]
+    metric: Annotated[Metric, "Compare only the completion rate, or only the return. Default: both."]
+    level: Annotated[float, "Confidence level of intervals and tests, between 0 and 1. Default: 0.95."]
+
+
+class EvaluationQuery(EpisodeFilter, EvaluationOptions, total=False):
+    """Which episodes to evaluate, and how."""
+
+
 def _declared(kind: type[Any]) -> dict[str, tuple[Any, str]]:
     hints = get_type_hints(kind, include_extras=True).items()
     return {name: (hint.__origin__, hint.__metadata__[0]) for name, hint in hints}
@@ -57,6 +72,9 @@ FILTERS: dict[str, tuple[Any, str]] = _declared(EpisodeFilter)
 
 ORDERS: dict[str, tuple[Any, str]] = _declared(EpisodeOrder)
 """The type and the help text of `sort` and `order`."""
+
+EVALUATION: dict[str, tuple[Any, str]] = _declared(EvaluationOptions)
+"""The type and the help text of each option of an evaluation."""
 
 SORTS: tuple[Sort, ...] = get_args(Sort)
 

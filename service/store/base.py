@@ -1,9 +1,9 @@
 """The interface of the store: the `Store` protocol, its exceptions, and the changes that a commit can contain."""
 
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple, Protocol
 
-from service.filters import EpisodeFilter, Order, Sort
+from service.filters import By, EpisodeFilter, Order, Sort
 from service.trajectory import EpisodeState, Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
 from service.values import immutable
 
@@ -84,6 +84,54 @@ class Ordering:
 
 
 NEWEST_FIRST = Ordering()
+OLDEST_FIRST = Ordering(order="asc")
+
+
+class Outcome(NamedTuple):
+    """What an evaluation reads of one episode. A named tuple, because it is made for each of very many episodes.
+
+    value: what the episodes are grouped by; None if the episode has none, or if they are grouped by tag.
+    root: id of the episode that stores the first step of this one: its own, or that of the ancestor of a fork.
+    num_parse_failures, num_recorded: as in `EpisodeState`.
+    """
+
+    episode_id: str
+    created_at: float
+    parent_id: str | None
+    value: str | None
+    env: str | None
+    seed: str | None
+    policy_version: str
+    status: str
+    stop_reason: str | None
+    success: int | None
+    episode_return: float
+    step: int
+    num_tokens: int
+    num_parse_failures: int | None
+    num_recorded: int | None
+    root: str
+
+
+@immutable
+class OutcomePage:
+    """Outcomes of several episodes, oldest first.
+
+    tags: the tags of the episodes by id, if they are grouped by tag.
+    ratings: of whole episodes, by episode id: pairs of rater and rating.
+    """
+
+    outcomes: Sequence[Outcome]
+    tags: Mapping[str, Sequence[str]]
+    ratings: Mapping[str, Sequence[tuple[str | None, int]]]
+
+
+class StepSample(NamedTuple):
+    """What an evaluation reads of one step: how long the act took, in seconds, and the temperature; None if unknown."""
+
+    episode_id: str
+    seconds: float | None
+    temperature: float | None
 
 
 class Store(Protocol):
@@ -130,6 +178,23 @@ class Store(Protocol):
         where: only episodes that match this filter. A label may be a tuple, of which one text must match.
         ordering: how the list is sorted. The mean rating is returned only if the list is sorted by it.
         """
+        ...
+
+    async def outcomes(
+        self, *, limit: int, after: Place | None, tenant: str, where: EpisodeFilter = EVERY, by: By
+    ) -> OutcomePage:
+        """Returns a page of outcomes, without those of tombstones.
+
+        limit: maximum number of episodes.
+        after: place of the last episode of the previous page: its time of creation, and its id.
+        where: only episodes that match this filter. A label may be a tuple, of which one text must match.
+        by: what `Outcome.value` or `OutcomePage.tags` is read from.
+        """
+        ...
+
+    async def step_samples(self, episode_ids: Sequence[str], num_steps: int) -> list[StepSample]:
+        """Returns the steps of these episodes that have an index below `num_steps`, without the steps that a fork
+        shares with its ancestors. The steps of an episode are in their order."""
         ...
 
     async def commit(self, commit: Commit) -> None:

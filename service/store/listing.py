@@ -1,6 +1,7 @@
 """Queries that list episodes: filters, sorting, and keyset pagination by row-value comparison."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -40,12 +41,14 @@ def listing(
     where: EpisodeFilter,
     ordering: Ordering = NEWEST_FIRST,
     rare: int | None = None,
-) -> Select[Any]:
+    columns: Sequence[Any] = (episodes,),
+) -> "Select[*tuple[Any, ...]]":
     """Returns the query of one page of episodes; see `Store.episodes`.
 
     rare: the result of `rare_selection`.
+    columns: what the query returns of each episode.
     """
-    query = select(episodes)
+    query: Select[*tuple[Any, ...]] = select(*columns)
     if ordering.sort == "rating":
         query = select(episodes, _RATING.c.mean).outerjoin(_RATING, _RATING.c.episode_id == episodes.c.episode_id)
     query = query.where(episodes.c.deleted_at.is_(None), *_conditions(tenant, where, rare))

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from service.filters import EpisodeFilter
+from service.filters import By, EpisodeFilter
 from service.store.base import (
     EVERY,
     NEWEST_FIRST,
@@ -29,7 +29,9 @@ from service.store.base import (
     EpisodeExists,
     EpisodeGone,
     Ordering,
+    OutcomePage,
     Place,
+    StepSample,
     StepTaken,
     StoreUnavailable,
 )
@@ -40,6 +42,7 @@ from service.store.group_commit import GroupCommit, OnCommit
 from service.store.labelling import Labelling
 from service.store.listing import is_storable, listed, listing, rare_selection
 from service.store.migrations import current_revision
+from service.store.outcomes import outcome_page, step_samples
 from service.store.schema import (
     ancestors,
     episode_record,
@@ -168,6 +171,18 @@ class SQLStore:
             return connection.execute(query).mappings().all()
 
         return await _convert(await self._read(read), lambda row: listed(row, ordering))
+
+    async def outcomes(
+        self, *, limit: int, after: Place | None, tenant: str, where: EpisodeFilter = EVERY, by: By
+    ) -> OutcomePage:
+        if after is None:
+            await self._labelling.catch_up()
+        if not is_storable(tenant, where):
+            return OutcomePage((), {}, {})
+        return await self._read(lambda connection: outcome_page(connection, limit, after, tenant, where, by))
+
+    async def step_samples(self, episode_ids: Sequence[str], num_steps: int) -> list[StepSample]:
+        return await self._read(lambda connection: step_samples(connection, episode_ids, num_steps))
 
     async def commit(self, commit: Commit) -> None:
         await self._group.submit(commit)

@@ -5,15 +5,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from service.filters import EpisodeFilter, as_text, labels_of, metadata_of, unix_seconds
+from service.filters import By, EpisodeFilter, as_text, labels_of, metadata_of, unix_seconds
 from service.store.base import (
     EVERY,
     NEWEST_FIRST,
+    OLDEST_FIRST,
     Commit,
     EpisodeExists,
     EpisodeGone,
     Ordering,
+    Outcome,
+    OutcomePage,
     Place,
+    StepSample,
     StepTaken,
 )
 from service.trajectory import Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
@@ -71,6 +75,42 @@ class MemoryStore:
         rows.sort(key=ordering.place, reverse=ordering.order == "desc")
         following = [row for row in rows if before is None or _follows(ordering.place(row), before, ordering)]
         return following[:limit]
+
+    async def outcomes(
+        self, *, limit: int, after: Place | None, tenant: str, where: EpisodeFilter = EVERY, by: By
+    ) -> OutcomePage:
+        rows = await self.episodes(limit=limit, before=after, tenant=tenant, where=where, ordering=OLDEST_FIRST)
+        names = [row.config.episode_id for row in rows]
+        whole = {name: [one for one in self._feedback[name] if one.step is None] for name in names}
+        return OutcomePage(
+            [self._outcome(row, by) for row in rows],
+            {row.config.episode_id: sorted({*row.config.request.get("tags", ())}) for row in rows if by == "tag"},
+            {name: [(one.rater, one.rating) for one in given] for name, given in whole.items() if given},
+        )
+
+    def _outcome(self, row: StoredEpisode, by: By) -> Outcome:
+        config, state, labels = row.config, row.state, labels_of(row.config.request)
+        own = {name: getattr(state, name) for name in Outcome._fields if hasattr(state, name)}
+        return Outcome(
+            **own,
+            episode_id=config.episode_id,
+            created_at=config.created_at,
+            parent_id=config.parent and config.parent[0],
+            value=config.policy_version if by == "policy_version" else labels.get(by),
+            env=labels["env"],
+            seed=labels["seed"],
+            policy_version=config.policy_version,
+            root=self._root(row),
+        )
+
+    def _root(self, row: StoredEpisode) -> str:
+        first = next(iter(self._steps[row.config.episode_id]), None)
+        return first.episode_id if first and row.config.parent else row.config.episode_id
+
+    async def step_samples(self, episode_ids: Sequence[str], num_steps: int) -> list[StepSample]:
+        own = [(name, step) for name in episode_ids for step in self._steps.get(name, ()) if step.episode_id == name]
+        kept = [(name, step) for name, step in own if step.index < num_steps and not step.closing]
+        return [StepSample(name, step.seconds, step.temperature) for name, step in kept]
 
     async def commit(self, commit: Commit) -> None:
         record = self._episodes.get(commit.step.episode_id)
