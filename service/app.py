@@ -19,7 +19,17 @@ from service.api.http.routing import Shortcut
 from service.api.http.schemas import EpisodeFields
 from service.api.http.security import Security, is_loopback
 from service.api.http.services import Services
-from service.api.routes import acts, documentation, episodes, export, openai, operations, policies, profiles
+from service.api.routes import (
+    acts,
+    documentation,
+    episodes,
+    evaluation,
+    export,
+    openai,
+    operations,
+    policies,
+    profiles,
+)
 from service.engine.base import Engine, EngineInfo, EngineRefused, TemplateReport
 from service.engine.load import load_engine
 from service.engine.supervisor import Callback, Load, Supervisor, stop
@@ -80,7 +90,7 @@ def create_app(
         openapi_url=None,  # `documentation` serves it
     )
     app.state.services = services
-    modules = (acts, episodes, profiles, policies, export, openai, operations)
+    modules = (acts, episodes, profiles, policies, export, evaluation, openai, operations)
     for router in (*(module.router for module in modules), documentation.index):
         app.include_router(router)
     if settings.docs:

@@ -7,6 +7,7 @@ by the agent and committed before it is answered.
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, cast
 
 from service.access.admission import Admission
@@ -14,6 +15,8 @@ from service.agent.agent import Agent
 from service.agent.policies import Policies
 from service.engine.base import ActionSpaceRefused, Engine, EngineUnavailable, Overflow, Recorded, uncancelled
 from service.errors import Conflict, PolicyFailed, Unavailable, Unprocessable, episode_deleted
+from service.evaluation.evaluate import evaluate
+from service.evaluation.report import Question, Report
 from service.filters import EpisodeFilter
 from service.lifecycle import Lifecycle, Phase
 from service.observability import metrics
@@ -24,6 +27,7 @@ from service.sessions.episode import Episode
 from service.sessions.episode_cache import EpisodeCache
 from service.sessions.expiry import Expiry
 from service.sessions.retries import act_in_flight, busy, committed_step, stored_step
+from service.settings import policy_name
 from service.store.base import NEWEST_FIRST, EpisodeGone, Ordering, Place, Store
 from service.trajectory import (
     Feedback,
@@ -40,6 +44,8 @@ Answer = dict[str, JsonValue]
 _NONE: Mapping[str, JsonValue] = {}
 _MAX_RACES = 3
 """How often a call is tried again because another one has committed a step meanwhile."""
+_MAX_EVALUATIONS = 2
+"""Reports that are made at the same time; others wait. It bounds the memory that they need."""
 _LOADING = "the model is still loading; retry later"
 _NO_TIME: dict[str, float] = dict.fromkeys(("queue_s", "engine_s", "store_s", "total_s"), 0.0)
 
@@ -68,6 +74,7 @@ class Sessions:
         self._cache = EpisodeCache(store, max_cached_episodes, lambda: self.agent.engine)
         self._creation = Creation(store, self._cache, self.admission, defaults, lambda: self.agent)
         self._commits = Commits(store, self._cache)
+        self._evaluating = asyncio.Semaphore(_MAX_EVALUATIONS)
 
     def serve(self, engine: Engine, policies: Policies | None = None) -> None:
         """Sets the engine that decides all following acts."""
@@ -125,13 +132,27 @@ class Sessions:
 
         before: the place that the previous page returned; None for the first page. After the last page it is None.
         """
-        if where.get("policy") in self._model_names:
-            where = cast("EpisodeFilter", {**where, "policy": self._model_names})
         found = await self.store.episodes(
-            limit=limit + 1, before=before, tenant=tenant, where=where, ordering=ordering
+            limit=limit + 1, before=before, tenant=tenant, where=self._with_all_names(where), ordering=ordering
         )  # one more than the page has shows whether there is a next page
         page = found[:limit]
         return page, ordering.place(page[-1]) if len(found) > limit else None
+
+    async def evaluate(self, tenant: str, where: EpisodeFilter, question: Question) -> Report:
+        """Evaluates the tenant's episodes that match the filter; see `evaluation.evaluate`."""
+        shown: Callable[[str | None], str | None] = self._shown_policy if question.by == "policy" else lambda name: name
+        question = replace(question, baseline=shown(question.baseline))
+        async with self._evaluating:
+            return await evaluate(self.store, tenant, self._with_all_names(where), question, shown)
+
+    def _with_all_names(self, where: EpisodeFilter) -> EpisodeFilter:
+        """Returns the filter with all names of the base model, if it has one of them."""
+        is_base = where.get("policy") in self._model_names
+        return cast("EpisodeFilter", {**where, "policy": self._model_names}) if is_base else where
+
+    def _shown_policy(self, name: str | None) -> str | None:
+        """Returns the name under which callers see a policy."""
+        return self._model_names[0] if name in self._model_names else name and policy_name(name)
 
     async def steps(self, episode_id: str, first: int = 0, last: int | None = None) -> tuple[StoredEpisode, list[Step]]:
         """Returns the episode and its steps from index `first` to `last`, both included. Raises NotFound, Gone."""
