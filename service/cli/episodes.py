@@ -90,7 +90,7 @@ _NARROW = 110
 
 
 def _print_table(found: Iterable[EpisodeResource]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED)
+    console = Console(width=None if sys.stdout.isatty() else UNLIMITED)
     is_narrow = console.width < _NARROW
     cells = _narrow_cells if is_narrow else _wide_cells
     names = ("status", "success", "steps", "return", "created UTC", *(() if is_narrow else ("policy", "env", "group")))
@@ -105,7 +105,7 @@ def _print_table(found: Iterable[EpisodeResource]) -> None:
         typer.echo("no episodes", err=True)
 
 
-_UNLIMITED = 10_000
+UNLIMITED = 10_000
 """Width of a table that is not written to a terminal, for `grep` and the like."""
 
 

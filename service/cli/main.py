@@ -7,6 +7,7 @@ import typer
 
 from service.cli.doctor import doctor_command
 from service.cli.episodes import episodes_command, export_command
+from service.cli.evaluate import evaluate_command
 from service.cli.keys import keys_app
 from service.cli.models import models_app
 from service.cli.rollout import rollout_command
@@ -39,6 +40,7 @@ app.command("doctor")(doctor_command)
 app.command("rollout")(rollout_command)
 app.command("episodes")(episodes_command)
 app.command("export")(export_command)
+app.command("evaluate")(evaluate_command)
 app.command("train")(train_command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")

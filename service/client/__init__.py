@@ -29,6 +29,7 @@ from service.client.errors import (
     StepConflict,
     Unavailable,
 )
+from service.client.evaluation import Comparison, Evaluation, EvaluationGroup
 from service.client.models import (
     Act,
     EpisodePage,
@@ -45,7 +46,7 @@ from service.client.models import (
 from service.client.retries import Retry
 from service.client.state import DEFAULT_URL, BatchItem
 from service.client.streams import Delta, Event
-from service.filters import EpisodeFilter, EpisodeOrder, EpisodeQuery
+from service.filters import EpisodeFilter, EpisodeOrder, EpisodeQuery, EvaluationQuery
 
 __all__ = [
     "DEFAULT_URL",
@@ -57,6 +58,7 @@ __all__ = [
     "AsyncEpisode",
     "BatchItem",
     "Client",
+    "Comparison",
     "ConnectionFailed",
     "ContextOverflow",
     "DeadlineExceeded",
@@ -73,6 +75,9 @@ __all__ = [
     "EpisodeQuery",
     "EpisodeResource",
     "EpisodicError",
+    "Evaluation",
+    "EvaluationGroup",
+    "EvaluationQuery",
     "Event",
     "Feedback",
     "Filters",

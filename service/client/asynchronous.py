@@ -14,6 +14,7 @@ from uuid_utils import uuid7
 from service.client import calls
 from service.client.calls import OMITTED, Call, Filters, JsonObject, Observation, Omitted
 from service.client.errors import ApiError, ConnectionFailed, reading
+from service.client.evaluation import Evaluation
 from service.client.models import Act, EpisodePage, EpisodeResource, Feedback, Policy, Profile, TrajectoryFormat
 from service.client.retries import Attempts, Link, Outcome, Retry
 from service.client.state import (
@@ -28,7 +29,7 @@ from service.client.state import (
     until_ready,
 )
 from service.client.streams import Event, EventReader, LineReader, Reader
-from service.filters import EpisodeFilter, EpisodeQuery
+from service.filters import EpisodeFilter, EpisodeQuery, EvaluationQuery
 
 T = TypeVar("T")
 
@@ -255,6 +256,11 @@ class AsyncClient:
     ) -> AsyncGenerator[dict[str, Any]]:
         """See `Client.export`."""
         return self.stream(calls.export(format, where), LineReader())
+
+    @keywords(EvaluationQuery)
+    async def evaluation(self, **query: Unpack[EvaluationQuery]) -> Evaluation:
+        """See `Client.evaluation`."""
+        return await self.run(calls.evaluation(query))
 
     async def profiles(self) -> list[Profile]:
         """See `Client.profiles`."""

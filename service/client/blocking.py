@@ -14,6 +14,7 @@ from uuid_utils import uuid7
 from service.client import calls
 from service.client.calls import OMITTED, Call, Filters, JsonObject, Observation, Omitted
 from service.client.errors import ApiError, ConnectionFailed, reading
+from service.client.evaluation import Evaluation
 from service.client.models import Act, EpisodePage, EpisodeResource, Feedback, Policy, Profile, TrajectoryFormat
 from service.client.retries import Attempts, Link, Outcome, Retry
 from service.client.state import (
@@ -28,7 +29,7 @@ from service.client.state import (
     until_ready,
 )
 from service.client.streams import Event, EventReader, LineReader, Reader
-from service.filters import EpisodeFilter, EpisodeQuery
+from service.filters import EpisodeFilter, EpisodeQuery, EvaluationQuery
 
 T = TypeVar("T")
 
@@ -288,6 +289,14 @@ class Client:
         Only one trajectory is in memory at a time. Raises ConnectionFailed if the export is incomplete.
         """
         return self.stream(calls.export(format, where), LineReader())
+
+    @keywords(EvaluationQuery)
+    def evaluation(self, **query: Unpack[EvaluationQuery]) -> Evaluation:
+        """Summarizes the episodes that match the filters, in groups, with confidence intervals.
+
+        `by` is what divides the episodes into groups. With a `baseline`, every other group is compared with it.
+        """
+        return self.run(calls.evaluation(query))
 
     def profiles(self) -> list[Profile]:
         """The profiles that `episode(profile=...)` accepts."""

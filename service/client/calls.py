@@ -16,6 +16,7 @@ import httpx
 from uuid_utils import uuid7
 
 from service.client.errors import ApiError, ConnectionFailed, problem, problem_of, reading
+from service.client.evaluation import Evaluation
 from service.client.models import (
     Act,
     EpisodePage,
@@ -26,7 +27,7 @@ from service.client.models import (
     TrajectoryFormat,
 )
 from service.client.retries import Outcome
-from service.filters import EpisodeFilter, EpisodeQuery, as_text
+from service.filters import EpisodeFilter, EpisodeQuery, EvaluationQuery, as_text
 
 T = TypeVar("T")
 JsonObject = Mapping[str, Any]
@@ -231,6 +232,14 @@ def export(format: TrajectoryFormat, where: EpisodeFilter) -> Call[None]:
     return Call("GET", f"/export{_query({'format': format, **where})}", _nothing, accept="application/x-ndjson")
 
 
+def evaluation(query: EvaluationQuery) -> Call[Evaluation]:
+    return Call("GET", f"/evaluation{_query(query)}", _evaluation)
+
+
+def evaluation_as_markdown(query: EvaluationQuery) -> Call[str]:
+    return Call("GET", f"/evaluation{_query(query)}", _as_text, accept="text/markdown")
+
+
 def act(episode_id: str, step: int, observation: Observation | None, fields: ActFields) -> Call[Act]:
     body = encode({"episode_id": episode_id, "step": step, "observation": observation, **fields})
     deadline_s = fields.get("timeout_s")
@@ -339,6 +348,14 @@ def _results(num_acts: int, response: httpx.Response) -> list[Act | ApiError]:
 
 def _page(response: httpx.Response) -> EpisodePage:
     return EpisodePage.model_validate_json(response.content)
+
+
+def _evaluation(response: httpx.Response) -> Evaluation:
+    return Evaluation.model_validate_json(response.content)
+
+
+def _as_text(response: httpx.Response) -> str:
+    return response.text
 
 
 def _nothing(response: httpx.Response) -> None:

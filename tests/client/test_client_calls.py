@@ -91,6 +91,15 @@ async def test_blocking_client_all_calls(api: Served, tmp_path: Path):
         episode.end(terminated=True)
         (exported,) = client.export("messages", group="g")
         assert exported["episode"]["episode_id"] == episode.id
+        evaluation = client.evaluation(by="group", baseline="g", level=0.9, tag="none of these")
+        assert (evaluation.groups, evaluation.level, evaluation.warnings[0].code) == ((), 0.9, "no_episodes")
+        (group,) = client.evaluation(by="group", baseline="g", group="g").groups
+        assert (group.value, group.episodes, group.returns.n, group.excluded) == (
+            "g",
+            4,
+            1,
+            {"active": 3, "unscored": 1},
+        )
         assert client.load_policy("walker", "one").kind == "adapter"
         assert [policy.name for policy in client.policies()] == ["scripted", "walker"]
         client.remove_policy("walker")
@@ -115,6 +124,7 @@ async def test_asyncio_client_all_calls(api: Served):
         assert len([e async for e in client.episodes(group="g")]) == 3
         await episode.end(truncated=True)
         assert len([line async for line in client.export("tokens")]) == 1
+        assert [group.value for group in (await client.evaluation(status="ended")).groups] == ["scripted"]
         assert (await client.load_policy("walker", "one")).rank == 4
         assert len(await client.policies()) == 2
         await client.remove_policy("walker")
