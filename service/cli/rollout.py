@@ -3,19 +3,19 @@
 import asyncio
 import json
 import shlex
-from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from service.cli.evaluate import print_evaluation
 from service.cli.open_files import raise_limit
 from service.cli.options import explained, no_service, program
-from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Retry, Unavailable
+from service.cli.rollout_table import print_table
+from service.client import DEFAULT_URL, AsyncClient, ConnectionFailed, EpisodicError, Evaluation, Retry, Unavailable
 from service.environments import describe
-from service.evaluation.statistics import Interval
 from service.rollout.environment import (
     EnvironmentFactory,
     UnusableEnvironment,
@@ -23,7 +23,7 @@ from service.rollout.environment import (
     search_working_folder,
 )
 from service.rollout.play import EpisodeRefused, Player, rollout
-from service.rollout.report import Report, Summary
+from service.rollout.report import Report
 from service.rollout.run import Run
 from service.settings import client_key
 
@@ -57,6 +57,13 @@ def rollout_command(
         float | None, typer.Option(help="An episode is a success if its return is at least this.")
     ] = None,
     policy: Annotated[str | None, typer.Option(help="Policy that plays. Default: the base model.")] = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="Policies that play the same seeds, separated by commas, for example base,learned. They are compared "
+            "with the first. `base` is the base model."
+        ),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Profile of the episodes. Its instructions and sampling are used.")
     ] = None,
@@ -78,6 +85,7 @@ def rollout_command(
     """Play episodes of a Gymnasium environment with the service's policy, and compare it with a random policy.
 
     The API key comes from EPISODIC_API_KEY. The exit code is 1 if an episode failed."""
+    names = _policy_names(policy, policies)
     search_working_folder()
     raise_limit()
     temperature = 0.0 if temperature is None and profile is None else temperature
@@ -87,21 +95,54 @@ def rollout_command(
         describe_as = load_description(describe_with) if describe_with else describe
         factory = EnvironmentFactory(env, kwargs, max_episode_steps, describe_as)
         numbers = {"episodes": episodes, "repeat": repeat, "concurrency": concurrency, "seed": seed}
-        report = asyncio.run(_play(factory, run, url, retry_s, numbers))
+        played = asyncio.run(_play(factory, run, names, url, retry_s, numbers))
     except (UnusableEnvironment, EpisodeRefused, EpisodicError) as error:
         typer.echo(f"Error: {explained(error)}", err=True)
         raise typer.Exit(1) from error
     export = _export_command(run, url)
     if as_json:
-        typer.echo(json.dumps({**report.as_json(), "export_command": export}, allow_nan=False))
+        typer.echo(json.dumps({**played.as_json(), "export_command": export}, allow_nan=False))
     else:
-        print_table(report)
+        print_table(played.reports)
+        if played.evaluation:
+            print_evaluation(played.evaluation)
         typer.echo(f"Run {run.run_id}. Export its episodes:\n  {export}")
-    if report.failures:
+    if any(report.failures for report in played.reports.values()):
         raise typer.Exit(1)
 
 
-async def _play(factory: EnvironmentFactory, run: Run, url: str, retry_s: float, numbers: dict[str, int]) -> Report:
+@dataclass(frozen=True, slots=True)
+class _Played:
+    """The report of each policy by name, and their comparison if there are several."""
+
+    reports: dict[str, Report]
+    evaluation: Evaluation | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        reports = {name: report.as_json() for name, report in self.reports.items()}
+        if self.evaluation is None:
+            (only,) = reports.values()
+            return only
+        shared = {name: value for name, value in next(iter(reports.values())).items() if name in ("run_id", "tag")}
+        compared = self.evaluation.model_dump(mode="json", by_alias=True)
+        return {**shared, "policies": reports, "evaluation": compared}
+
+
+def _policy_names(policy: str | None, policies: str | None) -> list[str]:
+    """Returns the names in --policies; none if the option is not used."""
+    if policies is None:
+        return []
+    names = [name.strip() for name in policies.split(",")]
+    if policy is not None:
+        raise typer.BadParameter("use either --policy or --policies", param_hint="--policies")
+    if len(names) < 2 or "" in names or len(set(names)) < len(names):
+        raise typer.BadParameter("expected at least two different names, separated by commas", param_hint="--policies")
+    return names
+
+
+async def _play(
+    factory: EnvironmentFactory, run: Run, names: list[str], url: str, retry_s: float, numbers: dict[str, int]
+) -> _Played:
     first = factory.make()  # reports a wrong id or argument before the service is called
     first.env.close()
     if note := getattr(first.text, "note", None):
@@ -109,14 +150,47 @@ async def _play(factory: EnvironmentFactory, run: Run, url: str, retry_s: float,
     api_key = client_key()
     async with _client(url, api_key, Retry(total_s=retry_s)) as client:
         await _find_service(client, url, api_key, retry_s)
-        with _progress() as progress:
-            num_games = {"random": numbers["episodes"], "policy": numbers["episodes"] * numbers["repeat"]}
-            bars = {player: progress.add_task(player, total=total) for player, total in num_games.items()}
+        if not names:
+            return _Played({"policy": await _play_with(client, factory, run, numbers)})
+        names = await _resolved(client, names)
+        reports = {
+            name: await _play_with(client, factory, _run_of(run, name, numbers["repeat"]), numbers) for name in names
+        }
+        return _Played(reports, await client.evaluation(tag=run.tag, by="policy", baseline=names[0]))
 
-            def advance(player: Player) -> None:
-                progress.advance(bars[player])
 
-            return await rollout(factory, client, run=run, on_episode=advance, **numbers)
+async def _play_with(client: AsyncClient, factory: EnvironmentFactory, run: Run, numbers: dict[str, int]) -> Report:
+    with _progress() as progress:
+        num_games = {"random": numbers["episodes"], "policy": numbers["episodes"] * numbers["repeat"]}
+        shown = {"random": "random", "policy": run.policy or "policy"}
+        bars = {player: progress.add_task(shown[player], total=total) for player, total in num_games.items()}
+
+        def advance(player: Player) -> None:
+            progress.advance(bars[player])
+
+        return await rollout(factory, client, run=run, on_episode=advance, **numbers)
+
+
+async def _resolved(client: AsyncClient, names: list[str]) -> list[str]:
+    """Returns the names with that of the base model in place of `base`, unless a policy has this name."""
+    known = await client.policies()
+    if _BASE in (policy.name for policy in known):
+        return names
+    base = next((policy.name for policy in known if policy.kind == "base"), _BASE)
+    resolved = [base if name == _BASE else name for name in names]
+    if len(set(resolved)) < len(resolved):
+        detail = f"{_BASE!r} and {base!r} are the same policy, the base model"
+        raise typer.BadParameter(detail, param_hint="--policies")
+    return resolved
+
+
+_BASE = "base"
+
+
+def _run_of(run: Run, policy: str, repeat: int) -> Run:
+    """Returns the part of a run that this policy plays. Repeated plays of a seed share a group for each policy."""
+    group = f"{run.group or run.run_id}/{policy}" if repeat > 1 else run.group
+    return replace(run, policy=policy, group=group)
 
 
 async def _find_service(client: AsyncClient, url: str, api_key: str | None, retry_s: float) -> None:
@@ -158,60 +232,3 @@ def _export_command(run: Run, url: str) -> str:
     """The command that exports exactly this run's episodes."""
     command = [program(), "export", "--tag", run.tag, "--format", "tokens", "--output", f"{run.run_id}.ndjson"]
     return shlex.join(command if url == DEFAULT_URL else [*command, "--url", url])
-
-
-def print_table(report: Report) -> None:
-    table = Table(title=f"{report.env}, seeds {report.seed} to {report.seed + report.num_seeds - 1}")
-    for name in ("", "policy", "random"):
-        table.add_column(name, justify="left" if not name else "right")
-    for label, policy, random in zip(_LABELS, _cells(report.policy), _cells(report.random), strict=True):
-        table.add_row(label, policy, random)
-    table.add_section()
-    table.add_row("steps/s", f"{report.steps_per_s:.1f}", "")
-    table.add_row("/act p50", _milliseconds(report.p50_s), "")
-    table.add_row("/act p99", _milliseconds(report.p99_s), "")
-    console = Console()
-    console.print(table)
-    console.print(
-        "[dim]95% confidence intervals: Wilson for the rate, Student's t for the mean.[/dim]", highlight=False
-    )
-    if num_unknown := report.policy.success_unknown:
-        console.print(_UNKNOWN.format(num_unknown, report.policy.episodes), style="yellow", markup=False)
-    for reason, count in report.ended_early.items():
-        console.print(f"{count} ended early: {_REASONS[reason]}", style="yellow", markup=False)
-    for error, count in Counter(failure.error for failure in report.failures).most_common(_MAX_ERRORS):
-        console.print(f"{count} failed: {error}", style="red", markup=False)
-
-
-_UNKNOWN = (
-    "The success of {} of {} episodes is unknown, and the completion rate leaves them out: neither the environment's "
-    "description nor its info defines success. Define it with --success-at RETURN or --describe MODULE:CLASS."
-)
-_REASONS = {
-    "parse_failure": "the policy's text was not a valid action",
-    "ended_by_service": "the service ended the episode (a step limit, a full context or an idle timeout)",
-}
-_MAX_ERRORS = 10
-_LABELS = ("episodes", "completion rate", "terminated", "mean return", "mean length")
-
-
-def _cells(summary: Summary) -> tuple[str, ...]:
-    return (
-        str(summary.episodes),
-        _with_interval(summary.completion_rate, summary.completion_rate_ci95),
-        str(summary.terminated),
-        _with_interval(summary.mean_return, summary.mean_return_ci95),
-        _number(summary.mean_length),
-    )
-
-
-def _with_interval(value: float | None, interval: Interval | None) -> str:
-    return _number(value) if interval is None else f"{_number(value)} [{interval[0]:.3f}, {interval[1]:.3f}]"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
