@@ -14,15 +14,18 @@ from pathlib import Path
 import httpx
 import psutil
 
+from service.settings import Settings
+
 _START_LIMIT_S = 300.0
 
 
 @contextmanager
-def served(data: Path | None = None, **settings: str) -> Generator[str]:
+def served(data: Path | None = None, *, scripted: bool = False, **settings: str) -> Generator[str]:
     """Starts a service, waits until it is ready, and yields its URL.
 
-    `data` is its data folder, by default a temporary one. `settings` are settings by name, for example max_queued_acts.
-    Raises RuntimeError with the end of the service's log if it does not start.
+    `data` is its data folder, by default a temporary one. With `scripted`, its engine costs next to nothing. `settings`
+    are settings by name, for example max_queued_acts. Raises RuntimeError with the end of the service's log if it does
+    not start.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -32,7 +35,8 @@ def served(data: Path | None = None, **settings: str) -> Generator[str]:
         environment = {**os.environ, "EPISODIC_PORT": str(port), "EPISODIC_DATA": str(data or folder)}
         environment |= {f"EPISODIC_{name.upper()}": value for name, value in settings.items()}
         with log.open("wb") as out:
-            command = [sys.executable, "-m", "service", "serve"]
+            arguments = ["bench.scripted", Settings().model_path, str(port), str(data or folder)]
+            command = [sys.executable, "-m", *(arguments if scripted else ("service", "serve"))]
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
         try:
             url = f"http://127.0.0.1:{port}"

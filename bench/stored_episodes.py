@@ -72,11 +72,13 @@ def _insert(connection: Connection, first: int, end: int, length: int) -> None:
         **{"episode_return": "(CAST(i AS bigint) * 7919) % 1000", "num_tokens": str(length * _NUM_TOKENS)},
         **{"label_version": "1", "env": _rare("lake"), "policy": _rare("base"), "profile": _rare("plain")},
         **{"episode_group": "'g' || (i / 8)", "seed": "CAST(i % 1000 AS text)"},
+        **{"num_parse_failures": "CASE WHEN i % 50 = 0 THEN 1 ELSE 0 END", "num_recorded": "0"},
     }
     steps = {
         **{"episode_id": sql.name, "step": "s", "message": f"'{_MESSAGE}'", "closing": "0", "answer": f"'{_ANSWER}'"},
         **{"token_ids": sql.blob(4 * _NUM_TOKENS), "loss_mask": sql.blob(_NUM_TOKENS)},
         **{"logprobs": sql.blob(4 * _NUM_TOKENS), "digest": sql.blob(16), "window_start": "1", "created_at": "i"},
+        **{"temperature": "0", "seconds": "0.001 * (1 + (i + s) % 7)"},
     }
     ratings = {"episode_id": sql.name, "rating": "1 + i % 5", "created_at": "i"}
     numbers = sql.series("i", first, end)
