@@ -50,8 +50,9 @@ def random_model(size: Size, device: str) -> Any:
     fields = json.loads(_POLICY.read_text()) if size == "policy" else _1B
     fields = {name: value for name, value in fields.items() if name not in ("dtype", "architectures", "model_type")}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**fields))
-    return model.to(device, torch.float32 if size == "policy" else torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**fields))
+    return model.to(torch.float32 if size == "policy" else torch.bfloat16)
 
 
 def random_units(num_units: int, vocab_size: int) -> list[Unit]:

@@ -23,6 +23,7 @@ class Batch:
 
     input_ids: (rows, length), padded at the end with zeros. No trained token sees the padding, because models of this
     kind are causal.
+    attention_mask: (rows, length), 1 for tokens and 0 for padding.
     rows, columns: (N,) the place of the logits of each trained token: one before the token.
     targets: (N,) the tokens.
     temperatures: (N,)
@@ -31,6 +32,7 @@ class Batch:
     """
 
     input_ids: Tensor
+    attention_mask: Tensor
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -53,8 +55,10 @@ def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
     sizes = np.concatenate([row.support_sizes for row in rows])[kinds == Kind.IDS]
     support, absent = _padded(np.concatenate([row.support_ids for row in rows]), sizes)
     temperatures = np.concatenate([np.where(row.kinds == Kind.RECORDED, 1.0, row.temperature) for row in rows])
+    lengths = np.array([[len(row.token_ids)] for row in rows])
     arrays = (
         input_ids,
+        (np.arange(length) < lengths).astype(np.int64),
         places,
         columns,
         input_ids[places, columns + 1],
@@ -101,7 +105,16 @@ def _logits(model: Any, batch: Batch) -> Tensor:
     The output layer receives only these hidden states. Whatever a model does to its logits afterwards still happens.
     """
     with _only_at(model.get_output_embeddings(), batch):
-        return model(input_ids=batch.input_ids, use_cache=False).logits
+        return model(input_ids=batch.input_ids, attention_mask=_mask(model, batch), use_cache=False).logits
+
+
+def _mask(model: Any, batch: Batch) -> Tensor | None:
+    """The attention mask where it makes attention cheaper. It does not change the result.
+
+    Without a mask, attention is causal. PyTorch has fast kernels for this, but not in float32 on a GPU if several query
+    heads share a key: transformers then takes the slowest one, which keeps the matrix of all pairs of tokens.
+    """
+    return batch.attention_mask if batch.input_ids.is_cuda and model.dtype == torch.float32 else None
 
 
 @contextmanager
