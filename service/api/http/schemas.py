@@ -442,10 +442,12 @@ class Support(_Response):
 
 class Segment(_Response):
     """A run of steps in which each prompt begins with the whole prompt and action of the step before. The lists except
-    `steps` and `policy_versions` have one entry for each token."""
+    `steps`, `step_starts` and `policy_versions` have one entry for each token."""
 
     steps: list[int]
     """The indices of the steps."""
+    step_starts: list[int]
+    """The index of the first token of each step. What precedes the first one belongs to earlier steps."""
     window_start: int
     """The first step after step 0 that the context contained."""
     policy_versions: list[str]
@@ -496,6 +498,7 @@ class TokenTrajectory(_Response):
     episode: Episode
     format: Literal["tokens"]
     segments: list[Segment]
+    feedback: list[Feedback]
 
 
 Trajectory = Annotated[StepTrajectory | MessageTrajectory | TokenTrajectory, Field(discriminator="format")]

@@ -102,6 +102,7 @@ def as_tokens(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
     under that of temperature 1), else 0.
     support: what a sampled token was sampled among, else null; see `schemas.Segment`.
     recorded_mask: 1 for tokens of actions that somebody else chose, else 0.
+    step_starts: for each step, the index of its first token.
 
     A step whose thought is dropped from later windows ends its segment. So does a change of the temperature: the
     default of a policy can change while an episode is active. An encoder-decoder model has one segment for
@@ -129,6 +130,10 @@ _FORMATS: dict[Format, Callable[[StoredEpisode, Sequence[Step]], Rendered]] = {
 }
 
 
+RATED: tuple[Format, ...] = ("steps", "tokens")
+"""The formats that have the ratings."""
+
+
 def document(
     record: StoredEpisode,
     rows: Sequence[Step],
@@ -136,14 +141,14 @@ def document(
     format: Format,
     window: Window | None = None,
 ) -> Rendered:
-    """Returns the trajectory in one of its formats. The format `steps` also has the feedback.
+    """Returns the trajectory in one of its formats. The formats `steps` and `tokens` also have the feedback.
 
     With `window`, `rows` are the steps of this page and the row after them. The page has the ratings of its steps and
     of the whole episode.
     """
     head = {"episode": resource(record), "format": format}
     if window is None:
-        ratings = {"feedback": [rating(item) for item in feedback]} if format == "steps" else {}
+        ratings = {"feedback": [rating(item) for item in feedback]} if format in RATED else {}
         return {**head, **_FORMATS[format](record, rows), **ratings}
     next_step = window.end if window.end is not None and window.end < record.state.step else None
     of_page = [item for item in feedback if item.step is None or window.contains(item.step)]
@@ -167,8 +172,9 @@ def rating(feedback: Feedback) -> Rendered:
 
 @dataclass(slots=True)
 class _Tokens:
-    """The lists of a segment, with one entry for each token."""
+    """The lists of a segment, with one entry for each token; in `step_starts`, one for each step."""
 
+    step_starts: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -186,6 +192,7 @@ class _Tokens:
 
     def add(self, span: Span) -> None:
         """Adds the tokens of a step of the segment."""
+        self.step_starts.append(len(self.token_ids))
         self.token_ids += span.token_ids
         self.loss_mask += span.loss_mask
         self.logprobs += span.logprobs

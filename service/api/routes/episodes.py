@@ -210,7 +210,7 @@ async def trajectory(
         raise Unprocessable(detail, "query", "from_step" if from_step else "limit")
     # The reward of a page's last step is in the message of the step after it.
     stored, steps = await sessions.steps(name, from_step, window and window.end)
-    feedback = await sessions.feedback(name) if format == "steps" else ()
+    feedback = await sessions.feedback(name) if format in serialization.RATED else ()
     return await long_answer(lambda: serialization.document(stored, steps, feedback, format, window))
 
 

@@ -12,7 +12,7 @@ from service.api.http.answers import serialized
 from service.api.http.caller import caller
 from service.api.http.query import FilterQuery, FormatQuery
 from service.api.http.routing import StrictRoute
-from service.api.http.serialization import Format, document
+from service.api.http.serialization import RATED, Format, document
 from service.api.http.services import services
 from service.errors import Gone
 from service.filters import EpisodeFilter
@@ -58,7 +58,7 @@ async def _lines(
                 stored, steps = await sessions.steps(listed.config.episode_id)
             except Gone:
                 continue  # deleted after its page was read
-            feedback = await sessions.feedback(stored.config.episode_id) if format == "steps" else ()
+            feedback = await sessions.feedback(stored.config.episode_id) if format in RATED else ()
             yield await serialized(partial(document, stored, steps, feedback, format)) + b"\n"
         if place is None:
             return

@@ -1,8 +1,9 @@
 """`format=tokens` for training: supports, temperature and recorded tokens, on both stores."""
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,30 @@ async def test_the_seconds_of_an_act_are_stored_until_its_commit(api: Served):
     decided, *others = await api.app.state.services.sessions.store.steps("e")
     assert 0 < decided.seconds <= act["timing"]["total_s"] - act["timing"]["store_s"]
     assert [(step.seconds, step.closing) for step in others] == [(None, False), (None, True)]
+
+
+async def test_step_starts_divide_a_segment_into_the_spans_of_its_steps(api: Served):
+    await api.open(action_space=TURNS, context={"max_tokens": 64})
+    for step in range(8):
+        await api.act(observation=f"observation {step}", step=step)
+    found = await segments(api)
+    assert len(found) > 1, "the context must have slid"
+    stored = await api.app.state.services.sessions.store.steps("e")
+    for segment in found:
+        bounds = pairwise([*segment["step_starts"], len(segment["token_ids"])])
+        for step, (start, end) in zip(segment["steps"], bounds, strict=True):
+            assert segment["token_ids"][start:end] == list(stored[step].span.token_ids)
+
+
+@pytest.mark.parametrize("path", ["/episode/e/trajectory?format=tokens", "/export?format=tokens"])
+async def test_the_ratings_come_with_the_tokens(api: Served, path: str):
+    await api.open(action_space=TURNS)
+    await api.act()
+    for rated in ({"rating": 4, "step": 0}, {"rating": 2, "comment": "slow"}):
+        await api.client.post(f"{api.path}/feedback", json=rated)
+    await api.client.post(f"{api.path}/end", json={"terminated": True})
+    (document,) = [json.loads(line) for line in (await api.client.get(path)).text.splitlines()]
+    assert [(given["step"], given["rating"], given["comment"]) for given in document["feedback"]] == [
+        (0, 4, None),
+        (None, 2, "slow"),
+    ]
