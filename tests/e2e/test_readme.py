@@ -72,9 +72,10 @@ def test_the_training_page_loads_what_was_played(server: Server, tmp_path: Path)
     (commands,) = blocks(TRAINING, "sh")
     shell(commands, server, tmp_path)
     assert len((tmp_path / "trajectories.ndjson").read_text().splitlines()) == 8
-    tokens, chats = (python(script, server) for script in blocks(TRAINING, "python") if "Client" in script)
+    tokens, chats, masked = (python(script, server) for script in blocks(TRAINING, "python") if "Client" in script)
     assert "input_ids" in tokens
     assert "system" in chats
+    assert "labels" in masked
 
 
 def test_the_rollout_beats_the_random_policy(server: Server) -> None:
