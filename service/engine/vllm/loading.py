@@ -21,7 +21,7 @@ from service.engine import orphan_guard
 from service.engine.adapters import base_shapes
 from service.engine.base import EngineInfo, EngineRefused
 from service.engine.grammar import TokenizerData
-from service.engine.vllm import structured_outputs
+from service.engine.vllm import cpu_adapters, structured_outputs
 from service.engine.weights import weights_version
 from service.observability import logs
 from service.observability.fast_metrics import FastCounter, FastGauge, FastHistogram
@@ -118,6 +118,7 @@ def build(model: str, served_name: str, options: dict[str, Any], heartbeat: Hear
         )
 
     structured_outputs.install()
+    cpu_adapters.install()
     _log.info("engine_starting", model=served_name)
 
     def heartbeat_logger(*_: Any) -> Any:
