@@ -128,12 +128,23 @@ async def _serving(services: Services, on_ready: Callback, engine: Engine) -> As
     """Serves acts with this engine until the context exits."""
     settings, sessions = services.settings, services.sessions
     kept, aliases = settings.data / "adapters", settings.model_aliases
-    adapters = Policies(engine, sessions.store, source=settings.adapters, kept=kept, aliases=aliases)
+    adapters = Policies(
+        engine,
+        sessions.store,
+        source=settings.adapters,
+        kept=kept,
+        aliases=aliases,
+        default=settings.default_policy,
+    )
     await adapters.restore()
     sessions.serve(engine, adapters)
+    following = asyncio.create_task(adapters.follow(), name="policies")
     on_ready()
     _log_ready(settings.url, engine.info, engine.template)
-    yield
+    try:
+        yield
+    finally:
+        await stop(following)
 
 
 def _end_if_failed(on_fatal: Callback, task: "asyncio.Task[None]") -> None:

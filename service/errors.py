@@ -6,7 +6,8 @@ EpisodicError
 ├── Unauthenticated      401 unauthenticated
 ├── Forbidden            403 forbidden
 ├── NotFound             404 episode_not_found, policy_not_found, not_found
-├── Conflict             409 step_conflict, idempotency_mismatch, episode_busy, episode_ended, context_overflow
+├── Conflict             409 step_conflict, idempotency_mismatch, episode_busy, episode_ended, context_overflow,
+│                            policy_in_use, no_previous_version
 ├── Gone                 410 episode_deleted
 ├── TooLarge             413 payload_too_large
 ├── Unprocessable        422 invalid_request

@@ -120,6 +120,16 @@ class Settings(BaseSettings):
         None,
         description="Folder from which LoRA adapters may be loaded (PUT /policy/NAME). Unset: adapters are disabled.",
     )
+    max_adapter_bytes: int = Field(
+        1 << 30, ge=1024, description="Maximum size of an adapter that is uploaded (PUT /policy/NAME), in bytes."
+    )
+    default_policy: str | None = Field(
+        None,
+        min_length=1,
+        max_length=160,
+        description="Policy of new episodes that name none: a name from GET /policy, or a version, NAME@DIGEST. "
+        "PUT /policy-default takes precedence. Default: the base model.",
+    )
     profiles: Path | None = Field(None, description="Folder with further profiles (TOML files).")
     max_live_episodes: int = Field(
         2048,

@@ -215,6 +215,8 @@ class EpisodeConfig:
     policy_version: the policy's weights when the episode was opened.
     created_at: Unix seconds.
     parent: for a fork, the episode that it was forked from, and the index of the fork's own first step.
+    policy_digest: the adapter that acts in all steps; None for the base model, if the episode follows the alias, and if
+    an older version opened it.
     """
 
     episode_id: str
@@ -223,6 +225,15 @@ class EpisodeConfig:
     policy_version: str
     created_at: float
     parent: tuple[str, int] | None = None
+    policy_digest: str | None = None
+
+    @property
+    def policy_pin(self) -> str | None:
+        """What identifies the version that acts in all steps: its digest, or else its `policy_version`. None if the
+        episode follows the alias."""
+        if self.request.get("policy_updates") == "follow":
+            return None
+        return self.policy_digest or self.policy_version
 
     @property
     def tenant(self) -> str:
@@ -278,12 +289,13 @@ class Feedback:
 
 
 @immutable
-class StoredPolicy:
-    """An adapter that is served, as it is stored.
+class StoredVersion:
+    """A version of an adapter, as it is stored. Only its lineage ever changes.
 
-    digest: identifies the adapter's files.
-    version: identifies the weights of the adapter and of the base model together.
+    digest: SHA-256 of the adapter's files, in hex.
+    version: identified the weights of the adapter and of the base model together when the version was loaded first.
     loaded_at: Unix seconds.
+    parent, round, evaluation: the lineage that the caller gave. `parent` names a version, `evaluation` is JSON.
     """
 
     name: str
@@ -291,6 +303,49 @@ class StoredPolicy:
     version: str
     rank: int
     loaded_at: float
+    parent: str | None = None
+    round: int | None = None
+    evaluation: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Name and digest, which identify the version."""
+        return self.name, self.digest
+
+    @property
+    def reference(self) -> str:
+        """The name of the version for callers."""
+        return reference(self.name, self.digest)
+
+    def has_reference(self, name: str) -> bool:
+        """Whether a name of the form `name@digest` names this version. The digest may be a prefix."""
+        own, at, prefix = name.partition("@")
+        return bool(at) and own == self.name and self.digest.startswith(prefix)
+
+
+def reference(name: str, digest: str) -> str:
+    """Returns the name of a version for callers: `name@` and the first 12 characters of its digest."""
+    return f"{name}@{digest[:12]}"
+
+
+@immutable
+class Catalog:
+    """The stored policies.
+
+    versions: sorted by name, and those of one name by `loaded_at`.
+    aliases: the digest that each alias points to, by name.
+    previous: the digest that each alias pointed to before, by name, if there is one.
+    default: the policy of new episodes that name none, if an operator chose one.
+    """
+
+    versions: tuple[StoredVersion, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict[str, str])
+    previous: dict[str, str] = field(default_factory=dict[str, str])
+    default: str | None = None
+
+    def find(self, key: tuple[str, str]) -> StoredVersion | None:
+        """Returns the version with this name and digest."""
+        return next((version for version in self.versions if version.key == key), None)
 
 
 @immutable

@@ -3,8 +3,10 @@
 import random
 from functools import partial
 
+from service.agent.loaded_adapters import Policy
 from service.agent.options import Options
 from service.agent.policies import Policies
+from service.agent.policy_names import PolicyUnknown
 from service.engine.base import (
     Engine,
     EngineUnavailable,
@@ -23,10 +25,15 @@ from service.values import immutable
 
 @immutable
 class View:
-    """A read-only view of an episode for the agent. `step` is the index of the step to decide."""
+    """A read-only view of an episode for the agent.
+
+    policy, pin: the policy as the caller named it, and the version that acts; see `EpisodeConfig.policy_pin`.
+    step: the index of the step to decide.
+    """
 
     tenant: str
     policy: str
+    pin: str | None
     step: int
     options: Options
     history: History
@@ -54,6 +61,7 @@ class Agent:
         if reason := self.engine.info.no_episodes:
             raise EngineUnavailable(f"the model serves no episodes: {reason}")
         options = view.options
+        policy = self.policies.ready(view.policy, view.pin) or await self._policy(view)
         space = options.action_space.narrowed(message.legal_actions)
         transcript = Transcript(
             options.system,
@@ -68,11 +76,18 @@ class Agent:
             slot=slot,
             reasoning=options.reasoning,
             recorded=recorded,
-            adapter=self.policies.get(view.policy).adapter,
+            adapter=policy.adapter,
             cache_salt=cache_salt(view.tenant),
             sink=sink,
         )
         return await self.engine.decide(transcript, space, wanted)
+
+    async def _policy(self, view: View) -> Policy:
+        """Returns the policy of an episode, and loads it. Raises EngineUnavailable."""
+        try:
+            return await self.policies.get(view.policy, view.pin)
+        except PolicyUnknown as error:
+            raise EngineUnavailable(f"the policy of the episode is not served: {error}") from error
 
     def _generator(self, view: View, purpose: str) -> random.Random:
         """Returns the generator. With a seed, it depends only on seed, step and purpose, so steps are reproducible."""

@@ -56,7 +56,9 @@ def rollout_command(
     success_at: Annotated[
         float | None, typer.Option(help="An episode is a success if its return is at least this.")
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="Policy that plays. Default: the base model.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Policy that plays. Default: the default policy of the service.")
+    ] = None,
     policies: Annotated[
         str | None,
         typer.Option(

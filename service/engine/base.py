@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import random
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -169,8 +169,9 @@ class TextSink:
 
 @immutable
 class Adapter:
-    """A LoRA adapter.
+    """A version of a LoRA adapter.
 
+    name: `name@digest`. Two versions never have the same name, because the engine may serve both in one batch.
     version: changes with the adapter's weights and with those of the base model.
     path: its folder, whose files never change.
     """
@@ -329,11 +330,18 @@ class Engine(Protocol):
         ...
 
     async def load_adapter(self, adapter: Adapter) -> None:
-        """Makes the adapter available to `decide`. Raises AdapterRefused, EngineUnavailable."""
+        """Makes the adapter available to `decide`. Raises AdapterRefused, EngineUnavailable.
+
+        The engine may evict it from memory at any time, and then reads its files again when it is used.
+        """
         ...
 
     async def unload_adapter(self, adapter: Adapter) -> None:
-        """Frees the adapter's memory. Calls in flight that use it complete."""
+        """Frees the adapter's memory. Calls in flight that use it complete, if its files are still there."""
+        ...
+
+    def show_adapters(self, names: Mapping[str, Adapter]) -> None:
+        """Sets the loaded adapters that callers of /v1 can choose, by their names for callers."""
         ...
 
     async def openai_app(self) -> ASGIApp | None:

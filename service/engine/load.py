@@ -14,10 +14,9 @@ async def load_engine(settings: Settings) -> Engine:
     from service.engine.vllm.engine import VLLMEngine  # imported here because it takes seconds
 
     _log.info("engine_loading", model=settings.model)
-    lora = {"enable_lora": True, "max_loras": 4} if settings.adapters else {}
     engine = await VLLMEngine.load(
         settings.model_path,
-        {**lora, **settings.engine},
+        {**_adapter_options(settings), **settings.engine},
         name=settings.served_name,
         aliases=settings.model_aliases,
         grammar_limit_s=settings.constraint_limit_s,
@@ -29,3 +28,11 @@ async def load_engine(settings: Settings) -> Engine:
         sampling = dataclasses.replace(engine.info.default_sampling, max_tokens=settings.max_tokens)
         engine.info = dataclasses.replace(engine.info, default_sampling=sampling)
     return engine
+
+
+def _adapter_options(settings: Settings) -> dict[str, int | bool]:
+    """Returns vLLM's options for adapters: at most `max_loras` share a batch, and `max_cpu_loras` are in memory."""
+    if not settings.adapters and not settings.engine.get("enable_lora"):
+        return {}
+    limits = {} if "max_loras" in settings.engine else {"max_loras": 4, "max_cpu_loras": 16}
+    return {"enable_lora": True, **limits}

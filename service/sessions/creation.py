@@ -9,8 +9,10 @@ from typing import Any
 
 from service.access.admission import Admission
 from service.agent.agent import Agent
+from service.agent.loaded_adapters import Policy
 from service.agent.options import Options, checked, restored
-from service.engine.base import ActionSpaceRefused, uncancelled
+from service.agent.policy_names import PolicyUnknown
+from service.engine.base import ActionSpaceRefused, EngineUnavailable, uncancelled
 from service.errors import Conflict, Gone, TooManyRequests, Unprocessable, episode_deleted
 from service.observability import metrics
 from service.sessions.episode import Episode
@@ -49,14 +51,13 @@ class Creation:
         if info.no_episodes:
             detail = f"the model {info.model!r} serves /v1 but no episodes: {info.no_episodes}"
             raise Unprocessable(detail, "policy")
-        name = request.get("policy") or info.model
-        if name not in agent.policies:
-            detail = f"there is no policy {name[:200]!r}; the policies are {agent.policies.listing}"
-            raise Unprocessable(detail, "policy")
+        name, policy = await _policy(agent, request)
         unnamed = {field: value for field, value in self._defaults.items() if request.get(field) is None}
-        request = {**request, **unnamed, "policy": agent.policies.get(name).name}
+        request = {**request, **unnamed, "policy": name}
         options = await _checked(agent, request)
-        config = EpisodeConfig(episode_id, request, digest, agent.policies.get(name).version, now)
+        is_pinned = "@" in name or request.get("policy_updates") != "follow"
+        pin = policy.digest if is_pinned else None
+        config = EpisodeConfig(episode_id, request, digest, policy.version, now, policy_digest=pin)
         state = EpisodeState(num_parse_failures=0, num_recorded=0, updated_at=now, expires_at=options.expires_at(now))
         stored = StoredEpisode(config, state)
         try:
@@ -158,6 +159,26 @@ class Creation:
         for episode in episodes:
             self._cache.keep(episode)
         metrics.EPISODES_STARTED.inc(len(episodes))
+
+
+async def _policy(agent: Agent, request: dict[str, Any]) -> tuple[str, Policy]:
+    """Returns the policy of a new episode, and the name to store. Raises Unprocessable, EngineUnavailable."""
+    asked = request.get("policy")
+    name: str = asked or agent.policies.default
+    try:
+        policy = await agent.policies.get(name)
+    except PolicyUnknown as error:
+        if asked:
+            raise Unprocessable(str(error), "policy") from error
+        raise EngineUnavailable(f"the default policy is not served: {error}") from error
+    if policy.adapter is None:
+        return policy.name, policy
+    if asked and "@" in asked and request.get("policy_updates") == "follow":
+        detail = (
+            f"a version never changes, so no episode can follow {asked[:200]!r}. Name the policy without @ and digest."
+        )
+        raise Unprocessable(detail, "policy_updates")
+    return name, policy
 
 
 async def _checked(agent: Agent, request: dict[str, Any]) -> Options:

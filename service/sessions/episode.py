@@ -51,7 +51,8 @@ class Episode:
     def view(self) -> View:
         """The read-only view of the episode for the agent."""
         config = self.config
-        return View(config.tenant, config.request["policy"], self.state.step, self.options, self.history)
+        pin = config.policy_pin
+        return View(config.tenant, config.request["policy"], pin, self.state.step, self.options, self.history)
 
     @property
     def in_flight(self) -> InFlightAct | None:

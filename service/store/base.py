@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 from service.filters import By, EpisodeFilter, Order, Sort
-from service.trajectory import EpisodeState, Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
+from service.trajectory import Catalog, EpisodeState, Feedback, Step, StoredEpisode, StoredKey, StoredVersion
 from service.values import immutable
 
 
@@ -134,6 +134,10 @@ class StepSample(NamedTuple):
     temperature: float | None
 
 
+KEPT_MOVES = 20
+"""Number of versions in the history of an alias, the current one included."""
+
+
 class Store(Protocol):
     """Stores episodes and what belongs to them. Episode ids are qualified by the tenant; times are Unix seconds.
 
@@ -236,14 +240,39 @@ class Store(Protocol):
         """Returns the episode's ratings, oldest first."""
         ...
 
-    async def put_policy(self, policy: StoredPolicy) -> None:
-        """Stores an adapter under its name, replacing the previous one."""
+    async def put_version(self, version: StoredVersion, *, move_alias: bool) -> StoredVersion:
+        """Adds a version of an adapter. If it exists, replaces the parts of its lineage that are not None.
+
+        move_alias: also lets the alias of this name point to the version, and adds it to the alias's history.
+
+        Returns the version as it is stored.
+        """
         ...
 
-    async def delete_policy(self, name: str) -> None: ...
+    async def roll_back(self, name: str) -> StoredVersion | None:
+        """Lets the alias point to the version before the current one, which leaves its history. Returns that version;
+        None if there is no alias or no earlier version."""
+        ...
 
-    async def policies(self) -> list[StoredPolicy]:
-        """Returns the stored adapters, sorted by name."""
+    async def delete_alias(self, name: str) -> bool:
+        """Deletes the alias and its history. The versions stay. Returns False if there is no such alias."""
+        ...
+
+    async def set_default_policy(self, policy: str | None) -> None:
+        """Chooses the policy of new episodes that name none; None leaves it to the settings."""
+        ...
+
+    async def remove_unused_versions(self, keep: Sequence[str] = ()) -> list[StoredVersion]:
+        """Removes the versions that no active episode uses, and that neither an alias, nor its history, nor the default
+        policy, nor a name of `keep` (`name@digest`) refers to. Returns them."""
+        ...
+
+    async def catalog(self) -> Catalog:
+        """Returns the stored policies."""
+        ...
+
+    async def catalog_marks(self) -> object:
+        """Returns a small value that differs whenever the catalog differs in more than lineage."""
         ...
 
     async def num_active(self, tenant: str | None = None) -> int:

@@ -21,7 +21,7 @@ from service.trajectory import (
     StopReason,
     StoredEpisode,
     StoredKey,
-    StoredPolicy,
+    StoredVersion,
 )
 from service.validation import strict_json
 
@@ -68,6 +68,7 @@ episodes = Table(
     Column("label_version", Integer),
     Column("num_parse_failures", Integer),
     Column("num_recorded", Integer),
+    Column("policy_digest", String(64)),
     Index("ix_episodes_created", *_NEWEST),
     Index("ix_episodes_expires", "expires_at"),
     Index("ix_episodes_tenant", "tenant", *_NEWEST),
@@ -143,7 +144,9 @@ steps = Table(
     Column("seconds", Float(53)),
 )
 
-policies = Table(
+# The aliases: each is a copy of the version that it points to. Older replicas know only this table, so an alias may
+# point to a version that has no row in `versions`.
+aliases = Table(
     "policies",
     metadata,
     Column("name", String(64), primary_key=True),
@@ -151,6 +154,38 @@ policies = Table(
     Column("version", String(64), nullable=False),
     Column("rank", Integer, nullable=False),
     Column("loaded_at", Float(53), nullable=False),
+)
+
+versions = Table(
+    "policy_versions",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("version", String(64), nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("loaded_at", Float(53), nullable=False),
+    Column("parent", String(160)),
+    Column("round", Integer),
+    Column("evaluation", Text),
+)
+
+# The versions that each alias pointed to, in order. The last one is the current one.
+moves = Table(
+    "policy_moves",
+    metadata,
+    Column("move_id", Integer, primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("moved_at", Float(53), nullable=False),
+    Index("ix_policy_moves_name", "name", "move_id"),
+)
+
+# At most one row: the policy of new episodes that name none.
+defaults = Table(
+    "policy_default",
+    metadata,
+    Column("key", Integer, primary_key=True),
+    Column("policy", String(160), nullable=False),
 )
 
 keys = Table(
@@ -210,6 +245,7 @@ def episode_row(record: StoredEpisode) -> dict[str, Any]:
         "label_version": LABEL_VERSION,
         "parent_id": config.parent and config.parent[0],
         "parent_step": config.parent and config.parent[1],
+        "policy_digest": config.policy_digest,
         **state_row(record.state),
     }
     return checked(episodes, row)
@@ -262,6 +298,7 @@ def episode_record(row: RowMapping, rating: float | None = None) -> StoredEpisod
         policy_version=row["policy_version"],
         created_at=row["created_at"],
         parent=None if row["parent_id"] is None else (row["parent_id"], row["parent_step"]),
+        policy_digest=row["policy_digest"],
     )
     state = EpisodeState(
         step=row["step"],
@@ -345,8 +382,14 @@ def feedback_row(feedback: Feedback) -> dict[str, Any]:
     return checked(ratings, dataclasses.asdict(feedback))
 
 
-def policy_row(policy: StoredPolicy) -> dict[str, Any]:
-    return checked(policies, dataclasses.asdict(policy))
+def version_row(version: StoredVersion) -> dict[str, Any]:
+    return checked(versions, dataclasses.asdict(version))
+
+
+def alias_row(version: StoredVersion) -> dict[str, Any]:
+    """Returns the row of an alias that points to this version."""
+    row = version_row(version)
+    return {column.name: row[column.name] for column in aliases.columns}
 
 
 def key_row(key: StoredKey) -> dict[str, Any]:

@@ -43,6 +43,15 @@ from service.store.labelling import Labelling
 from service.store.listing import is_storable, listed, listing, rare_selection
 from service.store.migrations import current_revision
 from service.store.outcomes import outcome_page, step_samples
+from service.store.policies import (
+    delete_alias,
+    put_version,
+    read_catalog,
+    read_marks,
+    remove_unused,
+    roll_back,
+    set_default,
+)
 from service.store.schema import (
     ancestors,
     episode_record,
@@ -52,14 +61,12 @@ from service.store.schema import (
     key_record,
     key_row,
     keys,
-    policies,
-    policy_row,
     ratings,
     step_value,
     steps,
 )
 from service.store.sqlite import SQLiteConnections
-from service.trajectory import Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
+from service.trajectory import Catalog, Feedback, Step, StoredEpisode, StoredKey, StoredVersion
 
 _T = TypeVar("_T")
 _Row = TypeVar("_Row")
@@ -238,26 +245,27 @@ class SQLStore:
 
         return await self._read(read)
 
-    async def put_policy(self, policy: StoredPolicy) -> None:
-        row = policy_row(policy)
+    async def put_version(self, version: StoredVersion, *, move_alias: bool) -> StoredVersion:
+        now = time.time()
+        return await self._write(lambda connection: put_version(connection, version, now if move_alias else None))
 
-        def write(connection: Connection) -> None:
-            connection.execute(delete(policies).where(policies.c.name == policy.name))
-            connection.execute(insert(policies), row)
+    async def roll_back(self, name: str) -> StoredVersion | None:
+        return await self._write(lambda connection: roll_back(connection, name))
 
-        await self._write(write)
+    async def delete_alias(self, name: str) -> bool:
+        return await self._write(lambda connection: delete_alias(connection, name))
 
-    async def delete_policy(self, name: str) -> None:
-        gone = delete(policies).where(policies.c.name == name)
-        await self._write(lambda connection: connection.execute(gone))
+    async def set_default_policy(self, policy: str | None) -> None:
+        await self._write(lambda connection: set_default(connection, policy))
 
-    async def policies(self) -> list[StoredPolicy]:
-        query = select(policies).order_by(policies.c.name)
+    async def remove_unused_versions(self, keep: Sequence[str] = ()) -> list[StoredVersion]:
+        return await self._write(lambda connection: remove_unused(connection, keep))
 
-        def read(connection: Connection) -> list[StoredPolicy]:
-            return [StoredPolicy(**row) for row in connection.execute(query).mappings()]
+    async def catalog(self) -> Catalog:
+        return await self._read(read_catalog)
 
-        return await self._read(read)
+    async def catalog_marks(self) -> object:
+        return await self._read(read_marks)
 
     async def num_active(self, tenant: str | None = None) -> int:
         query = select(func.count()).select_from(episodes).where(episodes.c.status == "active")

@@ -8,6 +8,7 @@ from typing import Any
 from service.filters import By, EpisodeFilter, as_text, labels_of, metadata_of, unix_seconds
 from service.store.base import (
     EVERY,
+    KEPT_MOVES,
     NEWEST_FIRST,
     OLDEST_FIRST,
     Commit,
@@ -20,7 +21,7 @@ from service.store.base import (
     StepSample,
     StepTaken,
 )
-from service.trajectory import Feedback, Step, StoredEpisode, StoredKey, StoredPolicy
+from service.trajectory import Catalog, Feedback, Step, StoredEpisode, StoredKey, StoredVersion
 
 
 class MemoryStore:
@@ -30,7 +31,9 @@ class MemoryStore:
         self._episodes: dict[str, StoredEpisode] = {}
         self._steps: dict[str, list[Step]] = {}
         self._feedback: dict[str, list[Feedback]] = {}
-        self._policies: dict[str, StoredPolicy] = {}
+        self._versions: dict[tuple[str, str], StoredVersion] = {}
+        self._moves: dict[str, list[str]] = {}
+        self._default_policy: str | None = None
         self._keys: dict[str, StoredKey] = {}
         self._deleted_at: dict[str, float] = {}
 
@@ -159,14 +162,55 @@ class MemoryStore:
     async def feedback(self, episode_id: str) -> list[Feedback]:
         return list(self._feedback.get(episode_id, ()))
 
-    async def put_policy(self, policy: StoredPolicy) -> None:
-        self._policies[policy.name] = policy
+    async def put_version(self, version: StoredVersion, *, move_alias: bool) -> StoredVersion:
+        key = version.name, version.digest
+        lineage = {name: getattr(version, name) for name in ("parent", "round", "evaluation")}
+        given = {name: value for name, value in lineage.items() if value is not None}
+        self._versions[key] = replace(self._versions.get(key, version), **given)
+        history = self._moves.setdefault(version.name, []) if move_alias else [version.digest]
+        if history[-1:] != [version.digest]:
+            history.append(version.digest)
+            del history[:-KEPT_MOVES]
+        return self._versions[key]
 
-    async def delete_policy(self, name: str) -> None:
-        self._policies.pop(name, None)
+    async def roll_back(self, name: str) -> StoredVersion | None:
+        history = self._moves.get(name, [])
+        if len(history) < 2:
+            return None
+        history.pop()
+        return self._versions[name, history[-1]]
 
-    async def policies(self) -> list[StoredPolicy]:
-        return [self._policies[name] for name in sorted(self._policies)]
+    async def delete_alias(self, name: str) -> bool:
+        return self._moves.pop(name, None) is not None
+
+    async def set_default_policy(self, policy: str | None) -> None:
+        self._default_policy = policy
+
+    async def remove_unused_versions(self, keep: Sequence[str] = ()) -> list[StoredVersion]:
+        configs = [record.config for record in self._episodes.values() if record.state.status == "active"]
+        used = {config.policy_digest or config.policy_version for config in configs}
+        pointed = {(name, digest) for name, history in self._moves.items() for digest in history}
+        named = [*keep, *filter(None, [self._default_policy])]
+        unused = [
+            version
+            for key, version in self._versions.items()
+            if key not in pointed
+            and not used & {version.digest, version.version}
+            and not any(version.has_reference(name) for name in named)
+        ]
+        for version in unused:
+            del self._versions[version.name, version.digest]
+        return unused
+
+    async def catalog(self) -> Catalog:
+        versions = sorted(self._versions.values(), key=lambda one: (one.name, one.loaded_at, one.digest))
+        aliases = {name: history[-1] for name, history in self._moves.items()}
+        previous = {name: history[-2] for name, history in self._moves.items() if len(history) > 1}
+        return Catalog(tuple(versions), aliases, previous, self._default_policy)
+
+    async def catalog_marks(self) -> object:
+        catalog = await self.catalog()
+        return catalog.aliases, sorted(self._versions), catalog.default
 
     async def num_active(self, tenant: str | None = None) -> int:
         active = (record for record in self._episodes.values() if record.state.status == "active")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from service.engine.base import Adapter, Constraint, ConstraintRefused, EngineInfo, EngineUnavailable, OnText
 from service.engine.completion import Completion, Scores
@@ -24,7 +24,7 @@ class ScriptedEngine(DecoderOnlyEngine):
     """Completes prompts with the function `reply`, and computes scores from the ids of the prompt and the candidate.
 
     prompts, cache_salts: those of all requests so far, in order.
-    adapters: the adapters that are loaded now.
+    adapters: the adapters that are loaded now. names: those that callers of /v1 could choose.
     num_aborted: number of requests that were cancelled.
     """
 
@@ -39,6 +39,7 @@ class ScriptedEngine(DecoderOnlyEngine):
         self.prompts: list[list[int]] = []
         self.cache_salts: list[str | None] = []
         self.adapters: list[Adapter] = []
+        self.names: dict[str, Adapter] = {}
         self.num_aborted = 0
         self._reply = reply
         self._latency_s = latency_s
@@ -115,6 +116,9 @@ class ScriptedEngine(DecoderOnlyEngine):
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         self.adapters.remove(adapter)
+
+    def show_adapters(self, names: Mapping[str, Adapter]) -> None:
+        self.names = dict(names)
 
     async def openai_app(self) -> None:
         return None

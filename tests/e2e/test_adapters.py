@@ -1,4 +1,4 @@
-"""LoRA adapters on the real engine: selection, replacement without stale cache entries, rejection, and restart."""
+"""LoRA adapters on the real engine: versions side by side, replacement without stale prefixes, rejection, restart."""
 
 import json
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ from tests.e2e.test_episodes import acted, opened
 from tests.support.adapters import make_adapter
 
 DISCRETE = {"type": "discrete", "actions": ["left", "down", "right", "up"]}
+LONG = "Walk on. " * 40
+NUM_EXTRA = 5
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,8 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("lora")
     for seed, name in enumerate(("one", "two"), start=1):
         make_adapter(folder / "in" / name, seed)
+    for number in range(NUM_EXTRA):
+        make_adapter(folder / "in" / f"extra-{number}", 10 + number)
     make_adapter(folder / "in" / "output", 3, modules=("lm_head",))
     make_adapter(folder / "in" / "high", 1, rank=64)
     make_adapter(folder / "in" / "other-model", 1, num_in=48)
@@ -33,9 +37,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def probs(http: httpx.Client, policy: str) -> dict[str, float]:
     """Returns the action probabilities after a prompt of several cache blocks, the same for all policies."""
-    episode = opened(
-        http, policy=policy, action_space=DISCRETE, instructions="Walk on. " * 40, sampling={"temperature": 0}
-    )
+    episode = opened(http, policy=policy, action_space=DISCRETE, instructions=LONG, sampling={"temperature": 0})
     acted(http, episode, "row 0, column 0", step=0)
     return acted(http, episode, "row 1, column 0", step=1)["action_probs"]
 
@@ -46,6 +48,32 @@ def near(one: dict[str, float], other: dict[str, float]) -> bool:
 
 def load(http: httpx.Client, path: str) -> Any:
     return http.put("/policy/walker", json={"path": path})
+
+
+def test_two_versions_act_side_by_side_in_one_batch(lora: Server) -> None:
+    with httpx.Client(base_url=lora.url, timeout=120) as http:
+        one = http.put("/policy/side", json={"path": "one"}).json()
+        two = http.put("/policy/side", json={"path": "two", "alias": False, "parent": one["version"]}).json()
+        alone = {one["policy_version"]: probs(http, "side"), two["policy_version"]: probs(http, two["version"])}
+        assert not near(*alone.values())
+        for number in range(NUM_EXTRA):  # more than the engine has in one batch, so that it evicts both versions
+            probs(http, http.put(f"/policy/extra-{number}", json={"path": f"extra-{number}"}).json()["version"])
+        policies = ["side", two["version"]] * 8
+        episodes = [
+            opened(http, policy=policy, action_space=DISCRETE, instructions=LONG, sampling={"temperature": 0})
+            for policy in policies
+        ]
+        for step, row in enumerate(("row 0, column 0", "row 1, column 0")):
+            acts = [{"episode_id": episode, "observation": row, "step": step} for episode in episodes]
+            answers = http.post("/act/batch", json={"acts": acts}).json()["results"]
+        assert [one["policy_version"] for one in answers] == list(alone) * 8
+        assert all(near(one["action_probs"], alone[one["policy_version"]]) for one in answers)
+        for number in range(NUM_EXTRA):
+            http.delete(f"/policy/extra-{number}")
+        assert http.put("/policy/side", json={"version": two["version"]}).json()["current"]
+        chosen = {"model": "side", "prompt": "row 0", "max_tokens": 1}
+        assert http.post("/v1/completions", json=chosen).json()["model"] == "side"
+        http.delete("/policy/side")
 
 
 def test_adapters_act_and_a_replaced_one_meets_no_stale_prefix(lora: Server) -> None:

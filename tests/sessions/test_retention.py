@@ -117,7 +117,10 @@ def test_the_command_needs_a_retention_and_says_what_it_did(tmp_path: Path, monk
     asyncio.run(fill())
     assert CliRunner().invoke(app, ["purge"]).exit_code == 2
     ran = CliRunner().invoke(app, ["purge", "--retention-s", "50"])
-    assert (ran.exit_code, ran.stdout) == (0, "Deleted 1 episodes and removed 0 tombstones.\n")
+    assert (ran.exit_code, ran.stdout) == (
+        0,
+        "Deleted 1 episodes and removed 0 tombstones.\nRemoved 0 unused versions of adapters.\n",
+    )
 
 
 async def test_a_tiny_retention_does_not_query_the_store_without_a_pause(monkeypatch: pytest.MonkeyPatch):

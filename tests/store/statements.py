@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, event
 
 from service.store.sql import SQLStore
-from service.trajectory import EpisodeState, Feedback, StopReason, StoredEpisode, StoredKey, StoredPolicy
+from service.trajectory import EpisodeState, Feedback, StopReason, StoredEpisode, StoredKey, StoredVersion
 from tests.store.test_stores import commit, fork, record
 from tests.support.databases import in_database
 
@@ -45,7 +45,7 @@ SCENARIO: list[tuple[str, Callable[[SQLStore], Awaitable[Any]]]] = [
     ("rate without a name", lambda store: store.add_feedback(Feedback("a", 1, 3, None, None, 5.0))),
     ("delete", lambda store: store.delete("gone")),
     ("delete a missing one", lambda store: store.delete("nobody")),
-    ("load an adapter", lambda store: store.put_policy(StoredPolicy("p", "d", "v", 8, 1.0))),
+    ("load an adapter", lambda store: store.put_version(StoredVersion("p", "d", "v", 8, 1.0), move_alias=True)),
     ("add a key", lambda store: store.add_key(StoredKey("k", b"\1" * 32, "acme", ("act",), 1.0))),
     ("revoke a key", lambda store: store.revoke_key("k", 2.0)),
     ("read an episode", lambda store: store.episode("a")),
@@ -64,7 +64,7 @@ SCENARIO: list[tuple[str, Callable[[SQLStore], Awaitable[Any]]]] = [
     ("next expiry", lambda store: store.next_expiry()),
     ("expired", lambda store: store.expired(99.0, 9)),
     ("ratings", lambda store: store.feedback("a")),
-    ("adapters", lambda store: store.policies()),
+    ("adapters", lambda store: store.catalog()),
     ("keys", lambda store: store.keys()),
 ]
 """What a replica does, operation by operation. The data of each depends on the earlier ones, not on who did them."""

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.store.base import EpisodeExists, StepTaken, StoreRefused, StoreUnavailable
 from service.store.connections import Patience
 from service.store.sql import SQLStore
-from service.trajectory import Feedback, StoredPolicy
+from service.trajectory import Feedback, StoredVersion
 from tests.store.test_stores import commit, record
 from tests.support.postgres import Postgres
 
@@ -204,9 +204,24 @@ async def test_replicas_that_store_the_same_policy_at_the_same_time_both_succeed
     url = own_server.new()
     async with SQLStore(url) as one, SQLStore(url) as other:
         for number in range(20):
-            policy = StoredPolicy(f"adapter-{number}", "digest", "v", 8, 1.0)
-            await asyncio.gather(one.put_policy(policy), other.put_policy(policy))
-        assert len(await one.policies()) == 20
+            version = StoredVersion(f"adapter-{number}", "digest", "v", 8, 1.0)
+            await asyncio.gather(*(store.put_version(version, move_alias=True) for store in (one, other)))
+        catalog = await one.catalog()
+        assert len(catalog.versions) == len(catalog.aliases) == 20
+        assert not catalog.previous, "an alias moved to the version that it already pointed to"
+
+
+async def test_replicas_that_move_an_alias_at_the_same_time_leave_one_history(own_server: Postgres):
+    url = own_server.new()
+    async with SQLStore(url) as one, SQLStore(url) as other:
+        await one.put_version(StoredVersion("p", "first", "v", 8, 1.0), move_alias=True)
+        for number in range(10):
+            version = StoredVersion("p", f"digest-{number}", "v", 8, 1.0)
+            await asyncio.gather(*(store.put_version(version, move_alias=True) for store in (one, other)))
+        for number in reversed(range(9)):
+            rolled_back = await one.roll_back("p")
+            assert rolled_back is not None
+            assert rolled_back.digest == f"digest-{number}"
 
 
 async def test_concurrent_acts_do_not_deadlock(own_server: Postgres):

@@ -5,14 +5,17 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
-from service.store.schema import entries, episodes
+from service.store.base import StoreRefused
+from service.store.schema import entries, episodes, versions
 from service.store.sql import SQLStore
+from service.trajectory import StoredVersion
 from tests.store.statements import SCENARIO, Statement, load, run
 from tests.support.databases import in_database
 
 PREVIOUS = "0004"
+BEFORE_VERSIONS = "0008"
 OLD, NEW = "old", "new"
 NAMES = [name for name, _ in SCENARIO]
 
@@ -65,6 +68,40 @@ async def test_operations_of_both_versions_have_the_results_of_one(store: SQLSto
         assert {one.config.episode_id for one in found} == {"a", "f"}, where
     (rated,) = [one for one in await store.feedback("a") if one.rater == "ann"]
     assert rated.rating == 5
+
+
+async def test_an_alias_of_the_previous_version_gets_its_version_and_its_history(store: SQLStore, url: str):
+    await run_old(url, statements(url)["load an adapter"])
+    loaded = StoredVersion("p", "d", "v", 8, 1.0)
+    catalog = await store.catalog()
+    assert (catalog.versions, catalog.aliases, catalog.previous) == ((loaded,), {"p": "d"}, {})
+    newer = StoredVersion("p", "e", "w", 8, 2.0)
+    await store.put_version(newer, move_alias=True)
+    catalog = await store.catalog()
+    assert (catalog.versions, catalog.previous) == ((loaded, newer), {"p": "d"})
+    await run_old(url, statements(url)["load an adapter"])
+    assert (await store.catalog()).previous == {"p": "e"}, "an older replica moved the alias back"
+    assert await store.roll_back("p") == newer
+    await run_old(url, statements(url)["load an adapter"])
+    assert await store.delete_alias("p")
+    assert (await store.catalog()).versions == (loaded, newer)
+
+
+async def test_a_downgrade_is_refused_if_a_version_or_its_lineage_would_be_lost(url: str):
+    for lost in ({"parent": "p@" + "0" * 12}, {"round": 0}, {"evaluation": "{}"}):
+        async with SQLStore(url) as store:
+            await store.put_version(StoredVersion("p", "d", "v", 8, 1.0, **lost), move_alias=True)
+        with pytest.raises(StoreRefused, match="p@d or its lineage would be lost"):
+            await SQLStore(url).migrate(BEFORE_VERSIONS)
+        await in_database(url, lambda connection: connection.execute(delete(versions)))
+    async with SQLStore(url) as store:
+        await store.put_version(StoredVersion("p", "d", "v", 8, 1.0), move_alias=True)
+    await SQLStore(url).migrate(BEFORE_VERSIONS)
+    async with SQLStore(url) as store:
+        assert (await store.catalog()).aliases == {"p": "d"}
+        await store.put_version(StoredVersion("p", "e", "v", 8, 1.0), move_alias=False)
+    with pytest.raises(StoreRefused, match="p@e"):
+        await SQLStore(url).migrate(BEFORE_VERSIONS)
 
 
 async def test_a_tombstone_of_the_previous_version_keeps_no_labels(store: SQLStore, url: str):

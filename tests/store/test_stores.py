@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.filters import EpisodeFilter
-from service.store.base import EVERY, Commit, EpisodeExists, EpisodeGone, StepTaken, Store
+from service.store.base import EVERY, KEPT_MOVES, Commit, EpisodeExists, EpisodeGone, StepTaken, Store
 from service.store.schema import episode_record, episode_row, step_row, step_value
 from service.store.sql import SQLStore
 from service.testing.memory_store import MemoryStore
@@ -27,7 +27,7 @@ from service.trajectory import (
     StopReason,
     StoredEpisode,
     StoredKey,
-    StoredPolicy,
+    StoredVersion,
 )
 
 
@@ -230,13 +230,97 @@ async def test_keys_are_kept_and_revoked_once(store: Store):
     assert await store.keys() == [replace(first, revoked_at=3.0), second]
 
 
-async def test_policies_are_kept_by_name(store: Store):
+def version(name: str, digest: str, **lineage: Any) -> StoredVersion:
+    return StoredVersion(name, digest, "v", 8, 1.0, **lineage)
+
+
+async def test_an_alias_points_to_the_last_version_that_moved_it(store: Store):
     for name, digest in (("b", "1"), ("a", "2"), ("b", "3")):
-        await store.put_policy(StoredPolicy(name, digest, "v", 8, 1.0))
-    assert [(policy.name, policy.digest) for policy in await store.policies()] == [("a", "2"), ("b", "3")]
-    await store.delete_policy("a")
-    await store.delete_policy("nobody")
-    assert [policy.name for policy in await store.policies()] == ["b"]
+        await store.put_version(version(name, digest), move_alias=True)
+    await store.put_version(version("b", "4"), move_alias=False)
+    catalog = await store.catalog()
+    assert catalog.aliases == {"a": "2", "b": "3"}
+    assert catalog.previous == {"b": "1"}
+    assert [(one.name, one.digest) for one in catalog.versions] == [("a", "2"), ("b", "1"), ("b", "3"), ("b", "4")]
+    assert await store.delete_alias("b")
+    assert not await store.delete_alias("nobody")
+    after = await store.catalog()
+    assert (after.aliases, after.previous, after.versions) == ({"a": "2"}, {}, catalog.versions)
+
+
+async def test_a_later_lineage_replaces_only_what_it_names(store: Store):
+    await store.put_version(version("p", "1", parent="p@0", round=3), move_alias=False)
+    stored = await store.put_version(version("p", "1", evaluation='{"won":1}'), move_alias=True)
+    assert stored == version("p", "1", parent="p@0", round=3, evaluation='{"won":1}')
+    assert (await store.catalog()).versions == (stored,)
+
+
+async def test_a_rollback_goes_back_one_version_at_a_time(store: Store):
+    for digest in ("1", "2", "1", "1", "3"):
+        await store.put_version(version("p", digest), move_alias=True)
+    assert (await store.catalog()).previous == {"p": "1"}
+    for digest in ("1", "2", "1"):
+        assert await store.roll_back("p") == version("p", digest)
+        assert (await store.catalog()).aliases == {"p": digest}
+    assert await store.roll_back("p") is None
+    assert await store.roll_back("nobody") is None
+    assert (await store.catalog()).aliases == {"p": "1"}
+
+
+async def test_the_history_of_an_alias_is_bounded(store: Store):
+    for number in range(KEPT_MOVES + 5):
+        await store.put_version(version("p", str(number)), move_alias=True)
+    num_back = 0
+    while await store.roll_back("p"):
+        num_back += 1
+    assert num_back == KEPT_MOVES - 1
+
+
+async def test_only_versions_that_nothing_uses_are_removed(store: Store):
+    for digest in ("gone", "old", "current"):
+        await store.put_version(version("p", digest), move_alias=digest != "gone")
+    for digest in ("default", "kept", "active", "legacy", "ended", "unused"):
+        weights = "v1" if digest == "legacy" else "v2"  # an older release stored only these with an episode
+        await store.put_version(replace(version("q", digest), version=weights), move_alias=False)
+    await store.put_version(version("r", "active"), move_alias=False)
+    await store.set_default_policy("q@def")
+    for name, digest in (("a", "active"), ("b", None), ("c", "ended")):
+        opened = record(name)
+        await store.create(replace(opened, config=replace(opened.config, policy_digest=digest)))
+    await store.commit(commit(0, "c", ends=StopReason.TERMINATED))
+    removed = await store.remove_unused_versions(["q@kep"])
+    assert {one.reference for one in removed} == {"p@gone", "q@ended", "q@unused"}
+    assert {one.reference for one in (await store.catalog()).versions} == {
+        *("p@old", "p@current", "q@default", "q@kept", "q@active", "q@legacy", "r@active")
+    }
+    await store.roll_back("p")
+    assert {one.reference for one in await store.remove_unused_versions()} == {"p@current", "q@kept"}
+
+
+async def test_the_default_policy_is_kept_and_every_change_marks_the_catalog(store: Store):
+    marks = [await store.catalog_marks()]
+    for change in (
+        store.put_version(version("p", "1"), move_alias=True),
+        store.put_version(version("p", "2"), move_alias=False),
+        store.put_version(version("p", "2"), move_alias=True),
+        store.set_default_policy("p"),
+        store.delete_alias("p"),
+    ):
+        await change
+        changed = await store.catalog_marks()
+        assert changed not in marks
+        marks.append(changed)
+    assert (await store.catalog()).default == "p"
+    await store.set_default_policy(None)
+    assert (await store.catalog()).default is None
+    assert await store.catalog_marks() == await store.catalog_marks()
+
+
+async def test_the_version_that_an_episode_is_pinned_to_is_kept(store: Store):
+    pinned = record()
+    pinned = replace(pinned, config=replace(pinned.config, policy_digest="a" * 64))
+    await store.create(pinned)
+    assert await store.episode("e") == pinned
 
 
 async def test_pages_are_newest_first_and_complete(store: Store):

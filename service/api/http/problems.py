@@ -36,6 +36,8 @@ CODES: dict[int, tuple[str, ...]] = {
         "episode_busy",
         "episode_ended",
         "context_overflow",
+        "policy_in_use",
+        "no_previous_version",
     ),
     410: ("episode_deleted",),
     413: ("payload_too_large",),

@@ -8,6 +8,8 @@ from service.api.http import tool_forms
 from service.errors import Unprocessable
 from service.trajectory import IMAGE_PARTS, Message, is_parts
 
+PARENT = r"^[A-Za-z0-9_.-]{1,64}@[0-9a-f]{8,64}$"
+"""A version of an adapter."""
 EPISODE_ID = r"^[A-Za-z0-9_-]{1,128}$"
 EpisodeId = Annotated[str, StringConstraints(pattern=EPISODE_ID)]
 JsonObject = dict[str, Any]
@@ -145,7 +147,11 @@ class EpisodeFields(_Request):
     """Without it, the policy writes no thoughts."""
     context: ContextRequest | None = None
     policy: str | None = None
-    """A name from GET /policy. The default is the base model."""
+    """A name from GET /policy, or a version, `name@digest`. The default is `default` of GET /policy: the base
+    model, unless an operator chose another one."""
+    policy_updates: Literal["pinned", "follow"] = "pinned"
+    """`pinned`: all steps are taken by the version that `policy` names when the episode is opened. `follow`: each step
+    is taken by the version that `policy` names at that time."""
     max_steps: int | None = Field(None, gt=0, lt=2**31)
     """The episode ends after this many steps."""
     idle_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -272,8 +278,25 @@ class FeedbackRequest(_Request):
 class AdapterRequest(_Request):
     """Body of PUT /policy/{name}."""
 
-    path: str = Field(min_length=1, max_length=1024)
+    path: str | None = Field(None, min_length=1, max_length=1024)
     """The folder of a LoRA adapter, relative to EPISODIC_ADAPTERS, in PEFT's format with safetensors."""
+    version: str | None = Field(None, min_length=1, max_length=256)
+    """A version from GET /policy, `name@digest`, instead of `path`. At least 8 characters of the digest are needed."""
+    alias: bool = True
+    """Whether the name points to this version from now on. Otherwise the version is only loaded."""
+    parent: str | None = Field(None, pattern=PARENT)
+    """The version that this one was made from, `name@digest`."""
+    round: int | None = Field(None, ge=0, lt=2**31)
+    """The number of the training round."""
+    evaluation: JsonObject | None = None
+    """Any JSON object of at most 16 KiB, for example the results of an evaluation."""
+
+
+class DefaultPolicyRequest(_Request):
+    """Body of PUT /policy-default."""
+
+    policy: str | None = Field(min_length=1, max_length=160)
+    """A name from GET /policy, or a version, `name@digest`. Null leaves the choice to EPISODIC_DEFAULT_POLICY."""
 
 
 class EndRequest(_Request):
@@ -406,6 +429,7 @@ class Episode(_Response):
     reasoning: JsonObject | None
     context: JsonObject | None
     policy: str
+    policy_updates: Literal["pinned", "follow"]
     max_steps: int | None
     idle_ttl_s: float | None
     tags: list[str]
@@ -516,19 +540,59 @@ class Policy(_Response):
     name: str
     kind: Literal["base", "adapter"]
     policy_version: str
-    """Identifies the weights. It changes when an adapter is replaced."""
+    """Identifies the weights. It changes when the name points to another version."""
     base: str
     """The name of the base model."""
     rank: int | None
     """The rank of the adapter; null for the base model."""
     loaded_at: float | None
-    """When the adapter was loaded, as Unix time in seconds; null for the base model."""
+    """When the version was loaded first, as Unix time in seconds; null for the base model."""
+    version: str | None
+    """The version that the name points to, `name@digest`; null for the base model."""
+    previous: str | None
+    """The version that a rollback would return to, if there is one."""
+
+
+class PolicyVersion(_Response):
+    """A version of a LoRA adapter. It never changes, apart from its lineage: `parent`, `round` and `evaluation`."""
+
+    version: str
+    """`name@digest`, with the first 12 characters of the digest. Episodes can be opened with it."""
+    name: str
+    kind: Literal["adapter"]
+    digest: str
+    """SHA-256 of the adapter's files."""
+    policy_version: str
+    """Identifies the weights of the adapter and of the base model together, as each step stores it."""
+    base: str
+    """The name of the base model."""
+    rank: int
+    loaded_at: float
+    """When the version was loaded first, as Unix time in seconds."""
+    current: bool
+    """Whether `name` points to this version."""
+    parent: str | None
+    """The version that this one was made from."""
+    round: int | None
+    evaluation: JsonObject | None
 
 
 class PolicyList(_Response):
     """The answer to GET /policy."""
 
     policies: list[Policy]
+    """The names that episodes can be opened with, and where they point."""
+    versions: list[PolicyVersion]
+    """All stored versions, by name and time."""
+    default: str
+    """The policy of new episodes that name none."""
+
+
+class DefaultPolicy(_Response):
+    """The answer to PUT /policy-default."""
+
+    default: str
+    """The policy of new episodes that name none."""
 
 
 class Profile(_Response):

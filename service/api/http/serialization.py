@@ -21,6 +21,7 @@ _RESOURCE_DEFAULTS: dict[str, JsonValue] = {
     "sampling": {},
     "reasoning": None,
     "context": {"overflow": "slide"},
+    "policy_updates": "pinned",
     "max_steps": None,
     "idle_ttl_s": None,
     "tags": [],

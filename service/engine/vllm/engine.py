@@ -1,7 +1,7 @@
 """Implements the engine with vLLM's AsyncLLM."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import count
@@ -64,7 +64,6 @@ class VLLMEngine(DecoderOnlyEngine):
         self._openai = openai
         self._ids, self._lora_ids = count(), count(1)
         self._loras: dict[Adapter, Any] = {}
-        self._served: dict[Adapter, Any] = {}
         self._params, self._structured, self._tokens_input = SamplingParams, StructuredOutputsParams, tokens_input
         self._final, self._cumulative = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
         self._dead, self._refused = EngineDeadError, VLLMClientError
@@ -240,7 +239,8 @@ class VLLMEngine(DecoderOnlyEngine):
         from vllm.lora.request import LoRARequest
 
         # vLLM's prefix cache is keyed by name and path. Each version has its own path, so versions share no blocks.
-        request = LoRARequest(adapter.name, next(self._lora_ids), adapter.path)
+        # Within a batch vLLM tells adapters apart by their names alone.
+        request = self._loras.get(adapter) or LoRARequest(adapter.name, next(self._lora_ids), adapter.path)
         try:
             loaded = await _result(self._llm, self._llm.add_lora(request))
         except self._dead as error:
@@ -251,14 +251,14 @@ class VLLMEngine(DecoderOnlyEngine):
             raise AdapterRefused(f"vLLM cannot load the adapter: {str(error)[:300]}") from error
         if not loaded:
             raise AdapterRefused("vLLM did not load the adapter")
-        self._loras[adapter] = self._served[adapter] = request
-        self._openai.set_adapters(self._served.values())
+        self._loras[adapter] = request
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         request = self._loras[adapter]  # not removed: an in-flight act may use it again, and vLLM then reloads it
-        self._served.pop(adapter, None)
         await _result(self._llm, self._llm.remove_lora(request.lora_int_id))
-        self._openai.set_adapters(self._served.values())
+
+    def show_adapters(self, names: Mapping[str, Adapter]) -> None:
+        self._openai.set_adapters({name: self._loras[adapter] for name, adapter in names.items()})
 
     async def openai_app(self) -> ASGIApp:
         return await self._openai.get()

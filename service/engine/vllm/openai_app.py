@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass
@@ -243,9 +243,12 @@ class OpenAIApp:
             self._building.add_done_callback(lambda _: self._update_adapters())
         return await asyncio.shield(self._building)
 
-    def set_adapters(self, requests: Iterable[Any]) -> None:
-        """Sets the LoRA adapters that callers can choose as a model. Replaces the previous ones."""
-        self._adapters = {request.lora_name: request for request in requests}
+    def set_adapters(self, requests: dict[str, Any]) -> None:
+        """Sets the LoRA adapters that callers can choose as a model, by name. Replaces the previous ones.
+
+        A request's own name is `name@digest`.
+        """
+        self._adapters = requests
         self._update_adapters()
 
     def _update_adapters(self) -> None:
@@ -264,20 +267,31 @@ async def _build(llm: Any, served: Served, check: Check) -> Any:
     await init_app_state(client, app.state, app.state.args, served.tasks)
     if "generate" in served.tasks:
         app.state.openai_serving_completion.engine_client = PlainTextClient(client)
-    _hide_paths(app.state.openai_serving_models, served.aliases)
+    _show_names(app.state.openai_serving_models, served)
     return app
 
 
-def _hide_paths(models: Any, aliases: Sequence[str]) -> None:
-    """Removes the aliases and the paths of files on the server from the list of models."""
+def _show_names(models: Any, served: Served) -> None:
+    """Shows adapters under their names for callers. Hides the aliases of the model, and the paths of files."""
     listed = models.show_available_models
+
+    def name_of(request: Any = None) -> str:
+        return served.name if request is None else _public(request.lora_name)
 
     async def shown() -> Any:
         answer = await listed()
-        answer.data = [card.model_copy(update={"root": card.id}) for card in answer.data if card.id not in aliases]
+        names = [(card, _public(card.id) if card.parent else card.id) for card in answer.data]
+        answer.data = [
+            card.model_copy(update={"id": name, "root": name}) for card, name in names if card.id not in served.aliases
+        ]
         return answer
 
-    models.show_available_models = shown
+    models.show_available_models, models.model_name = shown, name_of
+
+
+def _public(name: str) -> str:
+    """Returns the name of an adapter for callers, from `name@digest`."""
+    return name.partition("@")[0]
 
 
 def _app(llm: Any, served: Served) -> Any:

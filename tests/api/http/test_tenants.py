@@ -94,7 +94,8 @@ async def test_a_scope_allows_only_its_own_calls(api: Keyed):
 
 def test_policy_changes_and_metrics_need_scope_admin():
     asked = {operation: scope_of(operation[0].upper(), operation[1]) for operation in OPERATIONS}
-    admins = {("put", "/policy/{name}"), ("delete", "/policy/{name}"), ("get", "/metrics")}
+    changes = {("put", "/policy/{name}"), ("delete", "/policy/{name}"), ("post", "/policy/{name}/rollback")}
+    admins = {*changes, ("put", "/policy-default"), ("get", "/metrics")}
     assert {operation for operation, scope in asked.items() if scope == "admin"} == admins
     assert {operation for operation, scope in asked.items() if scope is None} == OPEN
     assert all(
