@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, SupportsFloat, TypeVar, Unpack
+from typing import Any, Literal, Self, SupportsFloat, TypeVar, Unpack
 
 import httpx
 from uuid_utils import uuid7
@@ -15,7 +17,16 @@ from service.client import calls
 from service.client.calls import OMITTED, Call, Filters, JsonObject, Observation, Omitted
 from service.client.errors import ApiError, ConnectionFailed, reading
 from service.client.evaluation import Evaluation
-from service.client.models import Act, EpisodePage, EpisodeResource, Feedback, Policy, Profile, TrajectoryFormat
+from service.client.models import (
+    Act,
+    EpisodePage,
+    EpisodeResource,
+    Feedback,
+    Policy,
+    PolicyVersion,
+    Profile,
+    TrajectoryFormat,
+)
 from service.client.retries import Attempts, Link, Outcome, Retry
 from service.client.state import (
     PROBE_TIMEOUT_S,
@@ -194,6 +205,7 @@ class AsyncClient:
         reasoning: JsonObject | Omitted | None = OMITTED,
         context: JsonObject | Omitted | None = OMITTED,
         policy: str | Omitted | None = OMITTED,
+        policy_updates: Literal["pinned", "follow"] | Omitted = OMITTED,
         max_steps: int | Omitted | None = OMITTED,
         idle_ttl_s: float | Omitted | None = OMITTED,
         tags: Sequence[str] | Omitted = OMITTED,
@@ -210,6 +222,7 @@ class AsyncClient:
             reasoning=reasoning,
             context=context,
             policy=policy,
+            policy_updates=policy_updates,
             max_steps=max_steps,
             idle_ttl_s=idle_ttl_s,
             tags=tags,
@@ -270,9 +283,45 @@ class AsyncClient:
         """See `Client.policies`."""
         return await self.run(calls.policies())
 
-    async def load_policy(self, name: str, path: str) -> Policy:
+    async def policy_versions(self) -> list[PolicyVersion]:
+        """See `Client.policy_versions`."""
+        return await self.run(calls.policy_versions())
+
+    async def load_policy(
+        self,
+        name: str,
+        path: str | None = None,
+        *,
+        version: str | None = None,
+        alias: bool = True,
+        parent: str | None = None,
+        round: int | None = None,
+        evaluation: JsonObject | None = None,
+    ) -> PolicyVersion:
         """See `Client.load_policy`."""
-        return await self.run(calls.load_policy(name, path))
+        fields = {"path": path, "version": version, "alias": alias, "parent": parent, "round": round}
+        return await self.run(calls.load_policy(name, {**fields, "evaluation": evaluation}))
+
+    async def upload_policy(
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        alias: bool = True,
+        parent: str | None = None,
+        round: int | None = None,
+    ) -> PolicyVersion:
+        """See `Client.upload_policy`."""
+        fields = {"alias": alias, "parent": parent, "round": round}
+        return await self.run(await asyncio.to_thread(calls.upload_policy, name, Path(folder), fields))
+
+    async def roll_back_policy(self, name: str) -> PolicyVersion:
+        """See `Client.roll_back_policy`."""
+        return await self.run(calls.roll_back_policy(name))
+
+    async def set_default_policy(self, policy: str | None) -> str:
+        """See `Client.set_default_policy`."""
+        return await self.run(calls.set_default_policy(policy))
 
     async def remove_policy(self, name: str) -> None:
         """See `Client.remove_policy`."""

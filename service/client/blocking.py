@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, SupportsFloat, TypeVar, Unpack
+from typing import Any, Literal, Self, SupportsFloat, TypeVar, Unpack
 
 import httpx
 from uuid_utils import uuid7
@@ -15,7 +17,16 @@ from service.client import calls
 from service.client.calls import OMITTED, Call, Filters, JsonObject, Observation, Omitted
 from service.client.errors import ApiError, ConnectionFailed, reading
 from service.client.evaluation import Evaluation
-from service.client.models import Act, EpisodePage, EpisodeResource, Feedback, Policy, Profile, TrajectoryFormat
+from service.client.models import (
+    Act,
+    EpisodePage,
+    EpisodeResource,
+    Feedback,
+    Policy,
+    PolicyVersion,
+    Profile,
+    TrajectoryFormat,
+)
 from service.client.retries import Attempts, Link, Outcome, Retry
 from service.client.state import (
     PROBE_TIMEOUT_S,
@@ -218,6 +229,7 @@ class Client:
         reasoning: JsonObject | Omitted | None = OMITTED,
         context: JsonObject | Omitted | None = OMITTED,
         policy: str | Omitted | None = OMITTED,
+        policy_updates: Literal["pinned", "follow"] | Omitted = OMITTED,
         max_steps: int | Omitted | None = OMITTED,
         idle_ttl_s: float | Omitted | None = OMITTED,
         tags: Sequence[str] | Omitted = OMITTED,
@@ -238,6 +250,7 @@ class Client:
             reasoning=reasoning,
             context=context,
             policy=policy,
+            policy_updates=policy_updates,
             max_steps=max_steps,
             idle_ttl_s=idle_ttl_s,
             tags=tags,
@@ -306,12 +319,55 @@ class Client:
         """The base model, followed by the loaded adapters."""
         return self.run(calls.policies())
 
-    def load_policy(self, name: str, path: str) -> Policy:
-        """Loads a LoRA adapter under a name, or replaces the one that has it.
+    def policy_versions(self) -> list[PolicyVersion]:
+        """All stored versions of adapters."""
+        return self.run(calls.policy_versions())
 
-        `path` is a folder on the service's machine, relative to EPISODIC_ADAPTERS.
+    def load_policy(
+        self,
+        name: str,
+        path: str | None = None,
+        *,
+        version: str | None = None,
+        alias: bool = True,
+        parent: str | None = None,
+        round: int | None = None,
+        evaluation: JsonObject | None = None,
+    ) -> PolicyVersion:
+        """Loads a version of a LoRA adapter, and lets `name` point to it. Without `alias`, it is only loaded.
+
+        Give either `path`, a folder on the service's machine, relative to EPISODIC_ADAPTERS, or `version`, a stored
+        version (`name@digest`). `parent`, `round` and `evaluation` are stored with the version.
         """
-        return self.run(calls.load_policy(name, path))
+        fields = {"path": path, "version": version, "alias": alias, "parent": parent, "round": round}
+        return self.run(calls.load_policy(name, {**fields, "evaluation": evaluation}))
+
+    def upload_policy(
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        alias: bool = True,
+        parent: str | None = None,
+        round: int | None = None,
+    ) -> PolicyVersion:
+        """Like `load_policy`, with an adapter on this machine: the folder that PEFT's `save_pretrained` wrote.
+
+        It is sent in one request, so it must fit into memory.
+        """
+        fields = {"alias": alias, "parent": parent, "round": round}
+        return self.run(calls.upload_policy(name, Path(folder), fields))
+
+    def roll_back_policy(self, name: str) -> PolicyVersion:
+        """Lets `name` point to the version that it pointed to before."""
+        return self.run(calls.roll_back_policy(name))
+
+    def set_default_policy(self, policy: str | None) -> str:
+        """Chooses the policy of new episodes that name none. None leaves it to the service's settings.
+
+        Returns the name of the default policy.
+        """
+        return self.run(calls.set_default_policy(policy))
 
     def remove_policy(self, name: str) -> None:
         """Unloads an adapter."""

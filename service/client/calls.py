@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 from functools import partial
-from typing import Any, Final, Generic, SupportsFloat, TypedDict, TypeVar, cast
+from pathlib import Path
+from typing import Any, Final, Generic, Literal, SupportsFloat, TypedDict, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 import httpx
@@ -23,6 +26,7 @@ from service.client.models import (
     EpisodeResource,
     Feedback,
     Policy,
+    PolicyVersion,
     Profile,
     TrajectoryFormat,
 )
@@ -66,6 +70,7 @@ class EpisodeFields(TypedDict, total=False):
     reasoning: JsonObject | None
     context: JsonObject | None
     policy: str | None
+    policy_updates: Literal["pinned", "follow"]
     max_steps: int | None
     idle_ttl_s: float | None
     tags: Sequence[str]
@@ -113,6 +118,7 @@ class Call(Generic[T]):
     idempotency_key: str | None = None
     repeatable: bool = True
     """Whether the request is idempotent, so that it can be retried after its response was lost."""
+    content_type: str = "application/json"
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
@@ -125,7 +131,7 @@ class Call(Generic[T]):
         if self.accept is not None:
             headers["Accept"] = self.accept
         if self.body is not None:
-            headers["Content-Type"] = "application/json"
+            headers["Content-Type"] = self.content_type
         if self.idempotency_key is not None:
             headers["Idempotency-Key"] = self.idempotency_key
         timeout = httpx.USE_CLIENT_DEFAULT if self.timeout_s is None else self.timeout_s
@@ -220,12 +226,38 @@ def policies() -> Call[list[Policy]]:
     return Call("GET", "/policy", _policies)
 
 
-def load_policy(name: str, path: str) -> Call[Policy]:
-    return Call("PUT", f"/policy/{quote(name, safe='')}", _policy, body=encode({"path": path}))
+def policy_versions() -> Call[list[PolicyVersion]]:
+    return Call("GET", "/policy", _versions)
+
+
+def load_policy(name: str, fields: JsonObject) -> Call[PolicyVersion]:
+    return Call("PUT", _policy_path(name), _version, body=encode(fields))
+
+
+def upload_policy(name: str, folder: Path, fields: JsonObject) -> Call[PolicyVersion]:
+    path = f"{_policy_path(name)}{_query(fields)}"
+    return Call("PUT", path, _version, body=_archive(folder), content_type="application/x-tar")
+
+
+def _archive(folder: Path) -> bytes:
+    """The two files of an adapter as a tar archive. Raises OSError."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            tar.add(folder / file, file)
+    return buffer.getvalue()
+
+
+def roll_back_policy(name: str) -> Call[PolicyVersion]:
+    return Call("POST", f"{_policy_path(name)}/rollback", _version, repeatable=False)
+
+
+def set_default_policy(policy: str | None) -> Call[str]:
+    return Call("PUT", "/policy-default", _default_policy, body=_ENCODER.encode({"policy": policy}).encode())
 
 
 def remove_policy(name: str) -> Call[None]:
-    return Call("DELETE", f"/policy/{quote(name, safe='')}", _nothing, repeatable=False)
+    return Call("DELETE", _policy_path(name), _nothing, repeatable=False)
 
 
 def export(format: TrajectoryFormat, where: EpisodeFilter) -> Call[None]:
@@ -306,6 +338,14 @@ def _plain(value: Any) -> Any:
 _ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain)
 
 
+def _default_policy(response: httpx.Response) -> str:
+    return response.json()["default"]
+
+
+def _policy_path(name: str) -> str:
+    return f"/policy/{quote(name, safe='')}"
+
+
 def _path(episode_id: str) -> str:
     check_episode_id(episode_id)
     return f"/episode/{episode_id}"
@@ -335,8 +375,12 @@ def _policies(response: httpx.Response) -> list[Policy]:
     return [Policy.model_validate(item) for item in response.json()["policies"]]
 
 
-def _policy(response: httpx.Response) -> Policy:
-    return Policy.model_validate_json(response.content)
+def _versions(response: httpx.Response) -> list[PolicyVersion]:
+    return [PolicyVersion.model_validate(item) for item in response.json()["versions"]]
+
+
+def _version(response: httpx.Response) -> PolicyVersion:
+    return PolicyVersion.model_validate_json(response.content)
 
 
 def _results(num_acts: int, response: httpx.Response) -> list[Act | ApiError]:

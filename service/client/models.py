@@ -90,6 +90,7 @@ class EpisodeResource(Value):
     episode_return: float = 0.0
     num_tokens: int | None = None
     policy: str | None = None
+    policy_updates: str | None = None
     policy_version: str | None = None
     parent: Parent | None = None
     created_at: datetime | None = None
@@ -129,7 +130,10 @@ class Profile(Value):
 
 
 class Policy(Value):
-    """A policy: the base model, or an adapter of it."""
+    """A name that episodes can be opened with: the base model, or an adapter of it.
+
+    `version` is the version that the name points to (`name@digest`), and `previous` the one that a rollback returns to.
+    """
 
     name: str
     kind: str
@@ -137,6 +141,28 @@ class Policy(Value):
     base: str | None = None
     rank: int | None = None
     loaded_at: datetime | None = None
+    version: str | None = None
+    previous: str | None = None
+
+
+class PolicyVersion(Value):
+    """A version of an adapter: `version` is `name@digest`. `current` says whether the name points to it.
+
+    `parent` (another version), `round` and `evaluation` say where it comes from.
+    """
+
+    version: str
+    name: str
+    kind: str = "adapter"
+    digest: str
+    policy_version: str
+    base: str | None = None
+    rank: int | None = None
+    loaded_at: datetime | None = None
+    current: bool
+    parent: str | None = None
+    round: int | None = None
+    evaluation: dict[str, Any] | None = None
 
 
 class EpisodePage(Value):

@@ -100,8 +100,18 @@ async def test_blocking_client_all_calls(api: Served, tmp_path: Path):
             1,
             {"active": 3, "unscored": 1},
         )
-        assert client.load_policy("walker", "one").kind == "adapter"
+        loaded = client.load_policy("walker", "one", alias=False, round=0, evaluation={"won": 1})
+        assert (loaded.kind, loaded.current, loaded.round, loaded.evaluation) == ("adapter", False, 0, {"won": 1})
+        assert client.load_policy("walker", version=loaded.version, parent="walker@00000000").current
         assert [policy.name for policy in client.policies()] == ["scripted", "walker"]
+        assert [version.parent for version in client.policy_versions()] == ["walker@00000000"]
+        assert client.episode(policy="walker", policy_updates="follow").resource.policy_updates == "follow"
+        with pytest.raises(ApiError, match="no_previous_version"):
+            client.roll_back_policy("walker")
+        uploaded = client.upload_policy("walker", tmp_path / "adapters" / "one", alias=False, round=2)
+        assert (uploaded.version, uploaded.round, uploaded.current) == (loaded.version, 2, True)
+        assert client.set_default_policy("walker") == "walker"
+        assert client.set_default_policy(None) == "scripted"
         client.remove_policy("walker")
         with pytest.raises(ApiError, match="policy_not_found"):
             client.remove_policy("walker")
@@ -109,7 +119,7 @@ async def test_blocking_client_all_calls(api: Served, tmp_path: Path):
     await blocking(api, use)
 
 
-async def test_asyncio_client_all_calls(api: Served):
+async def test_asyncio_client_all_calls(api: Served, tmp_path: Path):
     async with AsyncClient(api.url, retry=QUICK) as client:
         assert "assistant" in {profile.name for profile in await client.profiles()}
         episode = await client.episode(profile="code", group="g")
@@ -127,6 +137,11 @@ async def test_asyncio_client_all_calls(api: Served):
         assert [group.value for group in (await client.evaluation(status="ended")).groups] == ["scripted"]
         assert (await client.load_policy("walker", "one")).rank == 4
         assert len(await client.policies()) == 2
+        assert [version.name for version in await client.policy_versions()] == ["walker"]
+        with pytest.raises(ApiError, match="no_previous_version"):
+            await client.roll_back_policy("walker")
+        assert await client.set_default_policy(None) == "scripted"
+        assert (await client.upload_policy("walker", str(tmp_path / "adapters" / "one"))).current
         await client.remove_policy("walker")
 
 
