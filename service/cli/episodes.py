@@ -164,14 +164,15 @@ def service_at(url: str) -> Generator[Client]:
     """
     try:
         with Client(url, client_key()) as client:
-            _require_answer(url)
+            require_answer(url)
             yield client
     except (EpisodicError, OSError, ValueError, httpx.InvalidURL) as error:
         typer.echo(f"Error: {explained(error)}", err=True)
         raise typer.Exit(1) from error
 
 
-def _require_answer(url: str) -> None:
+def require_answer(url: str) -> None:
+    """Raises ConnectionFailed if nothing answers at the URL."""
     try:
         httpx.get(f"{url.rstrip('/')}/healthz", timeout=_ANSWER_S)
     except httpx.TransportError as error:

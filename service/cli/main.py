@@ -9,6 +9,7 @@ from service.cli.doctor import doctor_command
 from service.cli.episodes import episodes_command, export_command
 from service.cli.evaluate import evaluate_command
 from service.cli.keys import keys_app
+from service.cli.learn import learn_command
 from service.cli.models import models_app
 from service.cli.rollout import rollout_command
 from service.cli.serve import serve_command
@@ -42,6 +43,7 @@ app.command("episodes")(episodes_command)
 app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("train")(train_command)
+app.command("learn")(learn_command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
 app.command("migrate")(migrate_command)

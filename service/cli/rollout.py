@@ -92,7 +92,7 @@ def rollout_command(
     raise_limit()
     temperature = 0.0 if temperature is None and profile is None else temperature
     run = Run(tuple(tag or ()), group, policy, profile, instructions, temperature, success_at)
-    kwargs = _json_object(env_kwargs)
+    kwargs = json_object(env_kwargs)
     try:
         describe_as = load_description(describe_with) if describe_with else describe
         factory = EnvironmentFactory(env, kwargs, max_episode_steps, describe_as)
@@ -214,13 +214,13 @@ def _client(url: str, api_key: str | None, retry: Retry) -> AsyncClient:
         raise typer.BadParameter(str(error), param_hint="--url") from error
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str, option: str = "--env-kwargs") -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"invalid JSON: {error}", param_hint="--env-kwargs") from error
+        raise typer.BadParameter(f"invalid JSON: {error}", param_hint=option) from error
     if not isinstance(value, dict):
-        raise typer.BadParameter(f"expected a JSON object, got {text}", param_hint="--env-kwargs")
+        raise typer.BadParameter(f"expected a JSON object, got {text}", param_hint=option)
     return cast("dict[str, Any]", value)
 
 

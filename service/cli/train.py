@@ -22,7 +22,7 @@ from service.cli.episodes import service_at, with_options
 from service.cli.options import fail, program, read_settings
 from service.client import DEFAULT_URL
 from service.filters import FILTERS, EpisodeFilter
-from service.learning import TrainingInterrupted, TrainingRefused
+from service.learning import NOTHING_TO_LEARN, NothingToLearn, TrainingInterrupted, TrainingRefused
 from service.learning.options import LEARNING_RATES, Device, Dtype, Method, Options, Reference, Score
 from service.learning.selection import parse_keep
 
@@ -109,7 +109,8 @@ def train_command(
 ) -> None:
     """Train a LoRA adapter of the base model on episodes, and write it to a folder that PUT /policy/NAME loads.
 
-    SIGTERM and Ctrl+C write a checkpoint first: repeat the command with --resume. The API key comes from
+    SIGTERM and Ctrl+C write a checkpoint first: repeat the command with --resume. The exit code is 3 if the episodes
+    contain nothing to learn from. The API key comes from
     EPISODIC_API_KEY."""
     options = Options(
         method=method,
@@ -153,6 +154,8 @@ def train_command(
                 watcher=watcher,
                 should_stop=stop.is_asked,
             )
+    except NothingToLearn as error:
+        fail(str(error), code=NOTHING_TO_LEARN)
     except TrainingRefused as error:
         fail(str(error), code=1)
     except TrainingInterrupted:

@@ -13,9 +13,16 @@ Training runs in a process of its own, never in that of the service. `likelihood
 `run` import torch, so a command imports them inside its function.
 """
 
+NOTHING_TO_LEARN = 3
+"""The exit code of `episodic train` for `NothingToLearn`."""
+
 
 class TrainingRefused(Exception):
     """The training cannot start or go on. The message says why, and what to do."""
+
+
+class NothingToLearn(TrainingRefused):
+    """The episodes contain nothing that the method can learn from, for example no successes."""
 
 
 class TrainingInterrupted(Exception):

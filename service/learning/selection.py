@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from service.learning import TrainingRefused
+from service.learning import NothingToLearn, TrainingRefused
 from service.learning.options import Options
 from service.learning.trajectories import Episode, Flags, Floats, Kind, Row
 
@@ -131,7 +131,7 @@ def _choose_imitation(episodes: Sequence[Episode], options: Options, chosen: Sel
             chosen.excluded["not kept" if episode.rows else "no tokens to train"] += 1
     _describe(chosen, used)
     if not chosen.units:
-        raise TrainingRefused(_nothing_kept(episodes, options))
+        raise NothingToLearn(_nothing_kept(episodes, options))
 
 
 def _imitations(episode: Episode, weighers: Sequence[Weigh]) -> Iterable[Unit]:
@@ -238,7 +238,7 @@ def _choose_pairs(episodes: Sequence[Episode], options: Options, chosen: Selecti
             chosen.excluded[_unpaired(episode, options)] += 1
     _describe(chosen, used)
     if not chosen.units:
-        raise TrainingRefused(_no_pairs(chosen, options))
+        raise NothingToLearn(_no_pairs(chosen, options))
 
 
 def _key(scores: Mapping[str, float | None], episode: Episode) -> float:
@@ -301,7 +301,7 @@ def _choose_advantages(episodes: Sequence[Episode], options: Options, chosen: Se
     chosen.excluded = +chosen.excluded  # without zeros
     _describe(chosen, used)
     if not chosen.units:
-        raise TrainingRefused(_no_advantage(chosen))
+        raise NothingToLearn(_no_advantage(chosen))
     _refuse_filtered(chosen, options)
 
 

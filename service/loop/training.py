@@ -1,0 +1,80 @@
+"""Trains an adapter in a process of its own: the command `episodic train`."""
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from service.learning import NOTHING_TO_LEARN
+from service.loop import LearningFailed
+
+COMMAND = (sys.executable, "-m", "service", "train")
+
+_PR_SET_PDEATHSIG = 1
+_STOP_S = 30.0
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class NoCandidate(Exception):
+    """The episodes contain nothing to learn from. The message says why."""
+
+
+def train(
+    command: Sequence[str], arguments: Sequence[str], folder: Path, on_line: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs a training, and returns the adapter's card. The log is in `folder`, in the file train.log.
+
+    A training that was cut goes on from its checkpoint. Raises NoCandidate and LearningFailed.
+    """
+    printed, log = folder / "train.json", folder / "train.log"
+    last = ""
+    with (
+        printed.open("w") as stdout,
+        log.open("a", encoding="utf-8") as copy,
+        _started(command, arguments, stdout) as run,
+    ):
+        try:
+            for line in run.stderr or ():
+                copy.write(line)
+                copy.flush()
+                last = line.strip() or last
+                on_line(last)
+            code = run.wait()
+        finally:
+            _stop(run)
+    if code == NOTHING_TO_LEARN:
+        raise NoCandidate(last.removeprefix("Error: "))
+    if code:
+        raise LearningFailed(f"the training ended with code {code}: {last}. Its log is {log}.")
+    return json.loads(printed.read_bytes())
+
+
+def _started(command: Sequence[str], arguments: Sequence[str], stdout: TextIO) -> "subprocess.Popen[str]":
+    return subprocess.Popen(  # noqa: S603 - the command is this program, or the caller's
+        [*command, *arguments, "--resume", "--json"],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_end_with_parent,  # noqa: PLW1509 - it only makes a system call
+    )
+
+
+def _end_with_parent() -> None:
+    """Lets the kernel end the training if this process is killed: two trainings must not write the same folder."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    """Ends a training that is still running. It writes a checkpoint first."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
