@@ -69,8 +69,8 @@ def test_the_quickstarts_lines_work(server: Server, tmp_path: Path) -> None:
 
 
 def test_the_training_page_loads_what_was_played(server: Server, tmp_path: Path) -> None:
-    (commands,) = blocks(TRAINING, "sh")
-    shell(commands, server, tmp_path)
+    _, table = (shell(commands, server, tmp_path) for commands in blocks(TRAINING, "sh"))
+    assert "toy-text" in table
     assert len((tmp_path / "trajectories.ndjson").read_text().splitlines()) == 8
     tokens, chats, masked = (python(script, server) for script in blocks(TRAINING, "python") if "Client" in script)
     assert "input_ids" in tokens
