@@ -11,7 +11,7 @@ from service.evaluation.report import Question, Report
 from service.filters import EpisodeFilter
 from service.store.base import Place, StepSample, Store
 
-_PAGE = 1_000
+_PAGE = 2_000
 """Episodes that are read in one transaction. More would delay acts."""
 MAX_SAMPLED_STEPS = 20_000
 """Steps that are read for a whole report. Reading the steps of all episodes would take minutes."""
