@@ -19,9 +19,9 @@ import typer
 
 from service.learning.adapter import new_adapter
 from service.learning.options import Options
+from service.learning.segments import Kind, Row
 from service.learning.selection import Example, Unit
 from service.learning.trainer import Trainer, parts
-from service.learning.trajectories import Kind, Row
 
 Contender = Literal["trainer", "plain"]
 Size = Literal["policy", "1b"]

@@ -12,8 +12,9 @@ from service.filters import EpisodeFilter
 from service.learning import TrainingRefused
 from service.learning.adapter import read_files, version_of
 from service.learning.options import Options
+from service.learning.segments import Row
 from service.learning.selection import Selection
-from service.learning.trajectories import Episode, Row
+from service.learning.trajectories import Episode
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.learning.trajectories import Kind, Row
+from service.learning.segments import Kind, Row
 
 
 @dataclass(frozen=True, slots=True)

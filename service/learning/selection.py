@@ -12,7 +12,8 @@ import numpy as np
 
 from service.learning import NothingToLearn, TrainingRefused
 from service.learning.options import Options
-from service.learning.trajectories import Episode, Flags, Floats, Kind, Row
+from service.learning.segments import Flags, Floats, Kind, Row
+from service.learning.trajectories import Episode
 
 _TOP = re.compile(r"top:(0?\.\d+|1|1\.0*)")
 

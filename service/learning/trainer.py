@@ -17,8 +17,8 @@ from service.learning.adapter import replace_file, set_weights, weights_of
 from service.learning.likelihood import collate, token_logprobs
 from service.learning.losses import LOSSES, Tokens
 from service.learning.options import Options
+from service.learning.segments import Floats, Kind, Row
 from service.learning.selection import Example, Unit
-from service.learning.trajectories import Floats, Kind, Row
 
 Figures = dict[str, float]
 

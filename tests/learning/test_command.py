@@ -111,3 +111,9 @@ def test_a_process_that_is_stopped_and_killed_continues_as_if_it_had_not_been(ex
     assert run(*arguments, "--out", tmp_path / "unbroken").exit_code == 0
     first, second = (folder / adapter.WEIGHTS for folder in (out, tmp_path / "unbroken"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_other_commands_load_neither_torch_nor_peft():
+    script = "import sys, service.cli.main; print(sorted({'torch', 'peft', 'transformers'} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert printed == "[]\n"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from service.learning.likelihood import collate, token_logprobs
-from service.learning.trajectories import Row, read
+from service.learning.segments import Row
+from service.learning.trajectories import read
 from tests.support.trajectories import ACTIONS, Player, write
 
 
@@ -37,6 +38,7 @@ def test_recomputed_logprobs_are_the_stored_ones(player: Player, kind: str, temp
 def test_kinds_are_mixed_in_one_batch_and_recorded_tokens_have_temperature_1(player: Player, tmp_path: Path):
     documents = [
         player.play("ids", temperature=0.5),
+        player.play("few", actions=ACTIONS[1:3]),
         player.play("all", kind="all", temperature=3.0, recorded=(1,)),
         player.play("filtered", kind="filtered", temperature=2.0),
     ]
@@ -48,9 +50,9 @@ def test_kinds_are_mixed_in_one_batch_and_recorded_tokens_have_temperature_1(pla
         for place, token in enumerate(ids):
             if not segment["loss_mask"][place] + segment["recorded_mask"][place]:
                 continue
-            is_bound = (segment["support"][place] or {}).get("kind") == "ids"
+            support = (segment["support"][place] or {}).get("ids")
             temperature = 1.0 if segment["recorded_mask"][place] else segment["temperature"]
-            expected = player.distribution(ids[:place], ACTIONS if is_bound else None, temperature)[token]
+            expected = player.distribution(ids[:place], support, temperature)[token]
             assert next(values) == pytest.approx(np.log(expected), abs=1e-4)
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from service.learning import TrainingRefused
 from service.learning.options import Options
+from service.learning.segments import Kind, Row
 from service.learning.selection import Selection, select
-from service.learning.trajectories import Episode, Kind, Row
+from service.learning.trajectories import Episode
 
 
 def row(steps: Sequence[int] = (0, 1), kinds: Sequence[Kind] | None = None) -> Row:

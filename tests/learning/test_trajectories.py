@@ -10,7 +10,8 @@ import pytest
 
 from service.filters import EpisodeFilter
 from service.learning import TrainingRefused
-from service.learning.trajectories import Episode, Kind, Row, freeze, matches, read
+from service.learning.segments import Kind, Row
+from service.learning.trajectories import Episode, freeze, matches, read
 from tests.support.trajectories import Player, write
 
 

@@ -62,27 +62,29 @@ class Player:
         num_steps: int = 3,
         kind: str = "ids",
         temperature: float = 1.0,
+        actions: Sequence[int] = ACTIONS,
         recorded: Sequence[int] = (),
         score: Callable[[list[int]], float] = lambda actions: float(actions.count(ACTIONS[0])),
         **episode: Any,
     ) -> Document:
         """Returns a trajectory in the format `tokens`.
 
-        kind: that of all supports. recorded: indices of steps whose action somebody else chose.
+        kind: that of all supports. actions: the legal ones, for the kind `ids`.
+        recorded: indices of steps whose action somebody else chose.
         score: the return, from the actions. `episode` overrides fields of the episode.
         """
         ids: list[int] = []
-        loss_mask, recorded_mask, logprobs, starts, actions = [], [], [], [], []
+        loss_mask, recorded_mask, logprobs, starts, taken = [], [], [], [], []
         supports: list[Any] = []
         for step in range(num_steps):
             starts.append(len(ids))
             ids += self.random.integers(20, VOCABULARY, size=int(self.random.integers(2, 6))).tolist()
-            probs = self.distribution(ids, ACTIONS if kind == "ids" else None, temperature)
+            probs = self.distribution(ids, actions if kind == "ids" else None, temperature)
             action = int(self.random.choice(VOCABULARY, p=probs / probs.sum()))
             drawn = step not in recorded
             place = len(ids)
             ids += [action, END]
-            actions.append(action)
+            taken.append(action)
             count = len(ids) - len(loss_mask)
             loss_mask += [0] * count
             recorded_mask += [0] * count
@@ -91,7 +93,7 @@ class Player:
             (loss_mask if drawn else recorded_mask)[place] = 1
             if drawn:
                 logprobs[place] = float(np.log(probs[action]))
-                supports[place] = {"kind": kind, **({"ids": list(ACTIONS)} if kind == "ids" else {})}
+                supports[place] = {"kind": kind, **({"ids": list(actions)} if kind == "ids" else {})}
         segment = {
             "steps": list(range(num_steps)),
             "step_starts": starts,
@@ -108,8 +110,8 @@ class Player:
             "episode_id": name,
             "status": "ended",
             "policy": "tiny",
-            "episode_return": score(actions),
-            "success": score(actions) > 0,
+            "episode_return": score(taken),
+            "success": score(taken) > 0,
             "created_at": 1_790_000_000.0,
             "sampling": {"temperature": temperature},
             "metadata": {"env": "Tokens-v0", "seed": 7},
