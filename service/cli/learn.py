@@ -144,10 +144,10 @@ def _train_args(text: str) -> tuple[str, ...]:
 
 @contextmanager
 def _stoppable() -> Generator[None]:
-    """Lets SIGTERM do the same as Ctrl+C, so that a training in progress ends with a checkpoint."""
+    """Lets SIGTERM do the same as Ctrl+C: a training ends with a checkpoint, and a rollout ends its episodes."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)  # asyncio cancels its tasks on this signal
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

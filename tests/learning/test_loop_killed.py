@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,15 +134,20 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_stopped_says_how_to_continue(number: int, url: str, tmp_path: Path):
+@pytest.mark.parametrize(("name", "number"), [("rollout", signal.SIGTERM), ("train", signal.SIGINT)])
+def test_a_run_that_is_stopped_says_how_to_continue(
+    name: str, number: int, fake: LoopService, url: str, tmp_path: Path
+):
     out = tmp_path / "out"
     out.mkdir()
     (out / "SKILLS").write_text("[1.0]")
     (out / "WAIT").touch()
+    fake.hold(GATES.get(name), when=lambda: name in phase(out))
     learning = Learning(url, out)
-    learning.wait_for((out / "round-1" / "pid").exists)
+    learning.wait_for(lambda: fake.is_held if name == "rollout" else (out / "round-1" / "pid").exists())
+    threading.Timer(0.5, fake.release).start()
     code, errors = learning.end(number)
+    assert "Traceback" not in errors
     assert code == 130
     assert "Stopped. Continue with:" in errors
     assert "--rounds 1 --json" in errors
