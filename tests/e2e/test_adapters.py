@@ -126,11 +126,12 @@ def test_what_was_trained_is_what_acts(lora: Server, tmp_path: Path, monkeypatch
     monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
     if lora.process is None or lora.process.poll() is not None:
         lora.start()
-    lake = ("--env", "episodic/FrozenLakeRandom-v0", "--env-kwargs", '{"size": 5}', "--episodes", "8", "--repeat", "4")
+    lake = ("--env", "episodic/FrozenLakeRandom-v0", "--env-kwargs", '{"size": 5}', "--episodes", "6", "--repeat", "4")
     play = ("rollout", "--url", lora.url, *lake, "--temperature", "1")
     learn = ("train", "--method", "grpo", "--from", lora.url)
+    fast = ("--epochs", "4", "--learning-rate", "0.01", "--warmup-steps", "0")
     episodic(*play, "--tag", "lesson")
-    first = episodic(*learn, "--tag", "lesson", "--epochs", "4", "--out", lora.folder / "in" / "lesson")
+    first = episodic(*learn, "--tag", "lesson", *fast, "--out", lora.folder / "in" / "lesson")
     assert first["metrics"]["start"]["mean_abs_delta_logprob"] < 0.05
     assert first["data"]["token_kinds"] == {"ids": 1.0}
     with httpx.Client(base_url=lora.url, timeout=120) as http:
