@@ -1,4 +1,8 @@
-"""A short run of random sequences of calls and faults; `make fuzz` is a long one."""
+"""A short run of random sequences of calls and faults; `make fuzz` is a long one.
+
+The outcomes that it must reach do not depend on the speed of the machine. `episode_busy` does: it needs two acts of one
+episode at the same moment.
+"""
 
 from service.engine.tokenizer import HFTokenizer
 from tests.combinations.runs import play
@@ -11,7 +15,6 @@ def test_every_answer_and_all_that_is_stored_agree_with_the_model(tokenizer: HFT
     for outcome in (
         "replay",
         "close",
-        "episode_busy",
         "step_conflict",
         "idempotency_mismatch",
         "episode_ended",

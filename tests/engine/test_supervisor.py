@@ -220,7 +220,7 @@ async def test_a_store_that_fails_during_a_reload_counts_as_no_failure_of_the_en
 
         monkeypatch.setattr(policies, "_STORE_RETRY_S", 0.0)
         with monkeypatch.context() as failing:
-            failing.setattr(store, "policies", fail)
+            failing.setattr(store, "catalog", fail)
             loader.engine.die()
             await until(lambda: num_asked > 3)
             assert await ready(api) != "ready"

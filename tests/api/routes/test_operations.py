@@ -64,7 +64,8 @@ async def test_the_openapi_document_says_what_is_served(tmp_path: Path, tokenize
         assert "application/problem+json" in response["content"]
     assert set(document["paths"]) == {
         *("/act", "/episode", "/episode/{episode_id}", "/episode/{episode_id}/end", "/episode/{episode_id}/trajectory"),
-        *("/act/batch", "/export", "/profile", "/policy", "/policy/{name}"),
+        *("/act/batch", "/export", "/evaluation", "/profile"),
+        *("/policy", "/policy/{name}", "/policy/{name}/rollback", "/policy-default"),
         *(f"/episode/{{episode_id}}/{name}" for name in ("action", "fork", "feedback")),
         *("/", "/healthz", "/readyz", "/version", "/metrics"),
     }
