@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from service.cli.main import app
@@ -124,6 +125,7 @@ def test_what_was_trained_is_what_acts(lora: Server, tmp_path: Path, monkeypatch
     """Two rounds: play, train, load, play with the adapter, and train it further. The trainer and the engine agree on
     the version of each policy and on the log-probabilities of its actions."""
     monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
+    torch.set_num_threads(1)  # two threads beside an engine are several times slower
     if lora.process is None or lora.process.poll() is not None:
         lora.start()
     lake = ("--env", "episodic/FrozenLakeRandom-v0", "--env-kwargs", '{"size": 5}', "--episodes", "6", "--repeat", "4")
