@@ -4,15 +4,14 @@ The API key comes from EPISODIC_API_KEY.
 """
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC
 from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, Unpack
+from typing import Annotated, Any, BinaryIO, Literal, Unpack
 
 import httpx
 import typer
@@ -22,6 +21,7 @@ from rich.table import Column, Table
 
 from service.cli.options import explained, no_service
 from service.client import DEFAULT_URL, Client, ConnectionFailed, EpisodeResource, EpisodicError
+from service.files import complete_file
 from service.filters import FILTERS, ORDERS, EpisodeFilter, EpisodeQuery, Time
 from service.settings import client_key
 from service.validation import strict_json
@@ -136,24 +136,14 @@ def export_command(
     count = 0
     with service_at(url) as client, _open_output(output) as out:
         for document in client.export(format, **where):
-            out.write(strict_json.write(document).decode() + "\n")
+            out.write(strict_json.write(document) + b"\n")
             count += 1
     typer.echo(f"{count} trajectories", err=True)
 
 
-@contextmanager
-def _open_output(output: str) -> Generator[TextIO]:
-    """Opens the output. A file is written under a temporary name and renamed at the end."""
-    if output == "-":
-        yield sys.stdout
-        return
-    partial = Path(f"{output}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield file
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+def _open_output(output: str) -> AbstractContextManager[BinaryIO]:
+    """Opens the output. A file gets its name when it is complete."""
+    return nullcontext(sys.stdout.buffer) if output == "-" else complete_file(Path(output))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from service.files import complete_file
 from service.learning import TrainingRefused
 from service.learning.options import Device, Options
 
@@ -102,7 +103,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         scratch.chmod(0o755)
         for name, content in files.items():
-            _write(scratch / name, content)
+            with complete_file(scratch / name) as file:
+                file.write(content)
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -117,24 +119,6 @@ def _configuration(model: Any) -> bytes:
     """PEFT's configuration. Sets become sorted lists, so that the same adapter always has the same bytes."""
     fields: dict[str, Any] = model.peft_config["default"].to_dict()
     return json.dumps({**fields, "inference_mode": True}, indent=2, sort_keys=True, default=sorted).encode() + b"\n"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file, and waits until it is on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, and renames it. Raises OSError, and then leaves the old file."""
-    partial = path.with_name(f"{path.name}.incomplete")
-    try:
-        _write(partial, content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

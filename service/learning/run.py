@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from service.files import complete_file
 from service.filters import EpisodeFilter
 from service.learning import TrainingRefused, adapter, checks
 from service.learning.card import make_card, rounded, summary
@@ -216,4 +217,5 @@ class _Run:
             trainer.restore(self.work / CHECKPOINT)
             self.watcher.phase(f"continuing after step {trainer.state.step} of {trainer.num_steps}")
         else:
-            adapter.replace_file(self.work / RUN, json.dumps(fingerprint).encode())
+            with complete_file(self.work / RUN) as file:
+                file.write(json.dumps(fingerprint).encode())

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from service.files import complete_file
 from service.learning import TrainingInterrupted, TrainingRefused
-from service.learning.adapter import replace_file, set_weights, weights_of
+from service.learning.adapter import set_weights, weights_of
 from service.learning.likelihood import collate, token_logprobs
 from service.learning.losses import LOSSES, Tokens
 from service.learning.options import Options
@@ -247,7 +248,8 @@ class Trainer:
             },
             buffer,
         )
-        replace_file(checkpoint, buffer.getvalue())
+        with complete_file(checkpoint) as file:
+            file.write(buffer.getvalue())
 
     def restore(self, checkpoint: Path) -> None:
         """Continues from a checkpoint. Raises TrainingRefused if it cannot be read."""

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
+from service.files import complete_file
 from service.filters import LABELS, EpisodeFilter, as_text, labels_of, metadata_of, unix_seconds
 from service.learning import TrainingInterrupted, TrainingRefused
 from service.learning.segments import Json, Row, parse
@@ -60,16 +60,11 @@ def freeze(documents: Iterable[Json], path: Path, should_stop: Callable[[], bool
 
     Raises TrainingInterrupted, and whatever `documents` and the file raise.
     """
-    partial = path.with_name(f"{path.name}.incomplete")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for document in documents:
-                file.write(json.dumps(document) + "\n")
-                if should_stop():
-                    raise TrainingInterrupted
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with complete_file(path) as file:
+        for document in documents:
+            file.write(json.dumps(document).encode() + b"\n")
+            if should_stop():
+                raise TrainingInterrupted
 
 
 def read(path: Path, where: EpisodeFilter | None = None, should_stop: Callable[[], bool] = never) -> Data:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from service.client import AsyncClient, Client, ConnectionFailed, Retry, Unavailable
 from service.environments import describe
 from service.evaluation import statistics
+from service.files import complete_file
 from service.loop import LearningFailed
 from service.loop.plan import Metric, Plan
 from service.rollout import EnvironmentFactory, Report, Run, rollout
@@ -126,15 +126,11 @@ def export(client: Client, tag: str, path: Path) -> int:
 
 
 def _export(client: Client, tag: str, path: Path) -> int:
-    partial, count = path.with_name(f"{path.name}.partial"), 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for document in client.export("tokens", tag=tag):
-                file.write(json.dumps(document) + "\n")
-                count += 1
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    count = 0
+    with complete_file(path) as file:
+        for document in client.export("tokens", tag=tag):
+            file.write(json.dumps(document).encode() + b"\n")
+            count += 1
     return count
 
 

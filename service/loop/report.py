@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from service.files import complete_file
 from service.loop.state import Result, State, write
 
 REPORT, PLOT = "report.json", "learning_curve.png"
@@ -41,10 +42,9 @@ def plot(state: State, path: Path) -> str | None:
     drawn: Any = pyplot.subplots(figsize=(7, 4), layout="constrained")
     figure, axes = drawn
     _draw(axes, state)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", dpi=120)
+    with complete_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
-    partial.replace(path)
     return str(path)
 
 

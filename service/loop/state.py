@@ -2,13 +2,13 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from service.files import complete_file
 from service.loop import LearningFailed
 from service.loop.plan import Plan
 
@@ -123,13 +123,8 @@ def load(out: Path, plan: Plan) -> State | None:
 
 def write(path: Path, document: Result) -> None:
     """Writes JSON to a file, which has either its old or its new content after a crash."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with complete_file(path) as file:
+        file.write(json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
 
 
 @contextmanager

@@ -308,7 +308,7 @@ def test_a_full_disk_leaves_nothing_half_written(base: Base, export: Path, tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "out").exists()
-    assert [path.name for path in tmp_path.glob("*/*.incomplete")] == []
+    assert [path.name for path in tmp_path.glob("*/*.partial")] == []
     train(options(), export, base, tmp_path / "out", resume=True)
     assert files(tmp_path / "out")[adapter.WEIGHTS] == expected
 

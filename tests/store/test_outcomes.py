@@ -1,29 +1,11 @@
 """What an evaluation reads: pages of outcomes with tags, ratings and roots, and sampled steps."""
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pytest
-
 from service.store.base import Outcome, Store
-from service.store.sql import SQLStore
-from service.testing.memory_store import MemoryStore
 from service.trajectory import Feedback, StopReason
 from tests.store.test_stores import commit, fork, record
-
-
-@pytest.fixture(params=["memory", "sqlite", "postgresql"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    opened: Store = MemoryStore()
-    if request.param == "sqlite":
-        opened = SQLStore(f"sqlite:///{tmp_path}/db")
-    elif request.param == "postgresql":
-        opened = SQLStore(request.getfixturevalue("new_database")())
-    await opened.open()
-    yield opened
-    await opened.close()
 
 
 async def every(store: Store, **options: Any) -> list[Outcome]:

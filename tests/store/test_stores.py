@@ -3,9 +3,7 @@
 import asyncio
 import math
 from array import array
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ from service.filters import EpisodeFilter
 from service.store.base import EVERY, KEPT_MOVES, Commit, EpisodeExists, EpisodeGone, StepTaken, Store
 from service.store.schema import episode_record, episode_row, step_row, step_value
 from service.store.sql import SQLStore
-from service.testing.memory_store import MemoryStore
 from service.trajectory import (
     EpisodeConfig,
     EpisodeState,
@@ -29,18 +26,6 @@ from service.trajectory import (
     StoredKey,
     StoredVersion,
 )
-
-
-@pytest.fixture(params=["memory", "sqlite", "postgresql"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    opened: Store = MemoryStore()
-    if request.param == "sqlite":
-        opened = SQLStore(f"sqlite:///{tmp_path}/db")
-    elif request.param == "postgresql":
-        opened = SQLStore(request.getfixturevalue("new_database")())
-    await opened.open()
-    yield opened
-    await opened.close()
 
 
 def record(name: str = "e", created_at: float = 1.0, **request: Any) -> StoredEpisode:
