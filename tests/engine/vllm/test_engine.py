@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from service.agent.action_spaces import DiscreteSpace, RegexSpace, TextSpace
 from service.engine.base import EngineRefused, TextSink, Transcript, Wanted
+from service.engine.vllm import path_scoring
 from service.engine.vllm.engine import VLLMEngine
 from service.engine.vllm.loading import EngineOptionError, build
 from service.engine.vllm.openai_app import InferenceOptionError, check_options
@@ -132,6 +133,11 @@ async def test_v1_accepts_the_aliases_and_shows_no_path(chatml: VLLMEngine):
     from prometheus_client import generate_latest
 
     assert b"models/tiny" not in generate_latest()
+
+
+async def test_paths_are_not_scored_on_the_cpu(chatml: VLLMEngine):
+    assert chatml.max_path_candidates == 0
+    assert "requires the V2 model runner" in (await path_scoring.fault(chatml) or "")
 
 
 @pytest.mark.parametrize(
