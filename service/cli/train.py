@@ -110,8 +110,7 @@ def train_command(
     """Train a LoRA adapter of the base model on episodes, and write it to a folder that PUT /policy/NAME loads.
 
     SIGTERM and Ctrl+C write a checkpoint first: repeat the command with --resume. The exit code is 3 if the episodes
-    contain nothing to learn from. The API key comes from
-    EPISODIC_API_KEY."""
+    contain nothing to learn from. The API key comes from EPISODIC_API_KEY."""
     options = Options(
         method=method,
         keep=tuple(keep or ["success"]),
