@@ -22,7 +22,7 @@ from service.cli.open_files import raise_limit
 from service.cli.options import explained, fail, program
 from service.cli.rollout import json_object
 from service.client import DEFAULT_URL, EpisodicError
-from service.learning.options import Method
+from service.learning.options import Method, unused
 from service.loop import LearningFailed, report
 from service.loop.plan import Metric, Plan
 from service.loop.playing import Service
@@ -111,7 +111,7 @@ def learn_command(
         metric=metric,
         method=method,
         seed=seed,
-        train_args=_train_args(train_args),
+        train_args=_train_args(train_args, method),
     )
     service = Service(url, client_key(), retry_s, concurrency)
     try:
@@ -132,13 +132,16 @@ def learn_command(
         _print_end(found, out)
 
 
-def _train_args(text: str) -> tuple[str, ...]:
+def _train_args(text: str, method: Method) -> tuple[str, ...]:
     try:
         found = tuple(shlex.split(text))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--train-args") from error
-    if own := sorted({option.partition("=")[0] for option in found} & _OWN):
+    options = sorted({option.partition("=")[0] for option in found})
+    if own := [option for option in options if option in _OWN]:
         raise typer.BadParameter(f"{', '.join(own)} is set by this command", param_hint="--train-args")
+    if reason := unused(method, options):
+        raise typer.BadParameter(reason, param_hint="--train-args")
     return found
 
 

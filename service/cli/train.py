@@ -23,7 +23,7 @@ from service.cli.options import fail, program, read_settings
 from service.client import DEFAULT_URL
 from service.filters import FILTERS, EpisodeFilter
 from service.learning import NOTHING_TO_LEARN, NothingToLearn, TrainingInterrupted, TrainingRefused
-from service.learning.options import LEARNING_RATES, Device, Dtype, Method, Options, Reference, Score
+from service.learning.options import LEARNING_RATES, USED_BY, Device, Dtype, Method, Options, Reference, Score, unused
 from service.learning.selection import parse_keep
 
 _REPORT_S = 10.0
@@ -39,8 +39,17 @@ def _rules(given: list[str] | None) -> list[str]:
     return given or []
 
 
+def _refuse_unused(context: typer.Context, method: Method) -> None:
+    """Refuses an option of another method, which would have no effect."""
+    sources = {option: context.get_parameter_source(option[2:].replace("-", "_")) for option in USED_BY}
+    given = [option for option, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if reason := unused(method, given):
+        raise typer.BadParameter(reason)
+
+
 @with_options(FILTERS)
 def train_command(
+    context: typer.Context,
     method: Annotated[
         Method,
         typer.Option(
@@ -97,7 +106,7 @@ def train_command(
     max_ratio: Annotated[float, typer.Option(min=1.0, help="grpo: importance weights are truncated at this.")] = 3.0,
     kl: Annotated[float, typer.Option(min=0.0, help="grpo: weight of the KL divergence from the reference.")] = 0.0,
     reference: Annotated[
-        Reference, typer.Option(help="The reference of dpo and --kl: the base model, or the initial adapter.")
+        Reference, typer.Option(help="dpo, and grpo with --kl: compare with the base model, or the initial adapter.")
     ] = "base",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the data and of a new adapter.")] = 0,
     device: Annotated[Device, typer.Option(help="Where to train.")] = "auto",
@@ -111,6 +120,7 @@ def train_command(
 
     SIGTERM and Ctrl+C write a checkpoint first: repeat the command with --resume. The exit code is 3 if the episodes
     contain nothing to learn from. The API key comes from EPISODIC_API_KEY."""
+    _refuse_unused(context, method)
     options = Options(
         method=method,
         keep=tuple(keep or ["success"]),

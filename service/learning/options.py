@@ -1,5 +1,6 @@
 """The options of a training run."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,25 @@ Dtype = Literal["float32", "bfloat16"]
 
 LEARNING_RATES: dict[Method, float] = {"bc": 1e-3, "dpo": 3e-4, "grpo": 5e-4}
 """The default learning rate of each method, for LoRA on the packaged policy."""
+
+USED_BY: dict[str, tuple[Method, ...]] = {
+    "--keep": ("bc",),
+    "--score": ("dpo",),
+    "--beta": ("dpo",),
+    "--reference": ("dpo", "grpo"),
+    "--clip": ("grpo",),
+    "--max-ratio": ("grpo",),
+    "--kl": ("grpo",),
+    "--allow-filtered": ("grpo",),
+}
+"""The methods that use an option of `episodic train`. Every method uses the options that are not listed here."""
+
+
+def unused(method: Method, given: Iterable[str]) -> str | None:
+    """Says which of the given options the method does not use. Returns None if it uses all of them."""
+    others = {option: USED_BY[option] for option in given if option in USED_BY and method not in USED_BY[option]}
+    found = [f"{option} belongs to --method {' and '.join(methods)}" for option, methods in others.items()]
+    return f"{', '.join(found)}, but the method is {method}" if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from service.cli.main import app
 from service.learning import adapter
+from service.learning.options import USED_BY
 
 
 def run(*arguments: str | Path) -> Any:
@@ -47,12 +49,22 @@ def test_what_it_prints(export: Path, tiny: Path, tmp_path: Path):
         (("--method", "bc", "--keep", "top:2"), "'top:2' is none of success"),
         (("--method", "bc", "--epochs", "0"), "should be greater than or equal to 1"),
         (("--method", "bc", "--init-adapter", "nowhere"), "'nowhere' does not exist"),
+        (("--method", "bc", "--clip", "0.2"), "--clip belongs to --method grpo, but the method is bc"),
+        (("--method", "bc", "--reference", "base"), "--reference belongs to --method dpo and grpo"),
+        (("--method", "dpo", "--keep", "success", "--kl", "0"), "--keep belongs to --method bc, --kl belongs to"),
+        (("--method", "dpo", "--allow-filtered", "--max-ratio", "3"), "--max-ratio belongs to --method grpo, --allow"),
+        (("--method", "grpo", "--beta=0.1", "--score", "return"), "--score belongs to --method dpo, --beta belongs to"),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...], words: str, export: Path, tmp_path: Path):
     refused = run(*arguments, "--from", export, "--out", tmp_path / "out")
     assert refused.exit_code == 2
     assert words in " ".join(refused.stderr.replace("│", " ").split())
+
+
+def test_each_option_of_a_method_is_an_option_of_the_command():
+    declared = {option for parameter in get_command(app).commands["train"].params for option in parameter.opts}
+    assert set(USED_BY) <= declared
 
 
 def test_a_refusal_is_one_line_and_leaves_nothing(export: Path, tiny: Path, tmp_path: Path):

@@ -229,6 +229,7 @@ def test_what_the_command_prints(url: str, tmp_path: Path, monkeypatch: pytest.M
     ("arguments", "code", "words"),
     [
         (("--train-args", "--out x"), 2, "--out is set by this command"),
+        (("--train-args", "--tag x --beta=1"), 2, "--beta belongs to --method dpo, but the method is grpo"),
         (("--env-kwargs", "[]"), 2, "expected a JSON object"),
         (("--final-seed", "0"), 1, "overlap"),
         (("--url", "http://127.0.0.1:9", "--retry-s", "0"), 1, "no service answers at http://127.0.0.1:9"),
