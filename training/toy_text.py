@@ -2,7 +2,7 @@
 
 There are two stages on one learning rate schedule. Pretraining uses random play, with a loss on every token, so that
 the model learns the texts and the dynamics of the worlds. Fine-tuning then uses the expert's action in every visited
-state, with a loss on actions and on ends of turns.
+state, with a loss on actions and on ends of turns. README.md explains the method.
 """
 
 import time
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training import worlds
+from training.curves import CSV, PLOT, Curves, Stage, plot
 from training.data import Batch, Behaviour, Transcripts
 from training.evaluate import Player
 from training.model import export, new_model
@@ -32,7 +33,6 @@ WARMUP = 0.02
 """The fraction of the schedule in which the learning rate rises."""
 
 VALIDATION_SEED = 500_000
-
 
 LAKE_WEIGHT = 0.7
 """FrozenLake's weight in the loss of an optimizer step."""
@@ -123,29 +123,39 @@ class Trainer:
         self.model = new_model(self.tokenizer)
         self.num_tokens = 0
         self._lake = lake_share(self.tokenizer)
-        self._others = cycle(other_shares(self.tokenizer))
+        self._others = other_shares(self.tokenizer)
+        self._rotation = cycle(self._others)
         self._optimizer = Optimizer(self.model, peak)
 
-    def step(self, progress: float, pretraining: bool) -> dict[str, float]:
+    @property
+    def worlds(self) -> list[str]:
+        """The names of all worlds."""
+        return [share.transcripts.world.name for share in (self._lake, *self._others)]
+
+    def step(self, progress: float, stage: Stage) -> dict[str, float]:
         """One optimizer step over a batch of FrozenLake and a batch of another world. Returns the losses by world."""
         losses: dict[str, float] = {}
-        for share, weight in ((self._lake, LAKE_WEIGHT), (next(self._others), 1 - LAKE_WEIGHT)):
+        for share, weight in ((self._lake, LAKE_WEIGHT), (next(self._rotation), 1 - LAKE_WEIGHT)):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = self._loss(share, pretraining)
+                loss = self._loss(share, stage)
             (weight * loss).backward()
             losses[share.transcripts.world.name] = loss.item()
         self._optimizer.step(progress)
         return losses
 
-    def _loss(self, share: Share, pretraining: bool) -> torch.Tensor:
-        behaviour: Behaviour = "random" if pretraining else ("expert" if self._rng.random() < 0.1 else "explore")
+    def _loss(self, share: Share, stage: Stage) -> torch.Tensor:
+        behaviour: Behaviour = "random" if stage == "pretraining" else self._behaviour()
         instructed = bool(self._rng.random() < INSTRUCTED)
         batch = share.transcripts.sample(self._rng, share.num_episodes, share.num_steps, behaviour, instructed)
         self.num_tokens += batch.tokens.size
-        if pretraining:
+        if stage == "pretraining":
             return transcript_loss(self.model, batch, self.tokenizer.pad_token_id)
         actions = torch.from_numpy(share.transcripts.actions)
         return expert_loss(self.model, batch, actions, self.tokenizer.eos_token_id)
+
+    def _behaviour(self) -> Behaviour:
+        """How the episodes of a batch are played in fine-tuning: one batch in ten by the expert alone."""
+        return "expert" if self._rng.random() < 0.1 else "explore"
 
     def validate(self, num_episodes: int) -> float:
         """The fraction of FrozenLake episodes on held-out maps that reach the goal.
@@ -170,13 +180,15 @@ def ticks(steps: int, minutes: float | None) -> Iterator[float]:
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the trained policy.")] = Path("training/out"),
+    out: Annotated[Path, typer.Option(help="Folder for the policy and the curves.")] = Path("training/out"),
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 800,
     minutes: Annotated[float | None, typer.Option(help="Train for so many minutes, instead of for --steps.")] = None,
     pretrain: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the schedule with random play.")] = 0.08,
     peak: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     check_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 100,
+    check_episodes: Annotated[int, typer.Option(min=1, help="Episodes that validate a checkpoint.")] = 64,
+    final_episodes: Annotated[int, typer.Option(min=1, help="Episodes that validate the trained policy.")] = 500,
     threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
 ) -> None:
     """Train the packaged policy: pretrain on random play, then fine-tune on the expert's actions.
@@ -185,23 +197,28 @@ def train(
     torch.set_num_threads(threads)
     trainer = Trainer(seed, peak)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns) as bar:
+    with Progress(*columns) as bar, Curves(out / CSV, trainer.worlds) as curves:
         task = bar.add_task("training", total=1000)
-        losses: dict[str, float] = {}
+        latest: dict[str, float] = {}
         for step, progress in enumerate(ticks(steps, minutes), start=1):
-            losses |= trainer.step(progress, pretraining=progress < pretrain)
-            loss_text = " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            stage: Stage = "pretraining" if progress < pretrain else "fine-tuning"
+            losses = trainer.step(progress, stage)
+            latest |= losses
+            loss_text = " ".join(f"{name} {loss:.3f}" for name, loss in latest.items())
             bar.update(task, completed=int(1000 * progress), description=f"step {step} {loss_text}")
+            reached = None
             if step % check_every == 0:
-                reached = trainer.validate(64)
+                reached = trainer.validate(check_episodes)
                 figures = f"{trainer.num_tokens:,} tokens, loss {loss_text}, goal reached {reached:.0%}"
                 bar.console.print(f"step {step}, {figures}")
                 export(trainer.model, trainer.tokenizer, out / "checkpoint")
+            curves.add(step, stage, trainer.num_tokens, losses, reached)
         bar.update(task, completed=1000)
         bar.console.print(
-            f"goal reached on held-out maps: {trainer.validate(500):.1%} after {trainer.num_tokens:,} tokens"
+            f"goal reached on held-out maps: {trainer.validate(final_episodes):.1%} after {trainer.num_tokens:,} tokens"
         )
     export(trainer.model, trainer.tokenizer, out / "policy")
+    plot(out / CSV, out / PLOT)
 
 
 if __name__ == "__main__":
