@@ -45,7 +45,8 @@ def test_all_service_metrics_are_in_the_reference() -> None:
 def test_the_files_that_the_docs_point_to_exist() -> None:
     link = r"\]\(([^)#:]+)(?:#[\w-]+)?\)"
     found(link, (ROOT / "README.md").read_text())
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    others = [ROOT / "training" / "README.md", *(ROOT / "service" / "packaged" / "policies").glob("*/README.md")]
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *others]:
         for target in re.findall(link, page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
 
