@@ -2,13 +2,14 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from functools import cache, partial
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
 
 from service.access.admission import Admission
 from service.access.keys import Keyring
@@ -85,16 +86,11 @@ def create_app(
         title="Episodic",
         summary="A stateful agent service.",
         lifespan=lifespan,
-        generate_unique_id_function=_operation_id,
         version=openapi.VERSION,
         openapi_url=None,  # `documentation` serves it
     )
     app.state.services = services
-    modules = (acts, episodes, profiles, policies, export, evaluation, openai, operations)
-    for router in (*(module.router for module in modules), documentation.index):
-        app.include_router(router)
-    if settings.docs:
-        app.include_router(documentation.router)
+    app.router.routes.extend(_routes(settings.docs))
     problems.install(app)
     openapi.install(app)
     app.add_middleware(Shortcut, handlers={"/act": acts.act, "/act/batch": acts.batch})
@@ -168,6 +164,18 @@ def _log_ready(url: str, info: EngineInfo, template: TemplateReport | None) -> N
         _log.warning("chat_template_rewrites_turns")
     if not template.canonical:
         _log.warning("chat_template_tokenization_differs")
+
+
+@cache
+def _routes(has_docs: bool) -> Sequence[BaseRoute]:
+    """Returns the routes of the API. All apps of a process share them: FastAPI takes long to analyse handlers."""
+    modules = (acts, episodes, profiles, policies, export, evaluation, openai, operations)
+    api = APIRouter(generate_unique_id_function=_operation_id)
+    for router in (*(module.router for module in modules), documentation.index):
+        api.include_router(router)
+    if has_docs:
+        api.include_router(documentation.router)
+    return api.routes
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -151,7 +151,8 @@ async def serve(
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     limits = httpx.Limits(max_connections=None)
     try:
-        async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
+        # Without `verify`, because each client would read all certificates, which takes as long as a test.
+        async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits, verify=False) as client:  # noqa: S501
             if not loading:
                 await until(lambda: app.state.services.lifecycle.unready_reason != "loading")
             yield Served(app, url, client)
