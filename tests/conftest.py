@@ -16,9 +16,29 @@ pytest_plugins = ["tests.support.databases"]
 settings.register_profile("episodic", deadline=None)  # a test asserts no time
 settings.load_profile("episodic")
 
+SHARE_A_SERVER = {
+    **dict.fromkeys(("agent_and_caller", "api_guide", "crash", "episodes", "faults", "openai", "readme"), "server"),
+    **dict.fromkeys(("reasoning", "supports"), "thinker"),
+}
+"""Files of tests/e2e that use the same server, and the name of its fixture. One process runs them all."""
+
 IN_CI = bool(os.environ.get("CI"))
 
 POLICY = Path(service.__file__).parent / "packaged" / "policies" / "toy-text"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distributes files like --dist loadfile. Files that share a server are distributed together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            name = file.removeprefix("tests/e2e/test_").removesuffix(".py")
+            return SHARE_A_SERVER.get(name, file)
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -109,25 +109,6 @@ def test_forks_reuse_the_prefix_that_their_parent_left(http: httpx.Client) -> No
             assert usage["cached_tokens"] >= 0.95 * cachable
 
 
-def test_forks_and_other_hands_actions_survive_a_kill(server: Server) -> None:
-    with httpx.Client(base_url=server.url, timeout=120) as http:
-        episode = opened(http, action_space=DISCRETE, sampling={"temperature": 0})
-        acted(http, episode, "row 0", step=0)
-        body = {"observation": "row 1", "action": "up", "step": 1}
-        assert http.post(f"/episode/{episode}/action", json=body).status_code == 200
-        fork = http.post(f"/episode/{episode}/fork", json={"n": 1}).json()["episodes"][0]["episode_id"]
-        twin = http.post(f"/episode/{episode}/fork", json={"n": 1}).json()["episodes"][0]["episode_id"]
-        unbroken = acted(http, twin, "row 2", step=2)
-    server.kill()
-    server.start()
-    with httpx.Client(base_url=server.url, timeout=120) as http:
-        answer = acted(http, fork, "row 2", step=2)
-        assert answer["action"] == unbroken["action"]
-        steps = http.get(f"/episode/{fork}/trajectory").json()["steps"]
-        assert [step["observation"] for step in steps] == ["row 0", "row 1", "row 2"]
-        assert steps[1]["action"] == "up"
-
-
 def test_exported_tokens_score_again_through_the_engine(http: httpx.Client) -> None:
     """Exported logprobs equal those that /v1 computes for the exported tokens.
 

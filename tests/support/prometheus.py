@@ -50,9 +50,13 @@ def configuration(target: str, key_file: Path | None = None, rule_files: Sequenc
 
 
 def always(rule: dict[str, Any]) -> dict[str, Any]:
-    """Returns the alert with comparisons that are always true: it fires wherever its query finds data."""
+    """Returns the alert with comparisons that are always true: it fires wherever its query finds data.
+
+    A subquery with a step of a minute finds data only at the next full minute. The copy has a step of 5 seconds.
+    """
     literals = r'"[^"]*"|\{[^}]*\}'  # strings and selectors stay unchanged
     expr = re.sub(rf"({literals})|([<>=!]=|[<>])", lambda m: m[1] or f"{m[2]} bool", rule["expr"])
+    expr = expr.replace(":1m]", ":5s]")
     fields = {name: value for name, value in rule.items() if name != "for"}
     return {**fields, "alert": f"{rule['alert']}Always", "expr": expr.replace("absent(", "count(")}
 
