@@ -131,12 +131,13 @@ class _Loop:
         self.watcher.changed(self.state)
 
     def _roll_out(self, played: Round) -> Result:
-        run = self._run(f"round-{played.number}", self.state.best.policy, self.plan.temperature)
+        learner = self.state.learner.policy
+        run = self._run(f"round-{played.number}", learner, self.plan.temperature)
         seeds = self.plan.training_seeds(played.number)
         (made,) = playing.play(
             self.service, self.in_training, [run], seeds, self.plan.repeat, on_progress=self.watcher.progress
         )
-        return {"policy": self.state.best.policy, "seeds": [seeds.start, seeds.stop], **playing.played(made)}
+        return {"policy": learner, "seeds": [seeds.start, seeds.stop], **playing.played(made)}
 
     def _export(self, played: Round) -> Result:
         path = self.state.folder(played) / EXPORT
@@ -145,11 +146,11 @@ class _Loop:
 
     def _train(self, played: Round) -> Result:
         folder = self.state.folder(played)
-        adapter, best = folder / ADAPTER, self.state.best.adapter
+        adapter, initial = folder / ADAPTER, self.state.learner.adapter
         seed = self.plan.seed + played.number
         arguments = ["--method", self.plan.method, "--seed", str(seed), *self.plan.train_args]
         arguments += ["--from", str(folder / EXPORT), "--out", str(adapter)]
-        arguments += [] if best is None else ["--init-adapter", str(best)]
+        arguments += [] if initial is None else ["--init-adapter", str(initial)]
         try:
             card = training.train(self.train_command, arguments, folder, self.watcher.training)
         except training.NoCandidate as error:
@@ -160,8 +161,8 @@ class _Loop:
         return {"adapter": relative, "policy_version": card["policy_version"], "seed": seed, **own}
 
     def _load(self, played: Round) -> Result:
-        best = self.state.best
-        parent = best.policy if best.round else None
+        learner = self.state.learner
+        parent = learner.policy if learner.round else None
         adapter = self.state.out / played.phases["train"]["adapter"]
         return policies.load(self.client, self.plan.name, adapter, parent, played.number)
 

@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,15 @@ class Round:
 
     @property
     def is_complete(self) -> bool:
-        return "decide" in self.phases or self.refusal is not None
+        return self.is_compared or self.refusal is not None
+
+    @property
+    def is_compared(self) -> bool:
+        return "decide" in self.phases
+
+    @property
+    def is_worse(self) -> bool:
+        return self.phases["select"]["verdict"] == "worse"
 
     @property
     def is_promoted(self) -> bool:
@@ -42,8 +50,8 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
-    """The best policy so far. `round` is 0 and `adapter` None for the base model."""
+class Learned:
+    """A policy of the run. `round` is 0 and `adapter` None for the base model."""
 
     policy: str
     round: int = 0
@@ -69,12 +77,24 @@ class State:
     seconds: float = 0.0
 
     @property
-    def best(self) -> Best:
-        for played in reversed(self.rounds):
-            if played.is_promoted:
-                adapter = self.out / played.phases["train"]["adapter"]
-                return Best(played.phases["load"]["version"], played.number, adapter)
-        return Best(self.base["name"])
+    def best(self) -> Learned:
+        """The candidate that was found better last."""
+        return self._learned([played for played in self.rounds if played.is_promoted])
+
+    @property
+    def learner(self) -> Learned:
+        """The policy that the next round plays and trains: the last candidate that was not worse than the best policy.
+
+        Several candidates that are each a little better, and not known to be, thus add up to one that is.
+        """
+        return self._learned([played for played in self.rounds if played.is_compared and not played.is_worse])
+
+    def _learned(self, rounds: Sequence[Round]) -> Learned:
+        """The candidate of the last of these rounds, or the base model."""
+        if not rounds:
+            return Learned(self.base["name"])
+        last = rounds[-1]
+        return Learned(last.phases["load"]["version"], last.number, self.out / last.phases["train"]["adapter"])
 
     @property
     def since_best(self) -> int:

@@ -79,7 +79,7 @@ def test_lineage(improved: Improved):
     assert stored == ["better", "worse", "better"]
 
 
-def test_each_round_starts_from_the_best_policy(improved: Improved):
+def test_a_round_starts_from_the_last_candidate_that_was_not_worse(improved: Improved):
     first, out = improved.version(1), improved.out
     assert [played["rollout"]["policy"] for played in improved.found["rounds"]] == [BASE, first, first]
     calls = [json.loads((out / f"round-{number}" / "calls").read_text()) for number in (1, 2, 3)]
@@ -87,6 +87,19 @@ def test_each_round_starts_from_the_best_policy(improved: Improved):
     best = str(out / "round-1" / "adapter")
     assert [call[call.index("--init-adapter") + 1] for call in calls[1:]] == [best, best]
     assert [call[call.index("--seed") + 1] for call in calls] == ["1", "2", "3"]
+
+
+def test_a_tied_candidate_is_trained_further_and_a_worse_one_is_not(url: str, tmp_path: Path):
+    """All are compared with the best policy, which is the base model until a candidate is better."""
+    out = tmp_path / "out"
+    found = run(url, out, [0.5, 0.0, 1.0], replace(PLAN, patience=3))
+    assert verdicts(found) == ["tied", "worse", "better"]
+    first, _, third = [played["load"]["version"] for played in found["rounds"]]
+    assert [played["rollout"]["policy"] for played in found["rounds"]] == [BASE, first, first]
+    assert [played["select"]["policies"][1] for played in found["rounds"]] == [BASE] * 3
+    calls = [json.loads((out / f"round-{number}" / "calls").read_text()) for number in (2, 3)]
+    assert [call[call.index("--init-adapter") + 1] for call in calls] == [str(out / "round-1" / "adapter")] * 2
+    assert found["best"]["policy"] == third
 
 
 def test_the_final_test_compares_the_best_with_the_base_on_other_seeds(improved: Improved):
