@@ -20,8 +20,8 @@ import typer
 from service.learning.adapter import new_adapter
 from service.learning.options import Options
 from service.learning.segments import Kind, Row
-from service.learning.selection import Example, Unit
 from service.learning.trainer import Trainer, parts
+from service.learning.units import Example, Unit
 
 Contender = Literal["trainer", "plain"]
 Size = Literal["policy", "1b"]

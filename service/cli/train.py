@@ -23,8 +23,8 @@ from service.cli.options import fail, program, read_settings
 from service.client import DEFAULT_URL
 from service.filters import FILTERS, EpisodeFilter
 from service.learning import NOTHING_TO_LEARN, NothingToLearn, TrainingInterrupted, TrainingRefused
+from service.learning.imitation import parse_keep
 from service.learning.options import LEARNING_RATES, USED_BY, Device, Dtype, Method, Options, Reference, Score, unused
-from service.learning.selection import parse_keep
 
 _REPORT_S = 10.0
 """Seconds between two lines of progress, if the output is not a terminal."""
@@ -100,6 +100,14 @@ def train_command(
     rank: Annotated[int, typer.Option(min=1, help="Rank of a new adapter.")] = 8,
     alpha: Annotated[int, typer.Option(min=1, help="The adapter's scale is alpha / rank.")] = 16,
     beta: Annotated[float, typer.Option(min=0.0, help="dpo: inverse temperature.")] = 0.1,
+    discount: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="grpo: score each step by the discounted return from it on. [default: by that of its episode]",
+        ),
+    ] = None,
     clip: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="grpo: limit of the probability ratio, 1 - and 1 +.")
     ] = 0.2,
@@ -127,6 +135,7 @@ def train_command(
         score=score,
         reference=reference,
         beta=beta,
+        discount=discount,
         clip=clip,
         max_ratio=max_ratio,
         kl=kl,

@@ -2,7 +2,7 @@
 
 * `options`: what can be set
 * `trajectories`, `segments`: read an export and check it
-* `selection`: chooses the tokens to train on, and their weights, advantages or pairs
+* `selection`: chooses the tokens to train on, by `imitation` (bc), `pairs` (dpo) or `advantages` (grpo), as `units`
 * `likelihood`: the log-probability of tokens under the policy, as the service defines it
 * `losses`: behaviour cloning, DPO and GRPO, all on this log-probability
 * `trainer`: batches, optimizer, checkpoints

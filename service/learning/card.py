@@ -9,9 +9,9 @@ from typing import Any
 from service.filters import EpisodeFilter
 from service.learning.checks import Versions
 from service.learning.options import Options
-from service.learning.selection import Selection
 from service.learning.trainer import Figures
 from service.learning.trajectories import Data
+from service.learning.units import Selection
 
 _PACKAGES = ("episodic", "peft", "torch", "transformers")
 

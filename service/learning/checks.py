@@ -13,8 +13,8 @@ from service.learning import TrainingRefused
 from service.learning.adapter import read_files, version_of
 from service.learning.options import Options
 from service.learning.segments import Row
-from service.learning.selection import Selection
 from service.learning.trajectories import Episode
+from service.learning.units import Selection
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Tokens:
     logprobs: under the policy that is trained, with gradient.
     behaviour: as stored, under the policy that acted.
     reference: under the reference policy; None if the method has none.
-    weights: see `selection.Example`.
+    weights: see `units.Example`.
     drawn: whether the policy drew the token. `behaviour` says nothing about the others.
     unit: index of the token's unit, from 0 to num_units - 1.
     """

@@ -19,6 +19,7 @@ USED_BY: dict[str, tuple[Method, ...]] = {
     "--beta": ("dpo",),
     "--reference": ("dpo", "grpo"),
     "--clip": ("grpo",),
+    "--discount": ("grpo",),
     "--max-ratio": ("grpo",),
     "--kl": ("grpo",),
     "--allow-filtered": ("grpo",),
@@ -37,10 +38,11 @@ def unused(method: Method, given: Iterable[str]) -> str | None:
 class Options:
     """What determines the result, beside the data, the base model and the initial adapter.
 
-    keep: which tokens behaviour cloning imitates; see `selection.parse_keep`.
+    keep: which tokens behaviour cloning imitates; see `imitation.parse_keep`.
     score: what DPO compares the episodes of a group by.
     reference: the policy that DPO and the KL term compare with: the base model, or the initial adapter.
     beta: DPO's inverse temperature.
+    discount: GRPO scores each step by the discounted return from it on. None: by the return of its episode.
     clip: GRPO keeps the probability ratio within 1 - clip and 1 + clip.
     max_ratio: GRPO truncates the importance weight, which is the probability ratio, at this value.
     kl: weight of GRPO's KL term.
@@ -54,6 +56,7 @@ class Options:
     score: Score = "return"
     reference: Reference = "base"
     beta: float = 0.1
+    discount: float | None = None
     clip: float = 0.2
     max_ratio: float = 3.0
     kl: float = 0.0

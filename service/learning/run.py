@@ -20,9 +20,10 @@ from service.learning import TrainingRefused, adapter, checks
 from service.learning.card import make_card, rounded, summary
 from service.learning.options import Device, Options
 from service.learning.segments import Json
-from service.learning.selection import Selection, select
+from service.learning.selection import select
 from service.learning.trainer import Progress, Trainer, difference
 from service.learning.trajectories import Data, freeze, never, read
+from service.learning.units import Selection
 
 CHECKPOINT, RUN, EXPORT = "checkpoint.pt", "run.json", "trajectories.ndjson"
 

@@ -19,7 +19,7 @@ from service.learning.likelihood import collate, token_logprobs
 from service.learning.losses import LOSSES, Tokens
 from service.learning.options import Options
 from service.learning.segments import Floats, Kind, Row
-from service.learning.selection import Example, Unit
+from service.learning.units import Example, Unit
 
 Figures = dict[str, float]
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ class Episode:
     situation: its environment and seed, if both are known.
     parent: the episode that it was forked from, and the index of its own first step.
     episode_return: None if nothing was scored.
+    rewards: for each step that does not belong to an ancestor; 0 where there was none. None if the export has none.
     ratings: mean rating of each rated step, and under None that of the whole episode.
     rows: without the steps that belong to an ancestor.
     """
@@ -34,6 +35,7 @@ class Episode:
     episode_return: float | None
     success: bool | None
     is_greedy: bool
+    rewards: Sequence[float] | None
     ratings: Mapping[int | None, float]
     rows: tuple[Row, ...]
 
@@ -152,6 +154,7 @@ def _episode(document: Json, place: str) -> Episode:
         episode_return=_return(resource.get("episode_return"), place),
         success=resource.get("success"),
         is_greedy=sampling.get("temperature") == 0,
+        rewards=_rewards(document["segments"], first, place),
         ratings=_ratings(document.get("feedback") or ()),
         rows=tuple(row for row in rows if row is not None),
     )
@@ -162,8 +165,22 @@ def _return(value: Any, place: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TrainingRefused(f"{place}: `episode_return` is {value!r}, which is not a finite number")
+        raise TrainingRefused(f"{place}: a return or reward is {value!r}, which is not a finite number")
     return float(value)
+
+
+def _rewards(segments: Iterable[Json], first: int, place: str) -> list[float] | None:
+    """An export of an older version has no rewards."""
+    found: list[float] = []
+    for segment in segments:
+        rewards: Any = segment.get("rewards")
+        if rewards is None:
+            return None
+        if len(rewards) != len(segment["steps"]):
+            raise TrainingRefused(f"{place}: `rewards` does not fit `steps`")
+        of_steps = zip(segment["steps"], rewards, strict=True)
+        found += [_return(reward, place) or 0.0 for step, reward in of_steps if step >= first]
+    return found
 
 
 def _ratings(feedback: Iterable[Json]) -> dict[int | None, float]:

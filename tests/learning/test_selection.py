@@ -9,8 +9,9 @@ import pytest
 from service.learning import TrainingRefused
 from service.learning.options import Options
 from service.learning.segments import Kind, Row
-from service.learning.selection import Selection, select
+from service.learning.selection import select
 from service.learning.trajectories import Episode
+from service.learning.units import Selection
 
 
 def row(steps: Sequence[int] = (0, 1), kinds: Sequence[Kind] | None = None) -> Row:
@@ -37,6 +38,7 @@ def episode(name: str, score: float | None = 0.0, **fields: Any) -> Episode:
         "parent": None,
         "success": None,
         "is_greedy": False,
+        "rewards": None,
         "ratings": {},
         "rows": (row(),),
     }
@@ -221,6 +223,33 @@ def test_nothing_to_learn_by_grpo(given: list[Episode], words: str):
         chosen(given, "grpo")
     assert str(refused.value).startswith("nothing to learn")
     assert words in str(refused.value)
+
+
+def test_with_a_discount_each_step_has_the_return_from_it_on():
+    """Values: 0.5, 1 and -0.5, -1, 0; their mean is 0."""
+    late = row(steps=(0, 1, 2))
+    given = [episode("a", 1.0, rewards=[0.0, 1.0]), episode("b", -1.0, rewards=[0.0, -1.0, 0.0], rows=(late,))]
+    assert weights(chosen(given, "grpo", discount=0.5)) == [[0.5, 1.0], [-0.5, -1.0, 0.0]]
+
+
+def test_a_discount_counts_the_own_steps_of_a_fork():
+    fork = episode("fork", 3.0, parent=("a", 1), group="a", rewards=[3.0], rows=(row(steps=(1,)),))
+    given = [episode("a", 1.0, group=None, rewards=[0.0, 1.0]), fork]
+    assert np.allclose(np.concatenate(weights(chosen(given, "grpo", discount=1.0))), [-2 / 3, -2 / 3, 4 / 3])
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ([episode("a", 1.0), episode("b")], "does not have the reward of each step"),
+        ([episode("a", rewards=[1.0, 1.0]), episode("b", group="other", rewards=[0.0, 1.0])], "nothing to learn"),
+        ([episode(name, rewards=[0.0, 0.0]) for name in "ab"], "nothing to learn"),
+        ([episode(name, rewards=[1.0, 0.0], rows=(row((-1, -1)),)) for name in "ab"], "does not have the reward"),
+    ],
+)
+def test_refusals_with_a_discount(given: list[Episode], error: str):
+    with pytest.raises(TrainingRefused, match=error):
+        chosen(given, "grpo", discount=0.9)
 
 
 def test_filtered_tokens_are_refused_by_grpo_only_and_always_reported():

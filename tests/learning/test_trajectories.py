@@ -37,9 +37,11 @@ def test_a_row_has_the_tokens_that_were_drawn_or_recorded(player: Player, tmp_pa
 
 def test_tokens_of_an_older_export_count_as_filtered(player: Player, tmp_path: Path):
     document = player.play("e")
-    for name in ("support", "temperature", "recorded_mask", "step_starts"):
+    for name in ("support", "temperature", "recorded_mask", "step_starts", "rewards"):
         del document["segments"][0][name]
-    (row,) = one(document, tmp_path).rows
+    found = one(document, tmp_path)
+    (row,) = found.rows
+    assert found.rewards is None
     assert row.kinds.tolist() == [Kind.FILTERED] * 3
     assert row.steps.tolist() == [-1] * 3
     assert row.temperature == 1.0
@@ -47,8 +49,11 @@ def test_tokens_of_an_older_export_count_as_filtered(player: Player, tmp_path: P
 
 def test_a_forks_row_has_only_its_own_steps(player: Player, tmp_path: Path):
     document = player.play("fork", num_steps=5, parent={"episode_id": "e", "step": 3})
-    (row,) = one(document, tmp_path).rows
+    document["segments"][0]["rewards"] = [1.0, 2.0, None, None, 4.0]
+    found = one(document, tmp_path)
+    (row,) = found.rows
     assert row.steps.tolist() == [3, 4]
+    assert found.rewards == [0.0, 4.0]
 
 
 def test_a_fork_in_an_older_export_is_refused_if_its_own_steps_cannot_be_told(player: Player, tmp_path: Path):
@@ -140,8 +145,8 @@ def episode_with(**fields: Any) -> Callable[[Any], Any]:
     [
         (spoiled(lambda d: d.pop("segments")), "line 2 has no `segments`. Export with --format tokens"),
         (spoiled(lambda d: d.pop("episode")), "line 2 is not a trajectory"),
-        (episode_with(episode_return=float("nan")), "line 2: `episode_return` is nan, which is not a finite number"),
-        (episode_with(episode_return="high"), "`episode_return` is 'high'"),
+        (episode_with(episode_return=float("nan")), "line 2: a return or reward is nan, which is not a finite number"),
+        (episode_with(episode_return="high"), "a return or reward is 'high'"),
         (segment_with(encoder_token_ids=[1]), "segment 0 is of an encoder-decoder model"),
         (segment_with(loss_mask=[1]), "differ in length"),
         (segment_with(temperature=0.0), "the temperature is 0"),
@@ -149,6 +154,8 @@ def episode_with(**fields: Any) -> Callable[[Any], Any]:
         (spoiled(lambda d: d["segments"][0]["token_ids"].__setitem__(0, "x")), "line 2, segment 0 is not a segment"),
         (spoiled(lambda d: d["segments"][0]["token_ids"].__setitem__(0, 1 << 40)), "is not a segment of tokens"),
         (spoiled(lambda d: d["segments"][0].pop("logprobs")), "KeyError: 'logprobs'"),
+        (segment_with(rewards=[0.5]), "line 2: `rewards` does not fit `steps`"),
+        (segment_with(rewards=[0.5, None, float("inf")]), "a return or reward is inf"),
         (segment_with(step_starts=[0]), "step_starts does not fit steps"),
         (segment_with(step_starts=[8, 9, 10]), "a token before the first step has the mask 1"),
     ],

@@ -96,6 +96,7 @@ class Player:
                 supports[place] = {"kind": kind, **({"ids": list(actions)} if kind == "ids" else {})}
         segment = {
             "steps": list(range(num_steps)),
+            "rewards": [None] * (num_steps - 1) + [score(taken)],
             "step_starts": starts,
             "window_start": 1,
             "policy_versions": [self.version] * num_steps,

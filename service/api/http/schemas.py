@@ -466,10 +466,12 @@ class Support(_Response):
 
 class Segment(_Response):
     """A run of steps in which each prompt begins with the whole prompt and action of the step before. The lists except
-    `steps`, `step_starts` and `policy_versions` have one entry for each token."""
+    `steps`, `rewards`, `step_starts` and `policy_versions` have one entry for each token."""
 
     steps: list[int]
     """The indices of the steps."""
+    rewards: list[float | None]
+    """The reward for the action of each step."""
     step_starts: list[int]
     """The index of the first token of each step. What precedes the first one belongs to earlier steps."""
     window_start: int

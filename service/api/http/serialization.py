@@ -12,6 +12,7 @@ from service.settings import policy_name
 from service.trajectory import Feedback, JsonValue, Span, Step, StoredEpisode, public_id
 
 Rendered = dict[str, JsonValue]
+Rewards = Sequence[float | None]
 
 _RESOURCE_DEFAULTS: dict[str, JsonValue] = {
     "profile": None,
@@ -70,8 +71,7 @@ class Window:
 
 def as_steps(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
     """Returns the steps, each with the reward for its action, and the message that ended the episode, if any."""
-    rewards = [row.message.reward for row in rows[1:]] + [None]
-    steps = [_step(row, reward) for row, reward in zip(rows, rewards, strict=True) if not row.closing] if rows else []
+    steps = [_step(row, reward) for row, reward in zip(rows, _rewards(rows), strict=True) if not row.closing]
     closing = next((_closing_message(row) for row in rows if row.closing), None)
     return {"steps": steps, "closing": closing}
 
@@ -104,20 +104,22 @@ def as_tokens(record: StoredEpisode, rows: Sequence[Step]) -> Rendered:
     support: what a sampled token was sampled among, else null; see `schemas.Segment`.
     recorded_mask: 1 for tokens of actions that somebody else chose, else 0.
     step_starts: for each step, the index of its first token.
+    rewards: for each step, the reward for its action, or null.
 
     A step whose thought is dropped from later windows ends its segment. So does a change of the temperature: the
     default of a policy can change while an episode is active. An encoder-decoder model has one segment for
     each step, with the encoder's input in `encoder_token_ids` and the decoder's tokens in `token_ids`.
     """
     decided = [row for row in rows if not row.closing]
+    rewards = _rewards(rows)
     if any(row.span.encoder_token_ids is not None for row in decided):
-        return {"segments": [_encoder_decoder_segment(row, _temperature(record, row)) for row in decided]}
+        return {"segments": [_encoder_decoder_segment(row, rewards, _temperature(record, row)) for row in decided]}
     num_dropped = list(accumulate((row.dropped != (0, 0) for row in decided[:-1]), initial=0))
     keys = [(row.window_start, num, _temperature(record, row)) for row, num in zip(decided, num_dropped, strict=False)]
     groups = groupby(zip(keys, decided, strict=True), key=lambda pair: pair[0])
     return {
         "segments": [
-            _segment(decided, start, temperature, [row for _, row in members])
+            _segment(decided, rewards, start, temperature, [row for _, row in members])
             for (start, _, temperature), members in groups
         ]
     }
@@ -219,7 +221,14 @@ def _temperature(record: StoredEpisode, row: Step) -> float:
     return (sampling.get("temperature") if row.temperature is None else row.temperature) or 1.0
 
 
-def _segment(rows: Sequence[Step], start: int, temperature: float, members: Sequence[Step]) -> Rendered:
+def _rewards(rows: Sequence[Step]) -> list[float | None]:
+    """Returns the reward for the action of each row, which the message of the next row has."""
+    return [row.message.reward for row in rows[1:]] + [None] if rows else []
+
+
+def _segment(
+    rows: Sequence[Step], rewards: Rewards, start: int, temperature: float, members: Sequence[Step]
+) -> Rendered:
     first = members[0].index
     tokens = _Tokens()
     for row in rows[:first]:
@@ -227,19 +236,20 @@ def _segment(rows: Sequence[Step], start: int, temperature: float, members: Sequ
             tokens.add_context(row)
     for row in members:
         tokens.add(row.span)
-    return {**_head(members, start, temperature), **tokens.rendered()}
+    return {**_head(members, rewards, start, temperature), **tokens.rendered()}
 
 
-def _encoder_decoder_segment(row: Step, temperature: float) -> Rendered:
+def _encoder_decoder_segment(row: Step, rewards: Rewards, temperature: float) -> Rendered:
     tokens = _Tokens()
     tokens.add(row.span)
     given = list(row.span.encoder_token_ids or ())
-    return {**_head([row], row.window_start, temperature), "encoder_token_ids": given, **tokens.rendered()}
+    return {**_head([row], rewards, row.window_start, temperature), "encoder_token_ids": given, **tokens.rendered()}
 
 
-def _head(members: Sequence[Step], start: int, temperature: float) -> Rendered:
+def _head(members: Sequence[Step], rewards: Rewards, start: int, temperature: float) -> Rendered:
     return {
         "steps": [row.index for row in members],
+        "rewards": [rewards[row.index] for row in members],
         "window_start": start,
         "policy_versions": [row.answer["policy_version"] for row in members],
         "temperature": temperature,

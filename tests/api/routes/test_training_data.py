@@ -154,6 +154,17 @@ async def test_step_starts_divide_a_segment_into_the_spans_of_its_steps(api: Ser
             assert segment["token_ids"][start:end] == list(stored[step].span.token_ids)
 
 
+async def test_rewards_belong_to_the_action_that_caused_them(api: Served):
+    await api.open(action_space=TURNS, context={"max_tokens": 64})
+    for step in range(8):
+        await api.act(observation=f"observation {step}", step=step, **({"reward": step / 2} if step > 1 else {}))
+    await api.client.post(f"{api.path}/end", json={"terminated": True, "reward": 9})
+    found = await segments(api)
+    assert len(found) > 1, "the context must have slid"
+    rewards = [reward for segment in found for reward in segment["rewards"]]
+    assert rewards == [None, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 9.0]
+
+
 @pytest.mark.parametrize("path", ["/episode/e/trajectory?format=tokens", "/export?format=tokens"])
 async def test_the_ratings_come_with_the_tokens(api: Served, path: str):
     await api.open(action_space=TURNS)

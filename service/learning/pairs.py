@@ -1,0 +1,74 @@
+"""DPO: which episodes are paired, and which of their tokens count."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from service.learning import NothingToLearn
+from service.learning.options import Options
+from service.learning.segments import Flags, Kind, Row
+from service.learning.trajectories import Episode
+from service.learning.units import Example, Selection, Unit, groups
+
+
+def choose_pairs(episodes: Sequence[Episode], options: Options, chosen: Selection) -> None:
+    """In each group, pairs the best episode with the worst, the second best with the second worst, and so on."""
+    paired: set[str] = set()
+    used: list[Episode] = []
+    for members in groups(episodes).values():
+        scores = {one.episode_id: _score(one, options) for one in members}
+        known = sorted(
+            (one for one in members if scores[one.episode_id] is not None), key=lambda one: _key(scores, one)
+        )
+        chosen.num_groups += len(known) > 1
+        for better, worse in zip(reversed(known[(len(known) + 1) // 2 :]), known, strict=False):
+            if scores[better.episode_id] != scores[worse.episode_id] and (unit := _pair(better, worse)):
+                chosen.units.append(unit)
+                used += [better, worse]
+                paired |= {better.episode_id, worse.episode_id}
+    for episode in episodes:
+        if episode.episode_id not in paired:
+            chosen.excluded[_unpaired(episode, options)] += 1
+    chosen.describe(used)
+    if not chosen.units:
+        raise NothingToLearn(_no_pairs(chosen, options))
+
+
+def _key(scores: Mapping[str, float | None], episode: Episode) -> float:
+    return scores[episode.episode_id] or 0.0
+
+
+def _score(episode: Episode, options: Options) -> float | None:
+    return episode.episode_return if options.score == "return" else episode.ratings.get(None)
+
+
+def _unpaired(episode: Episode, options: Options) -> str:
+    return f"no {options.score}" if _score(episode, options) is None else "no pair"
+
+
+def _pair(better: Episode, worse: Episode) -> Unit | None:
+    """Returns the drawn tokens of both. If one was forked from the other, the steps that they share do not count."""
+    sides = [(better, worse, 1.0), (worse, better, -1.0)]
+    examples = [
+        Example(row, np.full(len(row.positions), sign, np.float32))
+        for episode, other, sign in sides
+        for row in _rows_apart(episode, other)
+    ]
+    return tuple(examples) if len({float(example.weights[0]) for example in examples}) == 2 else None
+
+
+def _rows_apart(episode: Episode, other: Episode) -> Iterable[Row]:
+    first = other.parent[1] if other.parent and other.parent[0] == episode.episode_id else 0
+    for row in episode.rows:
+        kept: Flags = (row.kinds != Kind.RECORDED) & ((row.steps >= first) | (row.steps < 0))
+        if kept.any():
+            yield row.take(kept)
+
+
+def _no_pairs(chosen: Selection, options: Options) -> str:
+    if not chosen.num_groups:
+        return (
+            f"nothing to compare: no two episodes with a {options.score} belong to one group, fork family, or "
+            "environment and seed. Play each seed several times: episodic rollout --repeat 8"
+        )
+    return f"nothing to learn: in each of the {chosen.num_groups} groups, every {options.score} is equal"
