@@ -8,10 +8,11 @@ SEED    = 7
 SEQUENCES = 20000
 STORE   = both
 MINUTES = 30
+OUT     = learned
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check check-deploy rules fuzz audit bench faults soak lab secrets policy lock clean
+.PHONY: help install serve learn test check check-deploy rules fuzz audit bench faults soak lab secrets policy lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +23,7 @@ help: ## List the commands
 	@echo "  ROUNDS=100 SEED=7 STORE=sqlite|postgresql|both    options of faults"
 	@echo "  SEQUENCES=20000 SEED=7    options of fuzz"
 	@echo "  MINUTES=30           duration of soak"
+	@echo "  OUT=learned          folder of learn; the same command continues a run that was cut"
 
 install: ## Set up .venv for DEVICE, unless it is up to date
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Name an interpreter: make install PYTHON=python3.12"; exit 1; }
@@ -29,6 +31,9 @@ install: ## Set up .venv for DEVICE, unless it is up to date
 
 serve: install ## Serve the policy on 127.0.0.1:8000; reads EPISODIC_* and MODEL
 	$(if $(MODEL),EPISODIC_MODEL='$(MODEL)') exec $(BIN)/episodic serve
+
+learn: install ## Let the packaged policy learn slippery FrozenLake from its own episodes; takes some minutes
+	@$(BIN)/python -m training.learn --out '$(OUT)'
 
 # The tests must not inherit the caller's settings, so EPISODIC_* variables are unset. The slow files are in the middle of
 # the order of the folders. With --loadscope-reorder they would be the last, and one process would wait for the other.
