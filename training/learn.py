@@ -16,11 +16,13 @@ from typing import Annotated
 import httpx
 import typer
 
+from service.loop.training import end_with_parent
+
 LESSON = (
     *("--env", "FrozenLake-v1", "--env-kwargs", '{"reward_schedule": [1, -1, 0]}'),
     *("--test-kwargs", "{}", "--method", "grpo", "--rounds", "6", "--patience", "4", "--temperature", "8"),
-    *("--episodes", "128", "--repeat", "8", "--selection", "80", "--final", "500"),
-    *("--train-args", "--discount 0.8 --learning-rate 2e-3 --warmup-steps 2"),
+    *("--episodes", "512", "--repeat", "1", "--selection", "80", "--final", "500"),
+    *("--train-args", "--group-by start --discount 0.8 --learning-rate 3e-3 --warmup-steps 0 --clip 0.4"),
 )
 """The options of `episodic learn`."""
 
@@ -30,21 +32,30 @@ _START_S = 300.0
 def main(out: Annotated[Path, typer.Option(help="Folder of the run. The same command continues it.")]) -> None:
     """Run the lesson, and end with its exit code."""
     out.mkdir(parents=True, exist_ok=True)
-    url = os.environ.get("EPISODIC_URL")
-    if url:
+    with service(out) as url:
         raise typer.Exit(_learn(out, url))
-    with _service(out) as started:
-        raise typer.Exit(_learn(out, started))
 
 
 def _learn(out: Path, url: str) -> int:
     command = [sys.executable, "-m", "service", "learn", "--out", str(out), "--url", url, *LESSON]
-    return subprocess.run(command, check=False).returncode  # noqa: S603
+    return subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode  # noqa: S603
 
 
 @contextmanager
-def _service(out: Path) -> Iterator[str]:
-    """Serves the packaged policy while the block runs. Its store and its log are in the folder of the run."""
+def service(out: Path) -> Iterator[str]:
+    """The URL of a service: EPISODIC_URL, or one that serves the packaged policy while the block runs.
+
+    The store and the log of the latter are in the folder of the run.
+    """
+    if url := os.environ.get("EPISODIC_URL"):
+        yield url
+        return
+    with _started(out) as url:
+        yield url
+
+
+@contextmanager
+def _started(out: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     adapters, url = out / "adapters", f"http://127.0.0.1:{port}"
@@ -52,8 +63,13 @@ def _service(out: Path) -> Iterator[str]:
     own = {"EPISODIC_PORT": str(port), "EPISODIC_DATA": str(out / "data"), "EPISODIC_ADAPTERS": str(adapters)}
     typer.echo(f"Starting a service at {url}. Its log is {out / 'server.log'}.", err=True)
     with (out / "server.log").open("a") as log:
-        command = [sys.executable, "-m", "service", "serve"]
-        process = subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=log)  # noqa: S603
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve"],
+            env={**os.environ, **own},
+            stdout=log,
+            stderr=log,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - it only makes a system call
+        )
     try:
         _wait(process, url, out / "server.log")
         yield url

@@ -24,7 +24,18 @@ from service.client import DEFAULT_URL
 from service.filters import FILTERS, EpisodeFilter
 from service.learning import NOTHING_TO_LEARN, NothingToLearn, TrainingInterrupted, TrainingRefused
 from service.learning.imitation import parse_keep
-from service.learning.options import LEARNING_RATES, USED_BY, Device, Dtype, Method, Options, Reference, Score, unused
+from service.learning.options import (
+    LEARNING_RATES,
+    USED_BY,
+    Device,
+    Dtype,
+    GroupBy,
+    Method,
+    Options,
+    Reference,
+    Score,
+    unused,
+)
 
 _REPORT_S = 10.0
 """Seconds between two lines of progress, if the output is not a terminal."""
@@ -100,6 +111,13 @@ def train_command(
     rank: Annotated[int, typer.Option(min=1, help="Rank of a new adapter.")] = 8,
     alpha: Annotated[int, typer.Option(min=1, help="The adapter's scale is alpha / rank.")] = 16,
     beta: Annotated[float, typer.Option(min=0.0, help="dpo: inverse temperature.")] = 0.1,
+    group_by: Annotated[
+        GroupBy,
+        typer.Option(
+            help="Which episodes are compared. seed: those of one group, or of the same environment and seed. start: "
+            "those that begin with the same prompt."
+        ),
+    ] = "seed",
     discount: Annotated[
         float | None,
         typer.Option(
@@ -135,6 +153,7 @@ def train_command(
         score=score,
         reference=reference,
         beta=beta,
+        group_by=group_by,
         discount=discount,
         clip=clip,
         max_ratio=max_ratio,

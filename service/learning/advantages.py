@@ -24,7 +24,7 @@ def choose_advantages(episodes: Sequence[Episode], options: Options, chosen: Sel
     chosen.excluded["greedy (temperature 0)"] += len(episodes) - len(sampled)
     chosen.excluded["no return"] += sum(episode.episode_return is None for episode in sampled)
     used: list[Episode] = []
-    for members in groups(sampled).values():
+    for members in groups(sampled, options.group_by).values():
         chosen.num_groups += len(members) > 1
         for episode, advantages in zip(members, _relative(members, options.discount), strict=True):
             if units := list(_examples(episode, advantages)):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from service.learning import NothingToLearn
-from service.learning.options import Options
+from service.learning.options import GroupBy, Options
 from service.learning.segments import Floats, Kind, Row
 from service.learning.trajectories import Episode
 from service.learning.units import Example, Selection, Unit, groups, score_of
@@ -31,7 +31,7 @@ def parse_keep(rule: str) -> None:
 
 
 def choose_imitation(episodes: Sequence[Episode], options: Options, chosen: Selection) -> None:
-    weighers = [_weigher(rule, episodes) for rule in options.keep]
+    weighers = [_weigher(rule, episodes, options.group_by) for rule in options.keep]
     used: list[Episode] = []
     for episode in episodes:
         units = list(_imitations(episode, weighers))
@@ -52,14 +52,14 @@ def _imitations(episode: Episode, weighers: Sequence[Weigh]) -> Iterable[Unit]:
             yield (Example(row.take(weights > 0), weights[weights > 0]),)
 
 
-def _weigher(rule: str, episodes: Sequence[Episode]) -> Weigh:
+def _weigher(rule: str, episodes: Sequence[Episode], by: GroupBy) -> Weigh:
     if rule == "success":
         return lambda episode, row: _drawn(row) * np.float32(episode.success is True)
     if rule == "recorded":
         return lambda episode, row: (row.kinds == Kind.RECORDED).astype(np.float32)
     if rule == "rated":
         return _rated
-    best = _best(episodes, float(rule.removeprefix("top:")))
+    best = _best(episodes, float(rule.removeprefix("top:")), by)
     return lambda episode, row: _drawn(row) * np.float32(episode.episode_id in best)
 
 
@@ -74,10 +74,10 @@ def _rated(episode: Episode, row: Row) -> Floats:
     return _drawn(row) * ((np.asarray(ratings, np.float32) - 1) / 4).astype(np.float32)
 
 
-def _best(episodes: Sequence[Episode], fraction: float) -> set[str]:
+def _best(episodes: Sequence[Episode], fraction: float, by: GroupBy) -> set[str]:
     """The best episodes of each group, at least one. Where all returns are equal, none is better."""
     best: set[str] = set()
-    for members in groups(episodes).values():
+    for members in groups(episodes, by).values():
         scored = sorted(((score_of(one), one.episode_id) for one in members), key=lambda pair: -pair[0])
         worst = scored[-1][0] if scored else 0.0
         best |= {name for score, name in scored[: math.ceil(fraction * len(scored))] if score > worst}

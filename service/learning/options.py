@@ -7,6 +7,7 @@ from typing import Any, Literal
 Method = Literal["bc", "dpo", "grpo"]
 Score = Literal["return", "rating"]
 Reference = Literal["base", "initial"]
+GroupBy = Literal["seed", "start"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -42,6 +43,7 @@ class Options:
     score: what DPO compares the episodes of a group by.
     reference: the policy that DPO and the KL term compare with: the base model, or the initial adapter.
     beta: DPO's inverse temperature.
+    group_by: which episodes are compared; see `units.groups`.
     discount: GRPO scores each step by the discounted return from it on. None: by the return of its episode.
     clip: GRPO keeps the probability ratio within 1 - clip and 1 + clip.
     max_ratio: GRPO truncates the importance weight, which is the probability ratio, at this value.
@@ -56,6 +58,7 @@ class Options:
     score: Score = "return"
     reference: Reference = "base"
     beta: float = 0.1
+    group_by: GroupBy = "seed"
     discount: float | None = None
     clip: float = 0.2
     max_ratio: float = 3.0

@@ -15,7 +15,7 @@ def choose_pairs(episodes: Sequence[Episode], options: Options, chosen: Selectio
     """In each group, pairs the best episode with the worst, the second best with the second worst, and so on."""
     paired: set[str] = set()
     used: list[Episode] = []
-    for members in groups(episodes).values():
+    for members in groups(episodes, options.group_by).values():
         scores = {one.episode_id: _score(one, options) for one in members}
         known = sorted(
             (one for one in members if scores[one.episode_id] is not None), key=lambda one: _key(scores, one)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from service.learning.options import GroupBy
 from service.learning.segments import Floats, Kind, Row
 from service.learning.trajectories import Episode
 
@@ -81,9 +82,11 @@ def _num_steps(rows: Sequence[Row]) -> int | None:
     return sum(len(np.unique(row.steps)) for row in rows)
 
 
-def groups(episodes: Sequence[Episode]) -> dict[tuple[str, ...], list[Episode]]:
+def groups(episodes: Sequence[Episode], by: GroupBy) -> dict[tuple[str, ...], list[Episode]]:
     """Returns the scored episodes that can be compared with each other.
 
+    start: these are the episodes that begin with the same prompt, whatever their seeds are.
+    seed:
     These are the episodes of a `group`; forks have one with the episode that they were forked from. Episodes without a
     group are compared with those of the same environment and seed.
     """
@@ -91,7 +94,8 @@ def groups(episodes: Sequence[Episode]) -> dict[tuple[str, ...], list[Episode]]:
     found: dict[tuple[str, ...], list[Episode]] = {}
     for episode in episodes:
         if episode.episode_return is not None:
-            found.setdefault(_group(episode, parents), []).append(episode)
+            key = _start(episode) if by == "start" else _group(episode, parents)
+            found.setdefault(key, []).append(episode)
     return found
 
 
@@ -101,6 +105,14 @@ def _group(episode: Episode, parents: set[str]) -> tuple[str, ...]:
     if episode.episode_id in parents:
         return ("group", episode.episode_id)  # the group of its forks has its id
     return ("situation", *episode.situation) if episode.situation else ("episode", episode.episode_id)
+
+
+def _start(episode: Episode) -> tuple[str, ...]:
+    """The tokens of the first prompt: those before the first token that can be trained."""
+    if not episode.rows:
+        return ("episode", episode.episode_id)
+    first = episode.rows[0]
+    return ("start", first.token_ids[: first.positions[0]].tobytes().hex())
 
 
 def score_of(episode: Episode) -> float:

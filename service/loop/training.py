@@ -59,12 +59,12 @@ def _started(command: Sequence[str], arguments: Sequence[str], stdout: TextIO) -
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_end_with_parent,  # noqa: PLW1509 - it only makes a system call
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - it only makes a system call
     )
 
 
-def _end_with_parent() -> None:
-    """Lets the kernel end the training if this process is killed: two trainings must not write the same folder."""
+def end_with_parent() -> None:
+    """Lets the kernel end a child if this process is killed: two trainings must not write the same folder."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -1,6 +1,7 @@
 """Which tokens are trained, with which weights: imitation, pairs and advantages, and data with nothing to learn."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,22 @@ def test_nothing_to_learn_by_grpo(given: list[Episode], words: str):
         chosen(given, "grpo")
     assert str(refused.value).startswith("nothing to learn")
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo", "bc"])
+def test_episodes_can_be_compared_that_begin_with_the_same_prompt(method: str):
+    other = row()
+    other.token_ids[0] = 7
+    given = [
+        episode(f"{of}{score}", score, group=of, rows=(of_row,))
+        for of, of_row in (("a", row()), ("b", other))
+        for score in (1.0, 2.0)
+    ]
+    apart = [replace(one, group=one.episode_id) for one in given]
+    options: Any = {"keep": ("top:0.5",)} if method == "bc" else {}
+    assert weights(chosen(apart, method, group_by="start", **options)) == weights(chosen(given, method, **options))
+    with pytest.raises(TrainingRefused):
+        chosen(apart, method, **options)
 
 
 def test_with_a_discount_each_step_has_the_return_from_it_on():
