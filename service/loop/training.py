@@ -41,7 +41,7 @@ def train(
             for line in run.stderr or ():
                 copy.write(line)
                 copy.flush()
-                last = line.strip() or last
+                last = _words(line) or last
                 on_line(last)
             code = run.wait()
         finally:
@@ -61,6 +61,11 @@ def _started(command: Sequence[str], arguments: Sequence[str], stdout: TextIO) -
         text=True,
         preexec_fn=end_with_parent,  # noqa: PLW1509 - it only makes a system call
     )
+
+
+def _words(line: str) -> str:
+    """A line without the frame that usage errors have; empty for the frame itself."""
+    return line.strip(" \n\t│╭╮╰╯─")
 
 
 def end_with_parent() -> None:

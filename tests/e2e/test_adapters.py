@@ -158,3 +158,27 @@ def test_what_was_trained_is_what_acts(lora: Server, tmp_path: Path, monkeypatch
     second = episodic(*learn, "--tag", "pupil", "--init-adapter", lesson, "--out", tmp_path / "second")
     assert second["initial_policy_version"] == first["policy_version"]
     assert second["metrics"]["start"]["mean_abs_delta_logprob"] < 0.05
+
+
+MAP = ["SFFFF", "HFFFF", "HHFFF", "HHHFF", "FFFFG"]
+"""A lake that the packaged policy never crosses greedily, and now and then at temperature 3."""
+
+
+def test_it_learns_to_cross_a_lake_from_its_own_episodes(lora: Server, tmp_path: Path, monkeypatch: Any) -> None:
+    """The whole loop with the real engine and the real trainer, up to the final test and the moved alias."""
+    monkeypatch.setenv("EPISODIC_DATA", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if lora.process is None or lora.process.poll() is not None:
+        lora.start()
+    kwargs = json.dumps({"desc": MAP, "is_slippery": False})
+    found = episodic(
+        *("learn", "--url", lora.url, "--env", "FrozenLake-v1", "--env-kwargs", kwargs, "--out", tmp_path / "crosser"),
+        *("--episodes", "8", "--repeat", "8", "--temperature", "3", "--max-episode-steps", "20"),
+        *("--rounds", "3", "--patience", "3", "--selection", "12", "--final", "20"),
+        *("--train-args", "--group-by start --learning-rate 2e-3 --warmup-steps 0 --epochs 2"),
+    )
+    assert (found["final"]["baseline"]["value"], found["final"]["candidate"]["value"]) == (0.0, 1.0)
+    assert found["final"]["verdict"] == "better"
+    with httpx.Client(base_url=lora.url) as http:
+        policies = {policy["name"]: policy for policy in http.get("/policy").json()["policies"]}
+    assert policies["crosser"]["version"] == found["best"]["policy"]
