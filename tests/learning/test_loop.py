@@ -174,6 +174,8 @@ def test_a_round_with_nothing_to_learn_counts_against_patience(url: str, fake: L
 def test_a_training_that_fails_ends_the_run(url: str, fake: LoopService, tmp_path: Path):
     with pytest.raises(LearningFailed, match=r"ended with code 1: Error: broken disk. Its log is .*train\.log"):
         run(url, tmp_path / "out", ["broken disk"])
+    with pytest.raises(LearningFailed, match=r"ended with code 1: Error: broken option. Its log is"):
+        run(url, tmp_path / "framed", ["broken option │\n╰────╯"])
     fake.base_version = "base-2"
     with pytest.raises(LearningFailed, match=r"began with the base model scripted \(base-1\), but .* \(base-2\)"):
         run(url, tmp_path / "out", [1.0])
