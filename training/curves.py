@@ -63,7 +63,7 @@ def plot(path: Path, out: Path) -> bool:
     _draw_losses(losses, rows)
     _draw_success(success, rows)
     with complete_file(out) as file:
-        figure.savefig(file, format="png", dpi=100)
+        figure.savefig(file, format="png", dpi=80)
     pyplot.close(figure)
     return True
 
@@ -72,9 +72,10 @@ def _draw_losses(axes: Any, rows: list[dict[str, str]]) -> None:
     worlds = [name for name in rows[0] if name not in {"step", "stage", "tokens", "seconds", REACHED}]
     for world in worlds:
         axes.plot(*_points(rows, world), linewidth=0.8, label=world)
-    axes.set(ylabel="loss (nats per token or action)", yscale="log", title="Training of the packaged policy")
-    axes.legend(fontsize="small")
+    axes.set(ylabel="loss (nats per token or action)", title="Training of the packaged policy")
+    axes.set(yscale="log", ylim=(1e-3, None))  # games that are solved have losses near 0
     _mark_stages(axes, rows)
+    axes.legend(fontsize="small")
 
 
 def _draw_success(axes: Any, rows: list[dict[str, str]]) -> None:
