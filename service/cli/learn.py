@@ -48,6 +48,12 @@ def learn_command(
     episodes: Annotated[int, typer.Option(min=1, help="Number of training seeds in each round.")] = 200,
     repeat: Annotated[int, typer.Option(min=1, help="Play each training seed this many times.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature in training.")] = 1.0,
+    last_temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, help="That of the last round. It changes by the same factor in each round. [default: the first]"
+        ),
+    ] = None,
     selection: Annotated[
         int, typer.Option(min=1, help="Number of seeds that compare a candidate with the best policy.")
     ] = 200,
@@ -87,6 +93,8 @@ def learn_command(
 
     The service must allow adapters (EPISODIC_ADAPTERS). EPISODIC_API_KEY is a key with the scopes act, read and admin.
     EPISODIC_MODEL is the base model that the service serves, by default the packaged policy."""
+    if last_temperature is not None and not temperature:
+        raise typer.BadParameter("needs a --temperature above 0", param_hint="--last-temperature")
     search_working_folder()
     raise_limit()
     plan = Plan(
@@ -103,6 +111,7 @@ def learn_command(
         seeds=episodes,
         repeat=repeat,
         temperature=temperature,
+        last_temperature=last_temperature,
         selection=selection,
         final=final,
         train_seed=train_seed,

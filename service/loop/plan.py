@@ -20,6 +20,7 @@ class Plan:
     name: the alias that is moved to better versions.
     env_kwargs: arguments of the environment in training; `test_kwargs` are those in selection and in the final test.
     seeds, repeat: number of seeds in each training rollout, and of plays of each seed.
+    temperature, last_temperature: of the first training rollout and of the last. None: all have the first.
     selection: number of seeds that compare a candidate with the best policy so far.
     final: number of seeds in the final test.
     train_seed, selection_seed, final_seed: the first seed of each range.
@@ -41,6 +42,7 @@ class Plan:
     seeds: int = 200
     repeat: int = 8
     temperature: float = 1.0
+    last_temperature: float | None = None
     selection: int = 200
     final: int = 500
     train_seed: int = 0
@@ -74,6 +76,12 @@ class Plan:
         if max(seeds.stop for seeds in found.values()) > _MAX_SEED:
             raise LearningFailed(f"the last seed must be below {_MAX_SEED}. Choose smaller first seeds.")
         return found
+
+    def temperature_in(self, number: int) -> float:
+        """The sampling temperature of a round. It changes by the same factor from each round to the next."""
+        if self.last_temperature is None or self.rounds == 1:
+            return self.temperature
+        return self.temperature * (self.last_temperature / self.temperature) ** ((number - 1) / (self.rounds - 1))
 
     def training_seeds(self, number: int) -> range:
         """The training seeds of a round. Rounds count from 1."""

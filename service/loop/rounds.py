@@ -132,7 +132,7 @@ class _Loop:
 
     def _roll_out(self, played: Round) -> Result:
         learner = self.state.learner.policy
-        run = self._run(f"round-{played.number}", learner, self.plan.temperature)
+        run = self._run(f"round-{played.number}", learner, self.plan.temperature_in(played.number))
         seeds = self.plan.training_seeds(played.number)
         (made,) = playing.play(
             self.service, self.in_training, [run], seeds, self.plan.repeat, on_progress=self.watcher.progress

@@ -148,6 +148,16 @@ def test_tied_and_too_few(url: str, fake: LoopService, tmp_path: Path):
     assert fake.aliases == {}
 
 
+def test_the_temperature_of_the_rounds(url: str, fake: LoopService, tmp_path: Path):
+    run(url, tmp_path / "out", [0.5, 0.5, 0.5], replace(PLAN, patience=3, temperature=4.0, last_temperature=1.0))
+    played = [{e.fields["sampling"]["temperature"] for e in fake.tagged(f"round-{number}")} for number in (1, 2, 3)]
+    assert played == [{4.0}, {2.0}, {1.0}]
+    plan = replace(PLAN, rounds=3, temperature=8.0, last_temperature=2.0)
+    assert [plan.temperature_in(number) for number in (1, 2, 3)] == [8.0, 4.0, 2.0]
+    assert replace(plan, last_temperature=None).temperature_in(3) == 8.0
+    assert replace(plan, rounds=1).temperature_in(1) == 8.0
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -246,6 +256,7 @@ def test_what_the_command_prints(url: str, tmp_path: Path, monkeypatch: pytest.M
         (("--train-args", "--out x"), 2, "--out is set by this command"),
         (("--train-args", "--tag x --beta=1"), 2, "--beta belongs to --method dpo, but the method is grpo"),
         (("--env-kwargs", "[]"), 2, "expected a JSON object"),
+        (("--temperature", "0", "--last-temperature", "2"), 2, "needs a --temperature above 0"),
         (("--final-seed", "0"), 1, "overlap"),
         (("--url", "http://127.0.0.1:9", "--retry-s", "0"), 1, "no service answers at http://127.0.0.1:9"),
     ],
