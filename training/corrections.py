@@ -17,7 +17,7 @@ from rich.progress import track
 
 from service.client import Client
 from service.environments import describe
-from training.learn import service
+from training.learn import running_service
 
 ENV = "FrozenLake-v1"
 TEST_SEED = 2_000_000_000
@@ -65,7 +65,7 @@ def main(
     name, tag = out.resolve().name, f"corrections-{uuid4().hex[:8]}"
     env = gymnasium.make(ENV)
     best = best_moves(env)
-    with service(out) as url, Client(url) as client:
+    with running_service(out) as url, Client(url) as client:
         for seed in track(range(episodes), "corrected episodes"):
             play(client, env, best, seed, tag)
         run("train", "--from", url, "--tag", tag, "--out", str(out / tag), *TRAIN)

@@ -4,6 +4,7 @@ Without EPISODIC_URL, starts a service for it on a free port, and stops the serv
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,23 +28,31 @@ LESSON = (
 )
 """The options of `episodic learn`."""
 
+INTERRUPTED = 130
+"""The exit code of `episodic learn` after Ctrl+C."""
+
 _START_S = 300.0
 
 
 def main(out: Annotated[Path, typer.Option(help="Folder of the run. The same command continues it.")]) -> None:
     """Run the lesson, and end with its exit code."""
     out.mkdir(parents=True, exist_ok=True)
-    with service(out) as url:
+    with running_service(out) as url:
         raise typer.Exit(_learn(out, url))
 
 
 def _learn(out: Path, url: str) -> int:
+    """Runs `episodic learn`. Ctrl+C reaches it directly, because it is in the same process group."""
+    signal.signal(signal.SIGINT, lambda *_: None)
     command = [sys.executable, "-m", "service", "learn", "--out", str(out), "--url", url, *LESSON]
-    return subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode  # noqa: S603
+    code = subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode  # noqa: S603
+    if code == INTERRUPTED:
+        typer.echo("If `make learn` started the service, `make learn` also continues the run.", err=True)
+    return code
 
 
 @contextmanager
-def service(out: Path) -> Iterator[str]:
+def running_service(out: Path) -> Iterator[str]:
     """The URL of a service: EPISODIC_URL, or one that serves the packaged policy while the block runs.
 
     The store and the log of the latter are in the folder of the run.

@@ -85,10 +85,9 @@ def _num_steps(rows: Sequence[Row]) -> int | None:
 def groups(episodes: Sequence[Episode], by: GroupBy) -> dict[tuple[str, ...], list[Episode]]:
     """Returns the scored episodes that can be compared with each other.
 
-    start: these are the episodes that begin with the same prompt, whatever their seeds are.
-    seed:
-    These are the episodes of a `group`; forks have one with the episode that they were forked from. Episodes without a
+    by="seed": the episodes of a `group`; forks have one with the episode that they were forked from. Episodes without a
     group are compared with those of the same environment and seed.
+    by="start": the episodes that begin with the same prompt, whatever their groups and seeds are.
     """
     parents = {episode.parent[0] for episode in episodes if episode.parent}
     found: dict[tuple[str, ...], list[Episode]] = {}

@@ -1,14 +1,28 @@
-"""`make learn`: its options are those of `episodic learn`, and it uses a service that is named. It is played in
-tests/e2e/test_adapters.py with a smaller game."""
+"""`make learn` and the corrections: their options, the service that they use, and Ctrl+C. tests/e2e/test_adapters.py
+learns a smaller game with the real engine."""
 
+import asyncio
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import pytest
 from typer.testing import CliRunner
 
 from service.cli.main import app
-from training.corrections import TRAIN
-from training.learn import LESSON, service
+from service.client import Client
+from service.engine.tokenizer import HFTokenizer
+from service.testing.scripted_engine import ScriptedEngine
+from tests.client.fake_service import serve
+from tests.e2e.server import until
+from tests.learning.loop_service import LoopService
+from tests.support import serving as scripted
+from training import corrections
+from training.learn import INTERRUPTED, LESSON, running_service
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -22,13 +36,62 @@ def test_the_options_of_the_lesson_are_accepted(tmp_path: Path):
 def test_the_options_of_the_corrections_are_accepted(tmp_path: Path):
     export = tmp_path / "export.ndjson"
     export.touch()
-    done = CliRunner().invoke(app, ["train", *TRAIN, "--from", str(export), "--out", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, ["train", *corrections.TRAIN, "--from", str(export), "--out", str(tmp_path / "out")])
     assert "is empty" in " ".join(done.stderr.split())
     assert done.exit_code == 1
 
 
 def test_a_named_service_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EPISODIC_URL", NOWHERE)
-    with service(tmp_path) as url:
+    with running_service(tmp_path) as url:
         assert url == NOWHERE
     assert not list(tmp_path.iterdir())
+
+
+def test_a_service_that_does_not_start_is_reported(tmp_path: Path):
+    without = {name: value for name, value in os.environ.items() if not name.startswith("EPISODIC_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "training.learn", "--out", tmp_path / "out"],
+        env={**without, "EPISODIC_MODEL": str(tmp_path / "no-model")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert f"The service did not start. The end of {tmp_path}/out/server.log says why." in done.stderr
+    assert "no-model" in (tmp_path / "out" / "server.log").read_text()
+
+
+def test_ctrl_c_ends_the_run_and_says_how_to_continue(tmp_path: Path):
+    fake = LoopService()
+    with serve(fake) as url:
+        fake.hold("/policy", lambda: True)
+        command = [sys.executable, "-m", "training.learn", "--out", str(tmp_path / "out")]
+        environment = {**os.environ, "EPISODIC_URL": url}
+        run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        until(lambda: fake.is_held)
+        os.killpg(run.pid, signal.SIGINT)
+        _, printed = run.communicate(timeout=60)
+        fake.release()
+    assert run.returncode == INTERRUPTED
+    assert "`make learn` also continues the run" in printed
+
+
+async def test_the_teacher_corrects_about_half_of_the_actions(tokenizer: HFTokenizer, tmp_path: Path):
+    env = gymnasium.make(corrections.ENV)
+    best = corrections.best_moves(env)
+    assert best[:4] == [0, 3, 3, 3]  # the known best moves of the first row: left, then up
+
+    def taught(url: str) -> list[dict[str, Any]]:
+        with Client(url) as client:
+            for seed in range(8):
+                corrections.play(client, env, best, seed, "taught")
+            return [step for document in client.export("steps", tag="taught") for step in document["steps"]]
+
+    async with scripted.serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        steps = await asyncio.to_thread(taught, api.url)
+    recorded = [step for step in steps if step["finish_reason"] == "recorded"]
+    assert 0.25 < len(recorded) / len(steps) < 0.75
+    for step in recorded:
+        row, column = step["observation"].splitlines()[-1].removeprefix("row ").split(", column ")
+        assert step["action"] == ("left", "down", "right", "up")[best[4 * int(row) + int(column)]]
