@@ -33,7 +33,7 @@ from service.rollout.environment import search_working_folder
 from service.rollout.play import EpisodeRefused
 from service.settings import client_key
 
-_OWN = frozenset({"--method", "--from", "--out", "--init-adapter", "--resume", "--json", "--seed"})
+_OWN = frozenset({"--method", "--from", "--out", "--init-adapter", "--resume", "--json", "--seed", "--learning-rate"})
 
 
 def learn_command(
@@ -52,6 +52,13 @@ def learn_command(
         float | None,
         typer.Option(
             min=0.01, help="That of the last round. It changes by the same factor in each round. [default: the first]"
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Peak learning rate of the first round. It falls with the temperature. [default: that of the method]",
         ),
     ] = None,
     selection: Annotated[
@@ -80,7 +87,7 @@ def learn_command(
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,
     train_args: Annotated[
-        str, typer.Option(help="Further options of `episodic train`, for example '--epochs 2 --learning-rate 1e-3'.")
+        str, typer.Option(help="Further options of `episodic train`, for example '--epochs 2 --batch-size 16'.")
     ] = "",
     concurrency: Annotated[int, typer.Option(min=1, help="Number of episodes to play at the same time.")] = 64,
     retry_s: Annotated[
@@ -112,6 +119,7 @@ def learn_command(
         repeat=repeat,
         temperature=temperature,
         last_temperature=last_temperature,
+        learning_rate=learning_rate,
         selection=selection,
         final=final,
         train_seed=train_seed,

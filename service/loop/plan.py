@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
-from service.learning.options import Method
+from service.learning.options import LEARNING_RATES, Method
 from service.loop import LearningFailed
 
 Metric = Literal["auto", "completion", "return"]
@@ -21,6 +21,7 @@ class Plan:
     env_kwargs: arguments of the environment in training; `test_kwargs` are those in selection and in the final test.
     seeds, repeat: number of seeds in each training rollout, and of plays of each seed.
     temperature, last_temperature: of the first training rollout and of the last. None: all have the first.
+    learning_rate: of the first round. None: the method's default.
     selection: number of seeds that compare a candidate with the best policy so far.
     final: number of seeds in the final test.
     train_seed, selection_seed, final_seed: the first seed of each range.
@@ -43,6 +44,7 @@ class Plan:
     repeat: int = 8
     temperature: float = 1.0
     last_temperature: float | None = None
+    learning_rate: float | None = None
     selection: int = 200
     final: int = 500
     train_seed: int = 0
@@ -82,6 +84,14 @@ class Plan:
         if self.last_temperature is None or self.rounds == 1:
             return self.temperature
         return self.temperature * (self.last_temperature / self.temperature) ** ((number - 1) / (self.rounds - 1))
+
+    def learning_rate_in(self, number: int) -> float:
+        """The learning rate of a round, proportional to the temperature.
+
+        Probabilities depend on logits / temperature: at a lower temperature, equal steps change the policy more.
+        """
+        first = LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+        return first * self.temperature_in(number) / self.temperature if self.temperature else first
 
     def training_seeds(self, number: int) -> range:
         """The training seeds of a round. Rounds count from 1."""

@@ -147,8 +147,9 @@ class _Loop:
     def _train(self, played: Round) -> Result:
         folder = self.state.folder(played)
         adapter, initial = folder / ADAPTER, self.state.learner.adapter
-        seed = self.plan.seed + played.number
-        arguments = ["--method", self.plan.method, "--seed", str(seed), *self.plan.train_args]
+        seed, rate = self.plan.seed + played.number, self.plan.learning_rate_in(played.number)
+        arguments = ["--method", self.plan.method, "--seed", str(seed), "--learning-rate", str(rate)]
+        arguments += self.plan.train_args
         arguments += ["--from", str(folder / EXPORT), "--out", str(adapter)]
         arguments += [] if initial is None else ["--init-adapter", str(initial)]
         try:

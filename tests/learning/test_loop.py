@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli.main import app
+from service.learning.options import LEARNING_RATES
 from service.loop import LearningFailed, report, state
 from service.loop.plan import Plan
 from service.loop.playing import Outcome, Service, compare
@@ -148,10 +149,16 @@ def test_tied_and_too_few(url: str, fake: LoopService, tmp_path: Path):
     assert fake.aliases == {}
 
 
-def test_the_temperature_of_the_rounds(url: str, fake: LoopService, tmp_path: Path):
-    run(url, tmp_path / "out", [0.5, 0.5, 0.5], replace(PLAN, patience=3, temperature=4.0, last_temperature=1.0))
+def test_the_temperature_and_the_learning_rate_of_the_rounds(url: str, fake: LoopService, tmp_path: Path):
+    falling = replace(PLAN, patience=3, temperature=4.0, last_temperature=1.0)
+    run(url, tmp_path / "out", [0.5, 0.5, 0.5], replace(falling, learning_rate=1e-3))
     played = [{e.fields["sampling"]["temperature"] for e in fake.tagged(f"round-{number}")} for number in (1, 2, 3)]
     assert played == [{4.0}, {2.0}, {1.0}]
+    calls = [json.loads((tmp_path / "out" / f"round-{number}" / "calls").read_text()) for number in (1, 2, 3)]
+    rates = [float(call[call.index("--learning-rate") + 1]) for call in calls]
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4])
+    assert falling.learning_rate_in(3) == pytest.approx(LEARNING_RATES["grpo"] / 4)
+    assert replace(falling, temperature=0.0, last_temperature=None).learning_rate_in(3) == LEARNING_RATES["grpo"]
     plan = replace(PLAN, rounds=3, temperature=8.0, last_temperature=2.0)
     assert [plan.temperature_in(number) for number in (1, 2, 3)] == [8.0, 4.0, 2.0]
     assert replace(plan, last_temperature=None).temperature_in(3) == 8.0
@@ -254,6 +261,7 @@ def test_what_the_command_prints(url: str, tmp_path: Path, monkeypatch: pytest.M
     ("arguments", "code", "words"),
     [
         (("--train-args", "--out x"), 2, "--out is set by this command"),
+        (("--train-args", "--learning-rate=1"), 2, "--learning-rate is set by this command"),
         (("--train-args", "--tag x --beta=1"), 2, "--beta belongs to --method dpo, but the method is grpo"),
         (("--env-kwargs", "[]"), 2, "expected a JSON object"),
         (("--temperature", "0", "--last-temperature", "2"), 2, "needs a --temperature above 0"),
