@@ -18,9 +18,10 @@ import torch
 import typer
 
 from service.learning.adapter import new_adapter
+from service.learning.batches import parts
 from service.learning.options import Options
 from service.learning.segments import Kind, Row
-from service.learning.trainer import Trainer, parts
+from service.learning.trainer import Trainer
 from service.learning.units import Example, Unit
 
 Contender = Literal["trainer", "plain"]

@@ -90,6 +90,14 @@ def train_command(
     init_adapter: Annotated[
         Path | None, typer.Option(help="Folder of an adapter to train further.", exists=True, file_okay=False)
     ] = None,
+    rehearse: Annotated[
+        Path | None,
+        typer.Option(
+            help="Export with --format tokens of what the policy must not unlearn: each step also imitates some of it.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     any_version: Annotated[
         bool, typer.Option(help="Accept episodes of other policy versions than the one that training starts from.")
     ] = False,
@@ -185,6 +193,7 @@ def train_command(
                 base,
                 out,
                 where=where,
+                rehearse=rehearse,
                 resume=resume,
                 device=device,
                 checkpoint_every=checkpoint_every,
@@ -292,6 +301,7 @@ class _Watcher(AbstractContextManager["_Watcher"]):
 
 _SHOWN = {
     "loss": "loss",
+    "rehearsal_loss": "rehearsal",
     "reference_kl": "KL to reference",
     "kl": "KL",
     "ratio": "ratio",

@@ -9,6 +9,7 @@ from typing import Any
 from service.filters import EpisodeFilter
 from service.learning.checks import Versions
 from service.learning.options import Options
+from service.learning.rehearsal import Rehearsal
 from service.learning.trainer import Figures
 from service.learning.trajectories import Data
 from service.learning.units import Selection
@@ -25,6 +26,7 @@ def make_card(
     data: Data,
     where: EpisodeFilter,
     chosen: Selection,
+    rehearsal: Rehearsal,
     metrics: Mapping[str, Any],
     device: str,
 ) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def make_card(
             "trajectories_read": data.num_read,
             **chosen.as_json(),
         },
+        "rehearsal": rehearsal.as_json(),
         "warnings": chosen.warnings,
         "metrics": metrics,
         "device": device,

@@ -19,6 +19,7 @@ from service.filters import EpisodeFilter
 from service.learning import TrainingRefused, adapter, checks
 from service.learning.card import make_card, rounded, summary
 from service.learning.options import Device, Options
+from service.learning.rehearsal import read_rehearsal
 from service.learning.segments import Json
 from service.learning.selection import select
 from service.learning.trainer import Progress, Trainer, difference
@@ -85,6 +86,7 @@ def train(
     out: Path,
     *,
     where: EpisodeFilter | None = None,
+    rehearse: Path | None = None,
     resume: bool = False,
     device: Device = "auto",
     checkpoint_every: int = 50,
@@ -94,6 +96,7 @@ def train(
     """Trains an adapter, writes it to the folder `out`, and returns its card.
 
     where: filters of the trajectories.
+    rehearse: a second export. Its drawn tokens are imitated along, so that the policy does not unlearn them.
     resume: continues an unfinished run, if there is one. If `out` is complete already, returns its card.
     should_stop: asked after each trajectory and each optimizer step.
 
@@ -105,7 +108,7 @@ def train(
     work = partial_folder(out)
     if work.exists() and not resume:
         raise TrainingRefused(f"an unfinished run is in {work}. Continue it with --resume, or remove the folder.")
-    run = _Run(options, base, out, work, where or EpisodeFilter(), watcher or Silent(), should_stop)
+    run = _Run(options, base, out, work, where or EpisodeFilter(), rehearse, watcher or Silent(), should_stop)
     try:
         work.mkdir(parents=True, exist_ok=True)
         return run.complete(source, adapter.choose_device(device), checkpoint_every)
@@ -137,6 +140,7 @@ class _Run:
     out: Path
     work: Path
     where: EpisodeFilter
+    rehearse: Path | None
     watcher: Watcher
     should_stop: Callable[[], bool]
 
@@ -144,17 +148,21 @@ class _Run:
         began = time.monotonic()
         data = self._read(source)
         chosen = select(data.episodes, self.options)
+        rehearsal = read_rehearsal(self.rehearse, self.should_stop)
         self.watcher.phase(summary(data, chosen))
+        if rehearsal.rows:
+            self.watcher.phase(f"rehearsing {rehearsal.num_tokens} tokens of {len(rehearsal.rows)} segments")
         self.watcher.phase(f"loading {self.base.name} on {device}")
         model = adapter.load_base(self.base.path, self.options, device)
         versions = checks.versions(model, self.base.path, self.base.digests, self.base.adapter)
         checks.check_versions(chosen, data.episodes, versions, self.options)
-        checks.check_vocabulary(model, chosen.rows)
-        trainer = Trainer(self._with_adapter(model), chosen.units, self.options, device)
+        checks.check_vocabulary(model, [*chosen.rows, *rehearsal.rows])
+        trainer = Trainer(self._with_adapter(model), chosen.units, self.options, device, rehearsal.rows)
         metrics = {"start": self._prepare(trainer, chosen)}
         for warning in chosen.warnings:
             self.watcher.warn(warning)
-        self._begin(trainer, checks.fingerprint(self.options, self.where, data.digest, versions))
+        started = checks.fingerprint(self.options, self.where, data.digest, versions)
+        self._begin(trainer, {**started, "rehearsal": rehearsal.digest})
         trainer.run(
             checkpoint=self.work / CHECKPOINT,
             every=checkpoint_every,
@@ -170,6 +178,7 @@ class _Run:
             data=data,
             where=self.where,
             chosen=chosen,
+            rehearsal=rehearsal,
             metrics={
                 **metrics,
                 "epochs": [rounded(figures) for figures in trainer.state.epochs],

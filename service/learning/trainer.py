@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +15,7 @@ from torch import Tensor
 from service.files import complete_file
 from service.learning import TrainingInterrupted, TrainingRefused
 from service.learning.adapter import set_weights, weights_of
+from service.learning.batches import loss_size, parts
 from service.learning.likelihood import collate, token_logprobs
 from service.learning.losses import LOSSES, Tokens
 from service.learning.options import Options
@@ -22,6 +23,8 @@ from service.learning.segments import Floats, Kind, Row
 from service.learning.units import Example, Unit
 
 Figures = dict[str, float]
+
+_NO_WEIGHTS = np.zeros(0, np.float32)
 
 
 @dataclass(slots=True)
@@ -39,7 +42,8 @@ class Sums:
 
     def means(self) -> Figures:
         drawn = self.sums.get("num_drawn", 0.0)
-        sizes = {"loss": self.steps, "grad_norm": self.steps, "ratio": drawn, "kl": drawn}
+        of_steps = dict.fromkeys(("loss", "rehearsal_loss", "grad_norm"), self.steps)
+        sizes = {**of_steps, "ratio": drawn, "kl": drawn}
         found: Figures = {}
         for name, value in self.sums.items():
             size = self.units if name.startswith("pair_") else sizes.get(name, self.tokens)
@@ -85,13 +89,23 @@ class Trainer:
 
     Every place in the data follows from the seed and the number of the optimizer step. A run that continues from a
     checkpoint therefore takes the same steps as an unbroken one.
+
+    rehearsed: rows whose trained tokens each step imitates along, half as many as it takes units.
     """
 
-    def __init__(self, model: Any, units: Sequence[Unit], options: Options, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        units: Sequence[Unit],
+        options: Options,
+        device: torch.device,
+        rehearsed: Sequence[Row] = (),
+    ) -> None:
         self.model = model
         self.state = State()
         self._base: Any = model.get_base_model()
         self._units = units
+        self._rehearsed = rehearsed
         self._options = options
         self._device = device
         self._parameters: list[Tensor] = [value for value in model.parameters() if value.requires_grad]
@@ -166,9 +180,11 @@ class Trainer:
         began = time.monotonic()
         batch, sums = self._batch(), Sums()
         sums.steps = 1
-        size = _size(batch, self._units, self._options)
+        size = loss_size(batch, self._units, self._options)
         for part in parts(self._units, batch, self._options.max_batch_tokens):
             self._accumulate(part, size, sums)
+        if self._rehearsed:
+            self._rehearse(sums)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm)
         if not torch.isfinite(norm):
             raise TrainingRefused(
@@ -187,10 +203,14 @@ class Trainer:
 
     def _batch(self) -> list[int]:
         """The indices of the units of the next step."""
-        epoch, place = divmod(self.state.step, self._steps_per_epoch)
-        order = np.random.default_rng([self._options.seed, epoch]).permutation(len(self._units))
-        first = place * self._options.batch_size
-        return order[first : first + self._options.batch_size].tolist()
+        return self._chosen(len(self._units), self._options.batch_size)
+
+    def _chosen(self, num: int, batch_size: int) -> list[int]:
+        """The indices of the next step among `num`. Each pass over them has a new order."""
+        num_passes, place = divmod(self.state.step, -(-num // batch_size))
+        order = np.random.default_rng([self._options.seed, num_passes]).permutation(num)
+        first = place * batch_size
+        return order[first : first + batch_size].tolist()
 
     def _accumulate(self, part: Sequence[int], size: float, sums: Sums) -> None:
         """Adds the gradient of a part of the batch."""
@@ -205,6 +225,17 @@ class Trainer:
         values = torch.stack([value.float() for value in found.values()]).cpu()  # one transfer from a GPU
         for name, value in zip(found, values, strict=True):
             sums.add(name, float(value))
+
+    def _rehearse(self, sums: Sums) -> None:
+        """Adds the gradient of the mean negative log-likelihood of a batch of rehearsed rows."""
+        indices = self._chosen(len(self._rehearsed), max(1, self._options.batch_size // 2))
+        size = sum(len(self._rehearsed[index].positions) for index in indices)
+        units = [(Example(self._rehearsed[index], _NO_WEIGHTS),) for index in indices]
+        for part in parts(units, range(len(units)), self._options.max_batch_tokens):
+            rows = [example.row for index in part for example in units[index]]
+            loss = -token_logprobs(self._base, collate(rows, self._device)).sum() / size
+            loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            sums.add("rehearsal_loss", float(loss.detach()))
 
     def _tokens(self, part: Sequence[int], examples: Sequence[Example], logprobs: Tensor) -> Tokens:
         sizes = [sum(len(example.row.positions) for example in self._units[index]) for index in part]
@@ -262,35 +293,6 @@ class Trainer:
             self.state = State(saved["step"], saved["epochs"], Sums(**saved["epoch"]))
         except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError) as error:
             raise TrainingRefused(f"the checkpoint {checkpoint} cannot be used: {error}. Remove its folder.") from error
-
-
-def parts(units: Sequence[Unit], indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Splits a batch into parts of at most `max_tokens` tokens with padding, or of one unit, of similar lengths."""
-    part: list[int] = []
-    num_rows, longest = 0, 0
-    for index in sorted(indices, key=lambda index: (_longest(units[index]), index)):
-        rows, length = len(units[index]), _longest(units[index])
-        if part and (num_rows + rows) * max(longest, length) > max_tokens:
-            yield part
-            part, num_rows, longest = [], 0, 0
-        part.append(index)
-        num_rows, longest = num_rows + rows, max(longest, length)
-    if part:
-        yield part
-
-
-def _longest(unit: Unit) -> int:
-    return max(len(example.row.token_ids) for example in unit)
-
-
-def _size(batch: Sequence[int], units: Sequence[Unit], options: Options) -> float:
-    """What the sum of the losses of a batch is divided by; see `losses`."""
-    if options.method == "dpo":
-        return float(len(batch))
-    examples = [example for index in batch for example in units[index]]
-    if options.method == "bc":
-        return float(sum(example.weights.sum() for example in examples))
-    return float(sum(len(example.row.positions) for example in examples))
 
 
 def difference(rows: Sequence[Row], scored: Sequence[Floats]) -> float | None:
