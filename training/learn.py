@@ -1,9 +1,12 @@
 """Lets the packaged policy learn a game that it was not trained for, slippery FrozenLake: `make learn`.
 
+It first plays the games that it has mastered. Training rehearses these episodes, or it would forget the games.
+
 Without EPISODIC_URL, starts a service for it on a free port, and stops the service at the end.
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
+from uuid import uuid4
 
 import httpx
 import typer
@@ -26,7 +30,10 @@ LESSON = (
     *("--episodes", "512", "--repeat", "1", "--selection", "80", "--final", "500"),
     *("--train-args", "--group-by start --discount 0.93 --warmup-steps 0 --clip 0.4"),
 )
-"""The options of `episodic learn`."""
+"""The options of `episodic learn`. `--rehearse` is added to the last."""
+
+MASTERED = {"episodic/FrozenLakeRandom-v0": 256, "CliffWalking-v1": 32, "Taxi-v4": 64, "Blackjack-v1": 64}
+"""Number of episodes of each game to rehearse."""
 
 INTERRUPTED = 130
 """The exit code of `episodic learn` after Ctrl+C."""
@@ -41,10 +48,36 @@ def main(out: Annotated[Path, typer.Option(help="Folder of the run. The same com
         raise typer.Exit(_learn(out, url))
 
 
+def rehearsal(out: Path, url: str) -> Path:
+    """Lets the policy play the games that it has mastered, and returns the export."""
+    file, tag = out / "mastered.ndjson", f"mastered-{uuid4().hex[:8]}"
+    if file.exists():
+        return file
+    for env, count in MASTERED.items():
+        typer.echo(f"Playing {count} episodes of {env}, to rehearse them.", err=True)
+        options = ("--episodes", str(count), "--temperature", "1", "--concurrency", "64", "--tag", tag)
+        _episodic("rollout", "--url", url, "--env", env, *options)
+    _episodic("export", "--url", url, "--tag", tag, "--format", "tokens", "--output", str(file))
+    return file
+
+
+def _episodic(*arguments: str) -> None:
+    """Runs an `episodic` command without its report, and ends with its exit code if it fails."""
+    code = subprocess.run(_command(*arguments), check=False, stdout=subprocess.DEVNULL).returncode  # noqa: S603
+    if code:
+        raise typer.Exit(code)
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "service", *arguments]
+
+
 def _learn(out: Path, url: str) -> int:
     """Runs `episodic learn`. Ctrl+C reaches it directly, because it is in the same process group."""
+    *lesson, train_args = LESSON
+    train_args += f" --rehearse {shlex.quote(str(rehearsal(out, url)))}"
+    command = _command("learn", "--out", str(out), "--url", url, *lesson, train_args)
     signal.signal(signal.SIGINT, lambda *_: None)
-    command = [sys.executable, "-m", "service", "learn", "--out", str(out), "--url", url, *LESSON]
     code = subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode  # noqa: S603
     if code == INTERRUPTED:
         typer.echo("If `make learn` started the service, `make learn` also continues the run.", err=True)

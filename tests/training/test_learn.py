@@ -2,6 +2,7 @@
 learns a smaller game with the real engine."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from tests.client.fake_service import serve
 from tests.e2e.server import until
 from tests.learning.loop_service import LoopService
 from tests.support import serving as scripted
-from training import corrections
+from training import corrections, learn
 from training.learn import INTERRUPTED, LESSON, running_service
 
 NOWHERE = "http://127.0.0.1:9"
@@ -64,6 +65,8 @@ def test_a_service_that_does_not_start_is_reported(tmp_path: Path):
 
 def test_ctrl_c_ends_the_run_and_says_how_to_continue(tmp_path: Path):
     fake = LoopService()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mastered.ndjson").touch()
     with serve(fake) as url:
         fake.hold("/policy", lambda: True)
         command = [sys.executable, "-m", "training.learn", "--out", str(tmp_path / "out")]
@@ -75,6 +78,17 @@ def test_ctrl_c_ends_the_run_and_says_how_to_continue(tmp_path: Path):
         fake.release()
     assert run.returncode == INTERRUPTED
     assert "`make learn` also continues the run" in printed
+
+
+async def test_the_mastered_games_are_played_once(
+    tokenizer: HFTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(learn, "MASTERED", {"CliffWalking-v1": 1, "Blackjack-v1": 2})
+    async with scripted.serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        file = await asyncio.to_thread(learn.rehearsal, tmp_path, api.url)
+    played = [json.loads(line)["episode"]["metadata"]["env"] for line in file.read_text().splitlines()]
+    assert sorted(played) == ["Blackjack-v1", "Blackjack-v1", "CliffWalking-v1"]
+    assert learn.rehearsal(tmp_path, NOWHERE) == file  # a run that continues does not play again
 
 
 async def test_the_teacher_corrects_about_half_of_the_actions(tokenizer: HFTokenizer, tmp_path: Path):
