@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 import typer
 from rich.progress import track
 
@@ -25,15 +26,20 @@ TRAIN = ("--method", "bc", "--keep", "recorded", "--learning-rate", "2e-3", "--e
 """The options of `episodic train`."""
 
 
-def best_moves(env: Any, discount: float = 0.99) -> list[int]:
-    """The best action in each state of FrozenLake, by value iteration on its table."""
+def action_values(env: Any, discount: float = 0.99) -> npt.NDArray[np.float64]:
+    """The value of each action in each state of FrozenLake, by value iteration on its table. (states, actions)"""
     table: dict[int, dict[int, Any]] = env.unwrapped.P
-    values, moves = np.zeros(len(table)), [0] * len(table)
+    q = np.zeros((len(table), len(table[0])))
     for _ in range(1000):
         for state, actions in table.items():
-            q = [sum(p * (r + discount * (not end) * values[to]) for p, to, r, end in a) for a in actions.values()]
-            values[state], moves[state] = max(q), int(np.argmax(q))
-    return moves
+            for action, outcomes in actions.items():
+                q[state, action] = sum(p * (r + discount * (not end) * q[to].max()) for p, to, r, end in outcomes)
+    return q
+
+
+def best_moves(env: Any) -> list[int]:
+    """The best action in each state of FrozenLake."""
+    return action_values(env).argmax(axis=1).tolist()
 
 
 def play(client: Client, env: Any, best: list[int], seed: int, tag: str) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.client.fake_service import serve
 from tests.e2e.server import until
 from tests.learning.loop_service import LoopService
 from tests.support import serving as scripted
-from training import corrections, learn
+from training import corrections, learn, ratings
 from training.learn import INTERRUPTED, LESSON, running_service
 
 NOWHERE = "http://127.0.0.1:9"
@@ -109,3 +110,36 @@ async def test_the_teacher_corrects_about_half_of_the_actions(tokenizer: HFToken
     for step in recorded:
         row, column = step["observation"].splitlines()[-1].removeprefix("row ").split(", column ")
         assert step["action"] == ("left", "down", "right", "up")[best[4 * int(row) + int(column)]]
+
+
+async def test_the_rater_rates_what_forks_tried(tokenizer: HFTokenizer, tmp_path: Path):
+    env = gymnasium.make(ratings.ENV)
+    values = corrections.action_values(env)
+    assert ratings.rating(values[0], 0) == 5
+    assert {ratings.rating(values[15], action) for action in range(4)} == {5}  # the goal: all are equal
+
+    def rated(url: str) -> list[dict[str, Any]]:
+        with Client(url) as client:
+            for seed in range(3):
+                ratings.play(client, env, values, seed, "rated")
+            return list(client.export("steps", tag="rated"))
+
+    async with scripted.serve(tmp_path, ScriptedEngine(tokenizer)) as api:
+        exported = await asyncio.to_thread(rated, api.url)
+    forks = [document for document in exported if document["episode"]["parent"]]
+    groups = Counter(document["episode"]["group"] for document in forks)
+    assert set(groups.values()) == {ratings.NUM_FORKS}
+    assert len(groups) == sum(len(document["steps"]) for document in exported if not document["episode"]["parent"])
+    for document in forks:
+        last = document["steps"][-1]
+        row, column = last["observation"].splitlines()[-1].removeprefix("row ").split(", column ")
+        state = 4 * int(row) + int(column)
+        expected = ratings.rating(values[state], ("left", "down", "right", "up").index(last["action"]))
+        assert [one["rating"] for one in document["feedback"]] == [expected]
+
+
+def test_the_options_of_the_ratings_are_accepted(tmp_path: Path):
+    export = tmp_path / "export.ndjson"
+    export.touch()
+    done = CliRunner().invoke(app, ["train", *ratings.TRAIN, "--from", str(export), "--out", str(tmp_path / "out")])
+    assert "is empty" in " ".join(done.stderr.split())
