@@ -1,7 +1,7 @@
 """Trains LoRA adapters on exported trajectories. Programs call `run.train`, people `episodic train`.
 
 * `options`: what can be set
-* `trajectories`, `segments`: read an export and check it
+* `trajectories`, `segments`, `schema`: read an export and check it
 * `selection`: chooses the tokens to train on, by `imitation` (bc), `pairs` (dpo) or `advantages` (grpo), as `units`
 * `likelihood`: the log-probability of tokens under the policy, as the service defines it
 * `losses`: behaviour cloning, DPO and GRPO, all on this log-probability

@@ -48,7 +48,7 @@ def choose_imitation(episodes: Sequence[Episode], options: Options, chosen: Sele
 def _imitations(episode: Episode, weighers: Sequence[Weigh]) -> Iterable[Unit]:
     for row in episode.rows:
         weights = np.max([weigh(episode, row) for weigh in weighers], axis=0)
-        if weights.any():
+        if (weights > 0).any():
             yield (Example(row.take(weights > 0), weights[weights > 0]),)
 
 

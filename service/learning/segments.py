@@ -1,6 +1,5 @@
 """A segment of the format `tokens` as arrays: which tokens can be trained, and what each was drawn among."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.learning import TrainingRefused
+from service.learning.schema import check_segment
 
 Integers = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -75,12 +75,13 @@ class Row:
 
 def parse(segment: Json, first: int, place: str) -> Row | None:
     """Returns a segment; None if it has no token that can be trained. `first`: the episode's own first step."""
+    check_segment(segment, place)
     if "encoder_token_ids" in segment:
         raise TrainingRefused(f"{place} is of an encoder-decoder model, which cannot be trained")
     try:
         return _parsed(segment, first, place)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise TrainingRefused(f"{place} is not a segment of tokens: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise TrainingRefused(f"{place} cannot be used: {error}") from error
 
 
 def _parsed(segment: Json, first: int, place: str) -> Row | None:
@@ -90,8 +91,6 @@ def _parsed(segment: Json, first: int, place: str) -> Row | None:
     recorded = np.asarray(segment.get("recorded_mask", np.zeros(len(token_ids))), np.bool_)
     if not token_ids.shape == drawn.shape == logprobs.shape == recorded.shape:
         raise ValueError("token_ids, loss_mask, logprobs and recorded_mask differ in length")
-    if token_ids.size and token_ids.min() < 0:
-        raise ValueError(f"the token id {token_ids.min()} is negative")
     positions = np.flatnonzero(drawn | recorded).astype(np.int32)
     steps = _steps(segment, positions, first, place)
     own = (positions > 0) & ((steps < 0) | (steps >= first))
@@ -103,8 +102,6 @@ def _parsed(segment: Json, first: int, place: str) -> Row | None:
         raise ValueError("a log-probability is not a number, or above 0")
     kinds, ids, sizes = _supports(segment.get("support"), token_ids, positions, drawn)
     temperature = float(segment.get("temperature", 1.0))
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"the temperature is {temperature:g}")
     versions = _versions(segment, steps, first)
     return Row(token_ids, positions, kinds, values, steps, ids, sizes, temperature, versions)
 
@@ -143,14 +140,18 @@ def _supports(
 
     An export of an older version has no supports. Its tokens count as filtered, because nothing is known about them.
     """
+    if supports and len(supports) != len(token_ids):
+        raise ValueError("support and token_ids differ in length")
     kinds, ids, sizes = np.empty(len(positions), np.int32), list[int](), np.zeros(len(positions), np.int32)
     for place, position in enumerate(positions.tolist()):
         support: Json = (supports and supports[position]) or {"kind": "filtered"}
         kinds[place] = Kind[str(support["kind"]).upper()] if drawn[position] else Kind.RECORDED
         if kinds[place] == Kind.IDS:
-            allowed: list[int] = support["ids"]
+            allowed: list[int] = support.get("ids", [])
             if token_ids[position] not in allowed:
                 raise ValueError(f"token {position} ({token_ids[position]}) is not in its own support")
+            if len(set(allowed)) != len(allowed):
+                raise ValueError(f"the support of token {position} has an id twice")
             ids += allowed
             sizes[place] = len(allowed)
     return kinds, np.asarray(ids, np.int32), sizes

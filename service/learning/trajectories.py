@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, cast
 from service.files import complete_file
 from service.filters import LABELS, EpisodeFilter, as_text, labels_of, metadata_of, unix_seconds
 from service.learning import TrainingInterrupted, TrainingRefused
+from service.learning.schema import check_trajectory
 from service.learning.segments import Json, Row, parse
 
 
@@ -120,7 +120,7 @@ def matches(resource: Json, where: EpisodeFilter) -> bool:
 def _document(line: bytes, place: str) -> Json:
     try:
         document: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not line.endswith(b"\n"):
             raise TrainingRefused(
                 f"{place}: the line is cut off, so the file is incomplete. Export it again."
@@ -130,6 +130,7 @@ def _document(line: bytes, place: str) -> Json:
         raise TrainingRefused(f"{place} is not a trajectory: it has no `episode`")
     if not isinstance(document.get("segments"), list):
         raise TrainingRefused(f"{place} has no `segments`. Export with --format tokens.")
+    check_trajectory(document, place)
     return document
 
 
@@ -142,7 +143,7 @@ def _episode(document: Json, place: str) -> Episode:
     parent: Any = resource.get("parent")
     labels = labels_of(resource)
     env, seed = labels["env"], labels["seed"]
-    first = int(parent["step"]) if parent else 0
+    first: int = parent["step"] if parent else 0
     rows = [parse(segment, first, f"{place}, segment {index}") for index, segment in enumerate(document["segments"])]
     sampling: Json = resource.get("sampling") or {}
     return Episode(
@@ -151,7 +152,7 @@ def _episode(document: Json, place: str) -> Episode:
         group=resource.get("group"),
         situation=None if env is None or seed is None else (env, seed),
         parent=(str(parent["episode_id"]), first) if parent else None,
-        episode_return=_return(resource.get("episode_return"), place),
+        episode_return=resource.get("episode_return"),
         success=resource.get("success"),
         is_greedy=sampling.get("temperature") == 0,
         rewards=_rewards(document["segments"], first, place),
@@ -160,17 +161,9 @@ def _episode(document: Json, place: str) -> Episode:
     )
 
 
-def _return(value: Any, place: str) -> float | None:
-    """A missing return stays missing: an episode that nobody scored did not score 0."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TrainingRefused(f"{place}: a return or reward is {value!r}, which is not a finite number")
-    return float(value)
-
-
 def _rewards(segments: Iterable[Json], first: int, place: str) -> list[float] | None:
     """An export of an older version has no rewards."""
+    steps: list[int] = []
     found: list[float] = []
     for segment in segments:
         rewards: Any = segment.get("rewards")
@@ -178,13 +171,15 @@ def _rewards(segments: Iterable[Json], first: int, place: str) -> list[float] | 
             return None
         if len(rewards) != len(segment["steps"]):
             raise TrainingRefused(f"{place}: `rewards` does not fit `steps`")
-        of_steps = zip(segment["steps"], rewards, strict=True)
-        found += [_return(reward, place) or 0.0 for step, reward in of_steps if step >= first]
-    return found
+        steps += segment["steps"]
+        found += [reward or 0.0 for reward in rewards]
+    if steps != list(range(len(steps))):
+        raise TrainingRefused(f"{place}: the `steps` of all segments together are not 0, 1, 2, and so on")
+    return found[first:]
 
 
 def _ratings(feedback: Iterable[Json]) -> dict[int | None, float]:
     found: dict[int | None, list[float]] = {}
     for item in feedback:
-        found.setdefault(item.get("step"), []).append(float(item["rating"]))
+        found.setdefault(item.get("step"), []).append(item["rating"])
     return {step: fmean(values) for step, values in found.items()}

@@ -99,6 +99,13 @@ def test_ratings_are_weights():
     assert weights(found) == [[0.5, 1.0]]
 
 
+def test_a_weight_below_zero_is_not_imitated():
+    given = [episode("a", success=True), episode("b", ratings={None: 0.0})]
+    assert weights(chosen(given, "bc", keep=("rated", "success"))) == [[1, 1]]
+    with pytest.raises(TrainingRefused, match="no step or episode has a rating above 1"):
+        chosen(given[1:], "bc", keep=("rated",))
+
+
 @pytest.mark.parametrize(
     ("keep", "words"),
     [

@@ -140,24 +140,67 @@ def episode_with(**fields: Any) -> Callable[[Any], Any]:
     return spoiled(lambda document: document["episode"].update(fields))
 
 
+def support_with(*, ids: list[int]) -> Callable[[Any], Any]:
+    return spoiled(lambda document: next(filter(None, document["segments"][0]["support"])).update(ids=ids))
+
+
+def with_token(token: Any) -> Callable[[Any], Any]:
+    return spoiled(lambda document: document["segments"][0]["token_ids"].__setitem__(0, token))
+
+
+def with_rating(rating: Any) -> Callable[[Any], Any]:
+    return spoiled(lambda document: document.update(feedback=[{"step": None, "rating": rating}]))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (spoiled(lambda d: d.pop("segments")), "line 2 has no `segments`. Export with --format tokens"),
         (spoiled(lambda d: d.pop("episode")), "line 2 is not a trajectory"),
-        (episode_with(episode_return=float("nan")), "line 2: a return or reward is nan, which is not a finite number"),
-        (episode_with(episode_return="high"), "a return or reward is 'high'"),
+        (
+            episode_with(episode_return=float("nan")),
+            "line 2: `episode.episode_return` should be a finite number, not nan",
+        ),
+        (episode_with(episode_return="high"), "`episode.episode_return` should be a valid number, not 'high'"),
+        (episode_with(episode_return=10**400), "`episode.episode_return` should be a valid number, not 1000"),
+        (episode_with(parent="e"), "line 2: `episode.parent` should be an object, not 'e'"),
+        (episode_with(parent={"episode_id": "e"}), "line 2: `episode.parent.step` is missing"),
+        (episode_with(parent={"episode_id": "e", "step": -1}), "`episode.parent.step` should be greater than or equal"),
+        (episode_with(sampling=[]), "`episode.sampling` should be an object, not []"),
+        (episode_with(metadata=["env"]), "`episode.metadata` should be an object, not ['env']"),
+        (episode_with(tags=5), "`episode.tags` should be a valid list, not 5"),
+        (episode_with(group=["g"]), "`episode.group` should be a valid string, not ['g']"),
+        (episode_with(created_at="today"), "`episode.created_at` should be a valid number, not 'today'"),
+        (episode_with(success=1), "`episode.success` should be a valid boolean, not 1"),
+        (spoiled(lambda d: d.update(feedback=["x"])), "line 2: `feedback.0` should be an object, not 'x'"),
+        (with_rating("x"), "line 2: `feedback.0.rating` should be a valid number, not 'x'"),
+        (with_rating(0), "`feedback.0.rating` should be greater than or equal to 1, not 0"),
+        (with_rating(6), "`feedback.0.rating` should be less than or equal to 5, not 6"),
+        (with_rating(float("nan")), "`feedback.0.rating` should be"),
+        (spoiled(lambda d: d.update(segments=[None])), "line 2, segment 0: it should be an object, not None"),
+        (spoiled(lambda d: d.update(segments=[7])), "line 2, segment 0: it should be an object, not 7"),
         (segment_with(encoder_token_ids=[1]), "segment 0 is of an encoder-decoder model"),
         (segment_with(loss_mask=[1]), "differ in length"),
-        (segment_with(temperature=0.0), "the temperature is 0"),
-        (spoiled(lambda d: d["segments"][0]["token_ids"].__setitem__(0, -1)), "token id -1 is negative"),
-        (spoiled(lambda d: d["segments"][0]["token_ids"].__setitem__(0, "x")), "line 2, segment 0 is not a segment"),
-        (spoiled(lambda d: d["segments"][0]["token_ids"].__setitem__(0, 1 << 40)), "is not a segment of tokens"),
-        (spoiled(lambda d: d["segments"][0].pop("logprobs")), "KeyError: 'logprobs'"),
+        (segment_with(loss_mask=[0.5]), "`loss_mask.0` should be 0 or 1, not 0.5"),
+        (segment_with(temperature=0.0), "`temperature` should be greater than 0, not 0.0"),
+        (segment_with(steps=[]), "step_starts does not fit steps"),
+        (with_token(-1), "`token_ids.0` should be greater than or equal to 0, not -1"),
+        (with_token("x"), "line 2, segment 0: `token_ids.0` should be a valid integer, not 'x'"),
+        (with_token(22.7), "`token_ids.0` should be a valid integer, not 22.7"),
+        (with_token(1 << 40), "`token_ids.0` should be less than 2147483648"),
+        (spoiled(lambda d: d["segments"][0].pop("logprobs")), "line 2, segment 0: `logprobs` is missing"),
         (segment_with(rewards=[0.5]), "line 2: `rewards` does not fit `steps`"),
-        (segment_with(rewards=[0.5, None, float("inf")]), "a return or reward is inf"),
+        (segment_with(rewards=5), "`rewards` should be a valid list, not 5"),
+        (segment_with(rewards=[0.5, None, float("inf")]), "`rewards.2` should be a finite number, not inf"),
+        (segment_with(rewards=[0.5, None, 10**400]), "`rewards.2` should be a valid number, not 1000"),
+        (segment_with(steps=[0, 1, 3]), "line 2: the `steps` of all segments together are not 0, 1, 2, and so on"),
         (segment_with(step_starts=[0]), "step_starts does not fit steps"),
         (segment_with(step_starts=[8, 9, 10]), "a token before the first step has the mask 1"),
+        (segment_with(support=[None]), "support and token_ids differ in length"),
+        (spoiled(lambda d: d["segments"][0]["support"].append(None)), "support and token_ids differ in length"),
+        (support_with(ids=[10, 11, 12, 13, -1]), "should be greater than or equal to 0, not -1"),
+        (support_with(ids=[10, 11, 12, 13, 11]), "has an id twice"),
+        (support_with(ids=[]), "is not in its own support"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(player: Player, spoil: Callable[[Any], Any], words: str, tmp_path: Path):
@@ -200,9 +243,10 @@ def test_files_that_cannot_be_used(player: Player, tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(TrainingRefused, match="line 2: the line is cut off, so the file is incomplete"):
         read(path)
-    path.write_text("nonsense\n")
-    with pytest.raises(TrainingRefused, match="line 1 is not JSON"):
-        read(path)
+    for text in ("nonsense\n", "[" * 100_000 + "\n"):
+        path.write_text(text)
+        with pytest.raises(TrainingRefused, match="line 1 is not JSON"):
+            read(path)
 
 
 def test_rows_are_compact(player: Player, tmp_path: Path):
