@@ -4,7 +4,6 @@ The trainer divides the sum by the size of the whole batch: the sum of the weigh
 the number of trained tokens (grpo).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -64,23 +63,25 @@ def grpo(tokens: Tokens, options: Options) -> tuple[Tensor, Metrics]:
     """PPO's clipped objective with the group-relative advantages in `weights`, and a KL penalty.
 
     The ratio is that of the policy and the policy that acted, whose log-probabilities are the stored ones. It is also
-    the importance weight, and truncated at `max_ratio`, because for negative advantages clipping does not limit it.
+    the importance weight of a token's gradient, and as such truncated at `max_ratio` (L. Espeholt et al., "IMPALA",
+    2018, section 4.1), because for negative advantages clipping does not limit it: the gradient of a token is
+    min(ratio, max_ratio) * advantage * gradient of its log-probability, and 0 for a clipped token.
+
     There is no division by the standard deviation or by the length of an episode (Z. Liu et al., "Understanding
     R1-Zero-Like Training", 2025). The penalty is the unbiased estimator r - 1 - log r of the KL divergence from the
     reference (J. Schulman, "Approximating KL Divergence", 2020, k3).
     """
-    ratio = (tokens.logprobs - tokens.behaviour).clamp(max=math.log(options.max_ratio)).exp()
-    clipped = ratio.clamp(1 - options.clip, 1 + options.clip)
-    gain = torch.minimum(ratio * tokens.weights, clipped * tokens.weights)
-    metrics = {
-        **_drift(tokens),
-        "advantage": tokens.weights.sum(),
-        "clipped": (clipped * tokens.weights < ratio * tokens.weights).float().sum(),
-    }
+    log_ratio = tokens.logprobs - tokens.behaviour
+    ratio = log_ratio.detach().exp()
+    bound = ratio.clamp(1 - options.clip, 1 + options.clip)
+    clipped = bound * tokens.weights < ratio * tokens.weights
+    weight = ratio.clamp(max=options.max_ratio) * (log_ratio - log_ratio.detach()).exp()  # the last factor is 1
+    gain = torch.where(clipped, bound, weight) * tokens.weights
+    metrics = {**_drift(tokens), "advantage": tokens.weights.sum(), "clipped": clipped.float().sum()}
     if tokens.reference is None:
         return -gain.sum(), metrics
-    log_ratio = tokens.reference - tokens.logprobs
-    penalty = log_ratio.exp() - 1 - log_ratio
+    to_reference = tokens.reference - tokens.logprobs
+    penalty = to_reference.exp() - 1 - to_reference
     return (options.kl * penalty - gain).sum(), {**metrics, "reference_kl": penalty.detach().sum()}
 
 

@@ -46,7 +46,7 @@ class Options:
     group_by: which episodes are compared; see `units.groups`.
     discount: GRPO scores each step by the discounted return from it on. None: by the return of its episode.
     clip: GRPO keeps the probability ratio within 1 - clip and 1 + clip.
-    max_ratio: GRPO truncates the importance weight, which is the probability ratio, at this value.
+    max_ratio: GRPO truncates the importance weight of a token's gradient, the probability ratio, at this value.
     kl: weight of GRPO's KL term.
     rank, alpha: of a new LoRA adapter. An initial adapter keeps its own.
     batch_size: number of segments (bc, grpo) or pairs (dpo) in one optimizer step.

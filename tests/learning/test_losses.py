@@ -72,15 +72,24 @@ def test_dpo_sums_over_the_tokens_of_each_pair():
         (0.5, -2.0, 0.0),  # already much less likely
         (1.5, -2.0, 3.0),
         (2.9, -2.0, 5.8),
-        (3.1, -2.0, 0.0),  # truncated
+        (3.1, -2.0, 6.0),  # truncated: the importance weight is 3
+        (1e30, -2.0, 6.0),
+        (1e30, 2.0, 0.0),
     ],
 )
 def test_grpo_clips_and_truncates(ratio: float, advantage: float, gradient: float):
     given = tokens([-1.0], [-1.0 - math.log(ratio)], [advantage])
     _, found, metrics = loss_and_gradient(given, "grpo", clip=0.2, max_ratio=3.0)
     assert found == pytest.approx([gradient], abs=1e-5)
-    assert metrics["clipped"] == (ratio == 1.5 and advantage > 0) + (ratio == 0.5 and advantage < 0)
+    assert metrics["clipped"] == (ratio >= 1.5 and advantage > 0) + (ratio == 0.5 and advantage < 0)
     assert metrics["ratio"] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_a_ratio_that_overflows_is_truncated_and_what_is_truncated_is_still_clipped():
+    loss, gradient, _ = loss_and_gradient(tokens([0.0], [-200.0], [-1.0]), "grpo", max_ratio=3.0)
+    assert (loss, gradient) == (3.0, [3.0])
+    loss, gradient, metrics = loss_and_gradient(tokens([0.0], [-1.0], [1.0]), "grpo", clip=0.5, max_ratio=1.1)
+    assert (loss, gradient, metrics["clipped"]) == (pytest.approx(-1.5), [0.0], 1.0)
 
 
 def test_grpo_against_reference_code():
