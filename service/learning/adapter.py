@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from service.files import complete_file
 from service.learning import TrainingRefused
@@ -47,7 +48,11 @@ def load_base(model: str, options: Options, device: torch.device) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[options.dtype])
-    except (OSError, ValueError) as error:
+    except SafetensorError as error:
+        raise TrainingRefused(
+            f"the base model {model} cannot be loaded: its weights are damaged or incomplete ({error})"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
         raise TrainingRefused(f"the base model {model} cannot be loaded: {error}") from error
     return base.to(device)
 
@@ -75,6 +80,8 @@ def load_adapter(base: Any, folder: Path, name: str) -> Any:
     """Adds the adapter of a folder, which can then be trained further. Raises TrainingRefused."""
     try:
         model = peft().PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except SafetensorError as error:
+        raise TrainingRefused(f"the weights of the adapter {folder} are damaged or incomplete: {error}") from error
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise TrainingRefused(f"the adapter {folder} does not fit the base model: {error}") from error
     model.peft_config["default"].base_model_name_or_path = name

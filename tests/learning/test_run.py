@@ -3,7 +3,8 @@
 import contextlib
 import json
 import resource
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,27 @@ def test_a_model_that_cannot_be_loaded(export: Path, tmp_path: Path):
     with pytest.raises(TrainingRefused, match=r"the base model .*empty cannot be loaded"):
         train(options(), export, Base(str(tmp_path / "empty"), "empty"), tmp_path / "out")
     assert not partial_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: data[:5], lambda data: b"x" * 100, bytes])
+def test_damaged_weights_are_refused(
+    damage: Callable[[bytes], bytes], base: Base, export: Path, tiny: Path, tmp_path: Path
+):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny, damaged)
+    spoil(damaged / "model.safetensors", damage)
+    with pytest.raises(TrainingRefused, match=r"the base model .*damaged cannot be loaded: its weights are damaged"):
+        train(options(), export, Base(str(damaged), "tiny"), tmp_path / "out")
+    model = adapter.load_base(base.path, options(), torch.device("cpu"))
+    adapter.write_folder(tmp_path / "adapter", adapter.files_of(adapter.new_adapter(model, options(), "tiny")))
+    spoil(tmp_path / "adapter" / adapter.WEIGHTS, damage)
+    goes_on = Base(base.path, "tiny", adapter=tmp_path / "adapter")
+    with pytest.raises(TrainingRefused, match=r"the weights of the adapter .*adapter are damaged"):
+        train(options(any_version=True), export, goes_on, tmp_path / "out")
+
+
+def spoil(path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(damage(path.read_bytes()) if damage is not bytes else b"")
 
 
 @contextlib.contextmanager
