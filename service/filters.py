@@ -81,6 +81,9 @@ SORTS: tuple[Sort, ...] = get_args(Sort)
 LABELS: tuple[str, ...] = tuple(name for name, (kind, _) in FILTERS.items() if kind is str and name != "tag")
 """The filters that compare a text: the field of the same name in the body of POST /episode, or in its metadata."""
 
+NO_RESULT = ("aborted", "idle_ttl")
+"""The stop reasons of episodes that were given up: their return and success say nothing about the policy."""
+
 MAX_TEXT = 256
 """Maximum number of characters of a value to filter by."""
 MAX_KEY = 128

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import Unprocessable
+from service.filters import NO_RESULT
 from service.store.base import Outcome, OutcomePage
 
 Floats = npt.NDArray[np.float64]
@@ -20,9 +21,7 @@ MAX_EPISODES = 1_000_000
 MAX_GROUPS = 1_000
 _MAX_SAMPLE = 128
 """Maximum number of episodes of a group whose steps may be sampled."""
-_NO_RESULT = ("aborted", "idle_ttl")
-"""Stop reasons that are not an outcome of the environment."""
-REASONS = (None, "active", *_NO_RESULT)
+REASONS = (None, "active", *NO_RESULT)
 """Why an episode has no result; None if it has one."""
 UNKNOWN = -1
 

@@ -9,7 +9,7 @@ from service.learning import NothingToLearn, TrainingRefused
 from service.learning.options import Options
 from service.learning.segments import Floats, Kind
 from service.learning.trajectories import Episode
-from service.learning.units import Example, Selection, Unit, groups, score_of
+from service.learning.units import Example, Selection, Unit, groups, score_of, scored
 
 Doubles = npt.NDArray[np.float64]
 
@@ -20,11 +20,12 @@ def choose_advantages(episodes: Sequence[Episode], options: Options, chosen: Sel
     With a discount, it is the discounted return from the token's step on, minus the mean of this over all steps of the
     group (REINFORCE with baseline: R. Sutton and A. Barto, "Reinforcement Learning", 2nd edition, 2018, section 13.4).
     """
-    sampled = [episode for episode in episodes if not episode.is_greedy]
-    chosen.excluded["greedy (temperature 0)"] += len(episodes) - len(sampled)
+    played = chosen.with_result(episodes)
+    sampled = [episode for episode in played if not episode.is_greedy]
+    chosen.excluded["greedy (temperature 0)"] += len(played) - len(sampled)
     chosen.excluded["no return"] += sum(episode.episode_return is None for episode in sampled)
     used: list[Episode] = []
-    for members in groups(sampled, options.group_by).values():
+    for members in groups(scored(sampled), options.group_by).values():
         chosen.num_groups += len(members) > 1
         for episode, advantages in zip(members, _relative(members, options.discount), strict=True):
             if units := list(_examples(episode, advantages)):

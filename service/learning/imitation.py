@@ -10,7 +10,7 @@ from service.learning import NothingToLearn
 from service.learning.options import GroupBy, Options
 from service.learning.segments import Floats, Kind, Row
 from service.learning.trajectories import Episode
-from service.learning.units import Example, Selection, Unit, groups, score_of
+from service.learning.units import Example, Selection, Unit, groups, score_of, scored
 
 _TOP = re.compile(r"top:(0?\.\d+|1|1\.0*)")
 
@@ -21,8 +21,8 @@ Weigh = Callable[[Episode, Row], Floats]
 def parse_keep(rule: str) -> None:
     """Checks a rule of `keep`. Raises ValueError.
 
-    success: drawn tokens of episodes that ended with success.
-    top:FRACTION: drawn tokens of the best episodes of each group, by return.
+    success: drawn tokens of episodes that ended with success and were not given up.
+    top:FRACTION: drawn tokens of the best episodes of each group, by return, without those that were given up.
     recorded: tokens of actions that somebody else chose.
     rated: drawn tokens of rated steps and episodes. Rating 5 has the weight 1, and rating 1 the weight 0.
     """
@@ -39,10 +39,16 @@ def choose_imitation(episodes: Sequence[Episode], options: Options, chosen: Sele
         if units:
             used.append(episode)
         else:
-            chosen.excluded["not kept" if episode.rows else "no tokens to train"] += 1
+            chosen.excluded[_unused(episode)] += 1
     chosen.describe(used)
     if not chosen.units:
         raise NothingToLearn(_nothing_kept(episodes, options))
+
+
+def _unused(episode: Episode) -> str:
+    if not episode.rows:
+        return "no tokens to train"
+    return "not kept" if episode.has_result else str(episode.stop_reason)
 
 
 def _imitations(episode: Episode, weighers: Sequence[Weigh]) -> Iterable[Unit]:
@@ -54,7 +60,7 @@ def _imitations(episode: Episode, weighers: Sequence[Weigh]) -> Iterable[Unit]:
 
 def _weigher(rule: str, episodes: Sequence[Episode], by: GroupBy) -> Weigh:
     if rule == "success":
-        return lambda episode, row: _drawn(row) * np.float32(episode.success is True)
+        return lambda episode, row: _drawn(row) * np.float32(episode.success is True and episode.has_result)
     if rule == "recorded":
         return lambda episode, row: (row.kinds == Kind.RECORDED).astype(np.float32)
     if rule == "rated":
@@ -77,10 +83,10 @@ def _rated(episode: Episode, row: Row) -> Floats:
 def _best(episodes: Sequence[Episode], fraction: float, by: GroupBy) -> set[str]:
     """The best episodes of each group, at least one. Where all returns are equal, none is better."""
     best: set[str] = set()
-    for members in groups(episodes, by).values():
-        scored = sorted(((score_of(one), one.episode_id) for one in members), key=lambda pair: -pair[0])
-        worst = scored[-1][0] if scored else 0.0
-        best |= {name for score, name in scored[: math.ceil(fraction * len(scored))] if score > worst}
+    for members in groups(scored([one for one in episodes if one.has_result]), by).values():
+        ranked = sorted(((score_of(one), one.episode_id) for one in members), key=lambda pair: -pair[0])
+        worst = ranked[-1][0]
+        best |= {name for score, name in ranked[: math.ceil(fraction * len(ranked))] if score > worst}
     return best
 
 

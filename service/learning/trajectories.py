@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from service.files import complete_file
-from service.filters import LABELS, EpisodeFilter, as_text, labels_of, metadata_of, unix_seconds
+from service.filters import LABELS, NO_RESULT, EpisodeFilter, as_text, labels_of, metadata_of, unix_seconds
 from service.learning import TrainingInterrupted, TrainingRefused
 from service.learning.schema import check_trajectory
 from service.learning.segments import Json, Row, parse
@@ -21,6 +21,7 @@ class Episode:
 
     situation: its environment and seed, if both are known.
     parent: the episode that it was forked from, and the index of its own first step.
+    stop_reason: why it ended.
     episode_return: None if nothing was scored.
     rewards: for each step that does not belong to an ancestor; 0 where there was none. None if the export has none.
     ratings: mean rating of each rated step, and under None that of the whole episode.
@@ -32,12 +33,17 @@ class Episode:
     group: str | None
     situation: tuple[str, str] | None
     parent: tuple[str, int] | None
+    stop_reason: str | None
     episode_return: float | None
     success: bool | None
     is_greedy: bool
     rewards: Sequence[float] | None
     ratings: Mapping[int | None, float]
     rows: tuple[Row, ...]
+
+    @property
+    def has_result(self) -> bool:
+        return self.stop_reason not in NO_RESULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +158,21 @@ def _episode(document: Json, place: str) -> Episode:
         group=resource.get("group"),
         situation=None if env is None or seed is None else (env, seed),
         parent=(str(parent["episode_id"]), first) if parent else None,
-        episode_return=resource.get("episode_return"),
+        stop_reason=resource.get("stop_reason"),
+        episode_return=resource.get("episode_return") if _is_scored(document) else None,
         success=resource.get("success"),
         is_greedy=sampling.get("temperature") == 0,
         rewards=_rewards(document["segments"], first, place),
         ratings=_ratings(document.get("feedback") or ()),
         rows=tuple(row for row in rows if row is not None),
     )
+
+
+def _is_scored(document: Json) -> bool:
+    """The service gives an episode without any reward the return 0, although nobody scored it."""
+    rewards = [segment.get("rewards") for segment in document["segments"]]
+    is_without = None not in rewards and all(reward is None for of_segment in rewards for reward in of_segment)
+    return document["episode"].get("episode_return") != 0 or not is_without
 
 
 def _rewards(segments: Iterable[Json], first: int, place: str) -> list[float] | None:

@@ -43,6 +43,11 @@ class Selection:
     excluded: Counter[str] = field(default_factory=Counter[str])
     warnings: list[str] = field(default_factory=list[str])
 
+    def with_result(self, episodes: Sequence[Episode]) -> list[Episode]:
+        """Returns the episodes that were not given up, and counts the others as excluded."""
+        self.excluded.update(str(episode.stop_reason) for episode in episodes if not episode.has_result)
+        return [episode for episode in episodes if episode.has_result]
+
     def describe(self, used: Sequence[Episode]) -> None:
         """Notes the episodes that are trained."""
         self.num_used = len({episode.episode_id for episode in used})
@@ -83,7 +88,7 @@ def _num_steps(rows: Sequence[Row]) -> int | None:
 
 
 def groups(episodes: Sequence[Episode], by: GroupBy) -> dict[tuple[str, ...], list[Episode]]:
-    """Returns the scored episodes that can be compared with each other.
+    """Returns the episodes that can be compared with each other.
 
     by="seed": the episodes of a `group`; forks have one with the episode that they were forked from. Episodes without a
     group are compared with those of the same environment and seed.
@@ -92,9 +97,8 @@ def groups(episodes: Sequence[Episode], by: GroupBy) -> dict[tuple[str, ...], li
     parents = {episode.parent[0] for episode in episodes if episode.parent}
     found: dict[tuple[str, ...], list[Episode]] = {}
     for episode in episodes:
-        if episode.episode_return is not None:
-            key = _start(episode) if by == "start" else _group(episode, parents)
-            found.setdefault(key, []).append(episode)
+        key = _start(episode) if by == "start" else _group(episode, parents)
+        found.setdefault(key, []).append(episode)
     return found
 
 
@@ -114,6 +118,11 @@ def _start(episode: Episode) -> tuple[str, ...]:
     return ("start", first.token_ids[: first.positions[0]].tobytes().hex())
 
 
+def scored(episodes: Sequence[Episode]) -> list[Episode]:
+    """Returns the episodes that have a return."""
+    return [episode for episode in episodes if episode.episode_return is not None]
+
+
 def score_of(episode: Episode) -> float:
-    assert episode.episode_return is not None  # `groups` leaves out the others
+    assert episode.episode_return is not None  # the caller leaves out the others; see `scored`
     return episode.episode_return

@@ -37,6 +37,7 @@ def episode(name: str, score: float | None = 0.0, **fields: Any) -> Episode:
         "group": "g",
         "situation": None,
         "parent": None,
+        "stop_reason": "terminated",
         "success": None,
         "is_greedy": False,
         "rewards": None,
@@ -128,6 +129,39 @@ def test_a_single_class_of_action_is_said():
     assert chosen([episode("a", success=True)], "bc").warnings == []
 
 
+# Episodes that were given up
+
+GIVEN_UP = [
+    episode("a", 2.0, success=True, ratings={None: 4.0}),
+    episode("b", 1.0, success=False, ratings={None: 2.0}),
+    episode("aborted", 9.0, success=True, ratings={None: 5.0}, stop_reason="aborted", rows=(row((0, 1, 2)),)),
+    episode("idle", 0.0, ratings={None: 1.0}, stop_reason="idle_ttl", rows=(row((0, 1, 2)),)),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("grpo", {}, [[0.5, 0.5], [-0.5, -0.5]]),
+        ("dpo", {}, [[1, 1], [-1, -1]]),
+        ("dpo", {"score": "rating"}, [[1, 1], [-1, -1]]),
+        ("bc", {}, [[1, 1]]),
+        ("bc", {"keep": ("top:0.5",)}, [[1, 1]]),
+    ],
+)
+def test_episodes_that_were_given_up_are_left_out(method: str, options: Any, expected: list[list[float]]):
+    found = chosen(GIVEN_UP, method, **options)
+    assert weights(found) == expected
+    assert found.excluded == {"aborted": 1, "idle_ttl": 1, **({"not kept": 1} if method == "bc" else {})}
+
+
+def test_recorded_and_rated_actions_of_episodes_that_were_given_up_are_imitated():
+    recorded = (row(kinds=[Kind.RECORDED, Kind.IDS]),)
+    given = [episode("a", stop_reason="aborted", rows=recorded), *GIVEN_UP]
+    assert weights(chosen(given, "bc", keep=("recorded",))) == [[1]]
+    assert weights(chosen(given, "bc", keep=("rated",))) == [[0.75, 0.75], [0.25, 0.25], [1, 1, 1]]
+
+
 # Groups
 
 
@@ -181,6 +215,37 @@ def test_steps_that_a_pair_shares_do_not_count():
     ]
     ((better, worse),) = chosen(given, "dpo").units
     assert (better.row.steps.tolist(), worse.row.steps.tolist()) == ([1, 2], [1, 2])
+
+
+def test_a_rating_is_enough_for_a_pair():
+    given = [episode("a", None, ratings={None: 2.0}), episode("b", None, ratings={None: 4.0})]
+    assert weights(chosen(given, "dpo", score="rating")) == [[1, 1], [-1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (3, [[1, 2, 3], [3]]),  # forked from the fork's own steps: the fork's first step is where they part
+        (1, [[1, 2, 3], [1, 2, 3]]),
+        (0, [[0, 1, 2, 3], [0, 1, 2, 3]]),  # forked from a step that the fork has from its parent
+    ],
+)
+def test_steps_that_a_pair_shares_by_a_fork_of_a_fork_do_not_count(second: int, expected: list[list[int]]):
+    given = [
+        episode("parent", 4.0, group=None, rows=(row((0, 1, 2, 3)),)),
+        episode("fork", 2.0, group="parent", parent=("parent", 1), rows=(row((1, 2, 3)),)),
+        episode("fork of it", 0.0, group="parent", parent=("fork", second), rows=(row(range(second, 4)),)),
+    ]
+    ((better, worse),) = chosen(given, "dpo").units
+    assert [side.row.steps.tolist() for side in (better, worse)] == expected
+    (unit,) = chosen([replace(given[0], stop_reason="aborted"), *given[1:]], "dpo").units
+    assert unit[0].row.steps.tolist() == [step for step in (1, 2, 3) if step >= second]
+
+
+def test_episodes_that_name_each_other_as_parents_are_compared():
+    given = [episode("a", 1.0, parent=("b", 1)), episode("b", 0.0, parent=("a", 1))]
+    ((better, worse),) = chosen(given, "dpo").units
+    assert [side.row.steps.tolist() for side in (better, worse)] == [[1], [1]]
 
 
 @pytest.mark.parametrize(

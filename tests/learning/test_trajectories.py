@@ -228,8 +228,28 @@ def test_a_token_outside_of_its_support_is_refused(player: Player, tmp_path: Pat
         one(document, tmp_path)
 
 
-def test_a_missing_return_stays_missing(player: Player, tmp_path: Path):
-    assert one(player.play("e", episode_return=None), tmp_path).episode_return is None
+@pytest.mark.parametrize(
+    ("episode_return", "rewards", "expected"),
+    [
+        (None, [None, None, None], None),
+        (0.0, [None, None, None], None),
+        (0.0, [None, 0.0, None], 0.0),
+        (0.0, [1.0, None, -1.0], 0.0),
+        (2.0, [None, None, None], 2.0),  # a reward came with the first observation
+        (0.0, None, 0.0),  # of an older version
+    ],
+)
+def test_a_missing_return_stays_missing(
+    player: Player, episode_return: Any, rewards: Any, expected: float | None, tmp_path: Path
+):
+    document = player.play("e", episode_return=episode_return)
+    document["segments"][0]["rewards"] = rewards
+    assert one(document, tmp_path).episode_return == expected
+
+
+@pytest.mark.parametrize(("reason", "has_result"), [("aborted", False), ("idle_ttl", False), ("max_steps", True)])
+def test_an_episode_that_was_given_up_has_no_result(player: Player, reason: str, has_result: bool, tmp_path: Path):
+    assert one(player.play("e", stop_reason=reason), tmp_path).has_result == has_result
 
 
 def test_files_that_cannot_be_used(player: Player, tmp_path: Path):
