@@ -54,11 +54,17 @@ def train(
 
 
 def _started(command: Sequence[str], arguments: Sequence[str], stdout: TextIO) -> "subprocess.Popen[str]":
+    """Starts the training in a process group of its own.
+
+    Ctrl+C in a terminal signals a whole process group. The training must receive only the signal of `_stop`, because a
+    second signal ends it without a checkpoint.
+    """
     return subprocess.Popen(  # noqa: S603 - the command is this program, or the caller's
         [*command, *arguments, "--resume", "--json"],
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
         preexec_fn=end_with_parent,  # noqa: PLW1509 - it only makes a system call
     )
 

@@ -37,7 +37,9 @@ class Learning:
         arguments = ["--env", ENV, "--out", str(out), "--url", url, "--rounds", "1", "--json"]
         arguments += ["--episodes", "4", "--repeat", "2", "--selection", "40", "--final", "40"]
         command = [sys.executable, "-m", "tests.learning.lesson", "learn", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        )
 
     def wait_for(self, is_true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
@@ -48,6 +50,12 @@ class Learning:
 
     def end(self, number: int) -> tuple[int, str]:
         self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+    def interrupt(self) -> tuple[int, str]:
+        """Does what Ctrl+C in a terminal does."""
+        os.killpg(self.process.pid, signal.SIGINT)
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
 
@@ -151,3 +159,16 @@ def test_a_run_that_is_stopped_says_how_to_continue(
     assert code == 130
     assert "Stopped. Continue with:" in errors
     assert "--rounds 1 --json" in errors
+
+
+def test_ctrl_c_sends_the_training_one_signal(url: str, tmp_path: Path):
+    """After the first signal the training writes a checkpoint. The second one would prevent this."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "SKILLS").write_text("[1.0]")
+    (out / "WAIT").touch()
+    learning = Learning(url, out)
+    learning.wait_for((out / "round-1" / "pid").exists)
+    code, errors = learning.interrupt()
+    assert code == 130, errors
+    assert (out / "round-1" / "signals").read_text() == "SIGTERM\n"
