@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from service.cli.options import explained, no_service
 from service.client import DEFAULT_URL, Client, ConnectionFailed, EpisodeResource, EpisodicError
 from service.files import complete_file
-from service.filters import FILTERS, ORDERS, EpisodeFilter, EpisodeQuery, Time
+from service.filters import FILTERS, ORDERS, EpisodeFilter, EpisodeQuery, Time, unix_seconds
 from service.settings import client_key
 from service.validation import strict_json
 
@@ -52,12 +52,28 @@ def with_options(declared: dict[str, tuple[Any, str]]) -> Callable[[Command], Co
 
 
 def _option(name: str, kind: Any, text: str) -> inspect.Parameter:
+    check = None
     if kind == Time:
-        kind = str
+        kind, check = str, _checked_time
     elif name == "metadata":
-        kind, text = list[str], f"{text} KEY=VALUE; can be repeated."
-    annotation = Annotated[kind | None, typer.Option(help=text)]
+        kind, check, text = list[str], _checked_pairs, f"{text} KEY=VALUE; can be repeated."
+    annotation = Annotated[kind | None, typer.Option(help=text, callback=check)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _checked_time(text: str | None) -> str | None:
+    try:
+        if text is not None:
+            unix_seconds(text)
+    except (ValueError, OverflowError) as error:
+        detail = f"{text!r} is not a point in time. Use ISO 8601, for example 2030-01-31T12:00:00Z, or Unix seconds."
+        raise typer.BadParameter(detail) from error
+    return text
+
+
+def _checked_pairs(given: list[str] | None) -> list[str] | None:
+    _pairs(given)
+    return given
 
 
 def _pairs(given: list[str] | None) -> dict[str, str] | None:

@@ -1,5 +1,6 @@
 """Options that several commands share, the function that makes settings from them, and how a command fails."""
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -27,6 +28,13 @@ Store = Annotated[
         rich_help_panel="Storage",
     ),
 ]
+
+
+def finite(value: float | None) -> float | None:
+    """Refuses infinity and NaN, as the callback of an option."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter("must be a finite number")
+    return value
 
 
 def read_settings(given: dict[str, Any], engine: dict[str, str] | None = None) -> Settings:

@@ -4,6 +4,7 @@ torch is imported inside the function, so that the other commands start quickly.
 """
 
 import json
+import os.path
 import shlex
 import signal
 import sys
@@ -19,13 +20,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from service.cli.episodes import service_at, with_options
-from service.cli.options import fail, program, read_settings
+from service.cli.options import fail, finite, program, read_settings
 from service.client import DEFAULT_URL
 from service.filters import FILTERS, EpisodeFilter
 from service.learning import NOTHING_TO_LEARN, NothingToLearn, TrainingInterrupted, TrainingRefused
 from service.learning.imitation import parse_keep
 from service.learning.options import (
+    ALPHA,
     LEARNING_RATES,
+    MAX_LEARNING_RATE,
+    MAX_SEED,
+    RANK,
     USED_BY,
     Device,
     Dtype,
@@ -36,6 +41,7 @@ from service.learning.options import (
     Score,
     unused,
 )
+from service.learning.partial import CHECKPOINT, partial_folder
 
 _REPORT_S = 10.0
 """Seconds between two lines of progress, if the output is not a terminal."""
@@ -112,13 +118,20 @@ def train_command(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help=f"Peak learning rate. [default: {', '.join(f'{k} {v:g}' for k, v in LEARNING_RATES.items())}]"
+            min=0.0,
+            max=MAX_LEARNING_RATE,
+            callback=finite,
+            help=f"Peak learning rate. [default: {', '.join(f'{k} {v:g}' for k, v in LEARNING_RATES.items())}]",
         ),
     ] = None,
     warmup_steps: Annotated[int, typer.Option(min=0, help="Optimizer steps until the peak learning rate.")] = 5,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of a new adapter.")] = 8,
-    alpha: Annotated[int, typer.Option(min=1, help="The adapter's scale is alpha / rank.")] = 16,
-    beta: Annotated[float, typer.Option(min=0.0, help="dpo: inverse temperature.")] = 0.1,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help=f"Rank of a new adapter. An initial one keeps its own. [default: {RANK}]")
+    ] = None,
+    alpha: Annotated[
+        int | None, typer.Option(min=1, help=f"The scale of a new adapter is alpha / rank. [default: {ALPHA}]")
+    ] = None,
+    beta: Annotated[float, typer.Option(min=0.0, callback=finite, help="dpo: inverse temperature.")] = 0.1,
     group_by: Annotated[
         GroupBy,
         typer.Option(
@@ -131,18 +144,26 @@ def train_command(
         typer.Option(
             min=0.0,
             max=1.0,
+            callback=finite,
             help="grpo: score each step by the discounted return from it on. [default: by that of its episode]",
         ),
     ] = None,
     clip: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="grpo: limit of the probability ratio, 1 - and 1 +.")
+        float,
+        typer.Option(min=0.0, max=1.0, callback=finite, help="grpo: limit of the probability ratio, 1 - and 1 +."),
     ] = 0.2,
-    max_ratio: Annotated[float, typer.Option(min=1.0, help="grpo: importance weights are truncated at this.")] = 3.0,
-    kl: Annotated[float, typer.Option(min=0.0, help="grpo: weight of the KL divergence from the reference.")] = 0.0,
+    max_ratio: Annotated[
+        float, typer.Option(min=1.0, callback=finite, help="grpo: importance weights are truncated at this.")
+    ] = 3.0,
+    kl: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="grpo: weight of the KL divergence from the reference.")
+    ] = 0.0,
     reference: Annotated[
         Reference, typer.Option(help="dpo, and grpo with --kl: compare with the base model, or the initial adapter.")
     ] = "base",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the data and of a new adapter.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the order of the data and of a new adapter.")
+    ] = 0,
     device: Annotated[Device, typer.Option(help="Where to train.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format of the base model.")] = "float32",
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 50,
@@ -185,6 +206,7 @@ def train_command(
         fail(f"training needs PyTorch and transformers ({error}). Run `make install`.", code=1)
     base = Base(settings.model_path, settings.served_name, settings.data / "weights.json", init_adapter)
     stop = _Stop()
+    is_complete = os.path.exists(out)  # Path.exists raises OSError for a name that is too long
     try:
         with _opened(source, where) as export, stop, _Watcher() as watcher:
             card = train(
@@ -209,6 +231,8 @@ def train_command(
         raise typer.Exit(128 + stop.number) from None
     if as_json:
         typer.echo(json.dumps(card))
+    elif is_complete:
+        typer.echo(f"{out} is already complete: it has version {card['policy_version']}. Nothing was trained.")
     else:
         _print(card, out)
 
@@ -224,8 +248,6 @@ def _opened(source: str, where: EpisodeFilter) -> Generator[Any]:
 
 
 def _how_to_continue(out: Path) -> str:
-    from service.learning.run import CHECKPOINT, partial_folder
-
     work = partial_folder(out)
     if not (work / CHECKPOINT).exists():
         return "Training had not begun. Nothing was written."

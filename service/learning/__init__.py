@@ -7,6 +7,8 @@
 * `losses`: behaviour cloning, DPO and GRPO, all on this log-probability
 * `trainer`: batches, optimizer, checkpoints
 * `adapter`: the base model, the LoRA adapter, and the folder that is written
+* `partial`: the folder of an unfinished run
+* `card`: what an adapter was trained from
 * `run`: puts everything together
 
 Training runs in a process of its own, never in that of the service. `likelihood`, `losses`, `trainer`, `adapter` and
@@ -17,12 +19,19 @@ NOTHING_TO_LEARN = 3
 """The exit code of `episodic train` for `NothingToLearn`."""
 
 
+NEEDS_PEFT = "training needs the package peft. Install it with: pip install 'episodic[train]'"
+
+
 class TrainingRefused(Exception):
     """The training cannot start or go on. The message says why, and what to do."""
 
 
 class NothingToLearn(TrainingRefused):
     """The episodes contain nothing that the method can learn from, for example no successes."""
+
+
+class TrainingDiverged(TrainingRefused):
+    """A gradient was not finite. The run cannot go on from its checkpoint."""
 
 
 class TrainingInterrupted(Exception):

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 from service.files import complete_file
-from service.learning import TrainingRefused
-from service.learning.options import Device, Options
+from service.learning import NEEDS_PEFT, TrainingRefused
+from service.learning.options import ALPHA, RANK, Device, Options
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "episodic_adapter.json"
 
@@ -30,9 +31,7 @@ def peft() -> Any:
     try:
         return importlib.import_module("peft")
     except ImportError as error:
-        raise TrainingRefused(
-            "training needs the package peft. Install it with: pip install 'episodic[train]'"
-        ) from error
+        raise TrainingRefused(NEEDS_PEFT) from error
 
 
 def choose_device(wanted: Device) -> torch.device:
@@ -57,6 +56,29 @@ def load_base(model: str, options: Options, device: torch.device) -> Any:
     return base.to(device)
 
 
+def sized(options: Options, initial: Path | None) -> Options:
+    """Returns the options with the adapter's rank and alpha. `initial` is the folder of an adapter that has its own.
+
+    Raises TrainingRefused if the options give others than the initial adapter has.
+    """
+    rank, alpha = (RANK, ALPHA) if initial is None else _size(initial)
+    wanted = replace(options, rank=options.rank or rank, alpha=options.alpha or alpha)
+    if initial is not None and (wanted.rank, wanted.alpha) != (rank, alpha):
+        raise TrainingRefused(
+            f"the adapter {initial} has rank {rank} and alpha {alpha}, and keeps them. Leave out --rank and --alpha, "
+            "or train a new adapter without --init-adapter."
+        )
+    return wanted
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    try:
+        config: Any = json.loads(read_files(folder)[CONFIG])
+        return config["r"], config["lora_alpha"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise TrainingRefused(f"{folder / CONFIG} is not the configuration of a LoRA adapter: {error!r}") from error
+
+
 def new_adapter(base: Any, options: Options, name: str) -> Any:
     """Adds a LoRA adapter to all linear layers but the output layer. At first it changes nothing.
 
@@ -64,8 +86,8 @@ def new_adapter(base: Any, options: Options, name: str) -> Any:
     """
     library = peft()
     config = library.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
+        r=options.rank or RANK,
+        lora_alpha=options.alpha or ALPHA,
         target_modules="all-linear",
         bias="none",
         lora_dropout=0.0,

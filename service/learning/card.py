@@ -1,12 +1,15 @@
 """The card beside an adapter's weights: what it was trained from, how, and what came out."""
 
 import importlib.metadata
+import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from service.filters import EpisodeFilter
+from service.learning import TrainingRefused
 from service.learning.checks import Versions
 from service.learning.options import Options
 from service.learning.rehearsal import Rehearsal
@@ -39,7 +42,7 @@ def make_card(
         "options": options.as_json(),
         "data": {
             "digest": f"sha256:{data.digest}",
-            "filters": {name: str(value) for name, value in where.items()},
+            "filters": as_text(where),
             "trajectories_read": data.num_read,
             **chosen.as_json(),
         },
@@ -50,6 +53,43 @@ def make_card(
         "packages": {name: _version(name) for name in _PACKAGES},
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def as_text(where: EpisodeFilter) -> dict[str, str]:
+    return {name: str(value) for name, value in where.items()}
+
+
+def read_card(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the card in a file, and what the adapter was trained with: the options, and the entries `base model`,
+    `base`, `initial`, `filters`, `data` and `rehearsal`. Raises TrainingRefused if the card is damaged.
+    """
+    try:
+        card: dict[str, Any] = json.loads(path.read_bytes())
+        return card, {
+            **card["options"],
+            "base model": card["base"]["model"],
+            "base": card["base"]["policy_version"],
+            "initial": card["initial_policy_version"],
+            "filters": card["data"]["filters"],
+            "data": card["data"]["digest"],
+            "rehearsal": card.get("rehearsal"),
+        }
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise TrainingRefused(f"{path} is damaged ({error!r}). Remove {path.parent} to train again.") from error
+
+
+def check_same(out: Path, trained: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises TrainingRefused if the complete adapter in `out` was trained with something else."""
+    changed = [
+        f"{name} ({trained[name]!r}, now {value!r})"
+        for name, value in wanted.items()
+        if name in trained and trained[name] != value
+    ]
+    if changed:
+        raise TrainingRefused(
+            f"{out} is complete, but was trained with something else: {', '.join(changed)}. Choose another folder for "
+            "--out."
+        )
 
 
 def _version(package: str) -> str | None:

@@ -76,9 +76,9 @@ def fingerprint(options: Options, where: EpisodeFilter, digest: str, found: Vers
 def check_fingerprint(path: Path, wanted: Mapping[str, Any]) -> None:
     """Raises TrainingRefused if the unfinished run was started with something else."""
     try:
-        started: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise TrainingRefused(f"{path} cannot be read, so the run cannot continue. Remove its folder.") from error
+        started = dict[str, Any](json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingRefused(f"{path} is damaged, so the run cannot continue. Remove {path.parent}.") from error
     changed = [
         f"{name} ({started.get(name)!r}, now {value!r})" for name, value in wanted.items() if started.get(name) != value
     ]

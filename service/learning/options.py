@@ -14,6 +14,10 @@ Dtype = Literal["float32", "bfloat16"]
 LEARNING_RATES: dict[Method, float] = {"bc": 1e-3, "dpo": 3e-4, "grpo": 5e-4}
 """The default learning rate of each method, for LoRA on the packaged policy."""
 
+RANK, ALPHA = 8, 16
+MAX_LEARNING_RATE = 1.0
+MAX_SEED = 2**32 - 1
+
 USED_BY: dict[str, tuple[Method, ...]] = {
     "--keep": ("bc",),
     "--score": ("dpo",),
@@ -48,7 +52,7 @@ class Options:
     clip: GRPO keeps the probability ratio within 1 - clip and 1 + clip.
     max_ratio: GRPO truncates the importance weight of a token's gradient, the probability ratio, at this value.
     kl: weight of GRPO's KL term.
-    rank, alpha: of a new LoRA adapter. An initial adapter keeps its own.
+    rank, alpha: of the LoRA adapter. None: those of the initial adapter, or RANK and ALPHA for a new one.
     batch_size: number of segments (bc, grpo) or pairs (dpo) in one optimizer step.
     max_batch_tokens: a batch is computed in parts of at most this number of tokens, padding included.
     """
@@ -63,8 +67,8 @@ class Options:
     clip: float = 0.2
     max_ratio: float = 3.0
     kl: float = 0.0
-    rank: int = 8
-    alpha: int = 16
+    rank: int | None = None
+    alpha: int | None = None
     learning_rate: float = 5e-4
     warmup_steps: int = 5
     max_grad_norm: float = 1.0

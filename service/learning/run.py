@@ -5,7 +5,7 @@ itself appears when everything in it is complete. Then OUT.partial is removed.
 """
 
 import json
-import shutil
+import os.path
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,17 +16,16 @@ import torch
 
 from service.files import complete_file
 from service.filters import EpisodeFilter
-from service.learning import TrainingRefused, adapter, checks
-from service.learning.card import make_card, rounded, summary
+from service.learning import TrainingDiverged, TrainingRefused, adapter, checks
+from service.learning.card import as_text, check_same, make_card, read_card, rounded, summary
 from service.learning.options import Device, Options
+from service.learning.partial import CHECKPOINT, EXPORT, RUN, clear, partial_folder, working_folder
 from service.learning.rehearsal import read_rehearsal
 from service.learning.segments import Json
 from service.learning.selection import select
 from service.learning.trainer import Progress, Trainer, difference
 from service.learning.trajectories import Data, freeze, never, read
 from service.learning.units import Selection
-
-CHECKPOINT, RUN, EXPORT = "checkpoint.pt", "run.json", "trajectories.ndjson"
 
 MAX_DIFFERENCE = 0.05
 """Above this mean difference of stored and recomputed log-probabilities, the run warns."""
@@ -74,11 +73,6 @@ class Base:
     adapter: Path | None = None
 
 
-def partial_folder(out: Path) -> Path:
-    """The folder of an unfinished run."""
-    return out.with_name(f"{out.name}.partial")
-
-
 def train(
     options: Options,
     source: Source,
@@ -97,39 +91,27 @@ def train(
 
     where: filters of the trajectories.
     rehearse: a second export. Its drawn tokens are imitated along, so that the policy does not unlearn them.
-    resume: continues an unfinished run, if there is one. If `out` is complete already, returns its card.
+    resume: continues an unfinished run, if there is one. If `out` is complete already, returns its card. Options, data
+        and base model must be those of the start.
     should_stop: asked after each trajectory and each optimizer step.
 
     Raises TrainingRefused, TrainingInterrupted after `should_stop`, and whatever a function as `source` raises.
     """
     adapter.peft()
-    if out.exists():
-        return _finished(out, resume)
-    work = partial_folder(out)
-    if work.exists() and not resume:
-        raise TrainingRefused(f"an unfinished run is in {work}. Continue it with --resume, or remove the folder.")
+    options, work = adapter.sized(options, base.adapter), partial_folder(out)
     run = _Run(options, base, out, work, where or EpisodeFilter(), rehearse, watcher or Silent(), should_stop)
+    if os.path.exists(out):  # Path.exists raises OSError for a name that is too long
+        return run.finished(source, resume)
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        return run.complete(source, adapter.choose_device(device), checkpoint_every)
+        with working_folder(out, resume=resume):
+            return run.complete(source, adapter.choose_device(device), checkpoint_every)
     except OSError as error:
         raise TrainingRefused(_unwritable(error, work)) from error
-    finally:
-        if not (work / CHECKPOINT).exists():  # there is nothing to continue from
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def _finished(out: Path, resume: bool) -> dict[str, Any]:
-    card = out / adapter.CARD
-    if not resume or not card.is_file():
-        raise TrainingRefused(f"{out} exists already. Choose another folder for --out.")
-    shutil.rmtree(partial_folder(out), ignore_errors=True)
-    return json.loads(card.read_bytes())
 
 
 def _unwritable(error: OSError, work: Path) -> str:
     text = f"{error.filename or work}: {error.strerror or error}. No incomplete file was left behind."
-    is_kept = (work / CHECKPOINT).exists()
+    is_kept = os.path.exists(work / CHECKPOINT)
     return f"{text} {work} has the last checkpoint: continue with --resume." if is_kept else text
 
 
@@ -163,12 +145,7 @@ class _Run:
             self.watcher.warn(warning)
         started = checks.fingerprint(self.options, self.where, data.digest, versions)
         self._begin(trainer, {**started, "rehearsal": rehearsal.digest})
-        trainer.run(
-            checkpoint=self.work / CHECKPOINT,
-            every=checkpoint_every,
-            on_step=self.watcher.step,
-            should_stop=self.should_stop,
-        )
+        self._take_steps(trainer, checkpoint_every)
         files = adapter.files_of(trainer.model)
         card = make_card(
             options=self.options,
@@ -188,8 +165,40 @@ class _Run:
             device=str(device),
         )
         adapter.write_folder(self.out, {**files, adapter.CARD: json.dumps(card, indent=2).encode() + b"\n"})
-        shutil.rmtree(self.work, ignore_errors=True)
+        clear(self.work)
         return card
+
+    def finished(self, source: Source, resume: bool) -> dict[str, Any]:
+        """Returns the card of `out`, which is complete. Data from a service is not compared: it was a snapshot."""
+        path = self.out / adapter.CARD
+        if not resume or not path.is_file():
+            raise TrainingRefused(f"{self.out} exists already. Choose another folder for --out.")
+        card, trained = read_card(path)
+        initial = self.base.adapter
+        wanted = {
+            **self.options.as_json(),
+            "base model": self.base.name,
+            "filters": as_text(self.where),
+            "rehearsal": read_rehearsal(self.rehearse, self.should_stop).as_json(),
+            "initial": adapter.version_of(adapter.read_files(initial), trained["base"]) if initial else trained["base"],
+        }
+        if isinstance(source, Path):
+            wanted["data"] = f"sha256:{self._read(source).digest}"
+        check_same(self.out, trained, wanted)
+        clear(self.work)
+        return card
+
+    def _take_steps(self, trainer: Trainer, checkpoint_every: int) -> None:
+        try:
+            trainer.run(
+                checkpoint=self.work / CHECKPOINT,
+                every=checkpoint_every,
+                on_step=self.watcher.step,
+                should_stop=self.should_stop,
+            )
+        except TrainingDiverged:
+            clear(self.work)  # with the same options, the next step would fail again
+            raise
 
     def _read(self, source: Source) -> Data:
         """Reads the data. An export is first written to a file, so that a run that continues has the same data."""

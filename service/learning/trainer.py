@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from service.files import complete_file
-from service.learning import TrainingInterrupted, TrainingRefused
+from service.learning import TrainingDiverged, TrainingInterrupted, TrainingRefused
 from service.learning.adapter import set_weights, weights_of
 from service.learning.batches import loss_size, parts
 from service.learning.likelihood import collate, token_logprobs
@@ -176,7 +176,7 @@ class Trainer:
                 raise TrainingInterrupted
 
     def step(self) -> Progress:
-        """Takes the next optimizer step. Raises TrainingRefused if its gradient is not finite."""
+        """Takes the next optimizer step. Raises TrainingDiverged if its gradient is not finite."""
         began = time.monotonic()
         batch, sums = self._batch(), Sums()
         sums.steps = 1
@@ -187,8 +187,9 @@ class Trainer:
             self._rehearse(sums)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm)
         if not torch.isfinite(norm):
-            raise TrainingRefused(
-                f"the gradient of step {self.state.step + 1} is not finite. Lower --learning-rate, and check the data."
+            raise TrainingDiverged(
+                f"the gradient of step {self.state.step + 1} is not finite. Nothing of this training was kept. Train "
+                "again with a lower --learning-rate, and check the data."
             )
         sums.add("grad_norm", float(norm))
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType] - torch's types are incomplete
@@ -292,7 +293,9 @@ class Trainer:
             torch.set_rng_state(saved["random"])
             self.state = State(saved["step"], saved["epochs"], Sums(**saved["epoch"]))
         except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError) as error:
-            raise TrainingRefused(f"the checkpoint {checkpoint} cannot be used: {error}. Remove its folder.") from error
+            raise TrainingRefused(
+                f"the checkpoint {checkpoint} cannot be used: {error}. Remove {checkpoint.parent}."
+            ) from error
 
 
 def difference(rows: Sequence[Row], scored: Sequence[Floats]) -> float | None:

@@ -102,7 +102,8 @@ def read(path: Path, where: EpisodeFilter | None = None, should_stop: Callable[[
             f"{path} is empty: it contains no trajectory. Export ended episodes with --format tokens."
         )
     if not found:
-        raise TrainingRefused(f"none of the {num_read} trajectories in {path} matches the filters {dict(wanted)}")
+        filters = {"status": "ended", **wanted}
+        raise TrainingRefused(f"none of the {num_read} trajectories in {path} matches the filters {filters}")
     return Data(tuple(found), digest.hexdigest(), num_read)
 
 

@@ -36,6 +36,8 @@ def test_what_it_prints(export: Path, tiny: Path, tmp_path: Path):
     card = json.loads((tmp_path / "out" / adapter.CARD).read_text())
     assert f"Wrote version {card['policy_version']}" in done.stdout
     assert '-d \'{"path": "out"}\'' in done.stdout
+    again = run(*arguments, "--out", tmp_path / "out", "--resume")
+    assert f"already complete: it has version {card['policy_version']}" in again.stdout
     printed = json.loads(run(*arguments, "--out", tmp_path / "out2", "--json").stdout)
     assert printed["policy_version"] == card["policy_version"]
     assert printed["data"]["filters"] == {"env": "Tokens-v0"}
@@ -48,6 +50,12 @@ def test_what_it_prints(export: Path, tiny: Path, tmp_path: Path):
         (("--method", "bc", "--keep", "best"), "'best' is none of success"),
         (("--method", "bc", "--keep", "top:2"), "'top:2' is none of success"),
         (("--method", "bc", "--epochs", "0"), "should be greater than or equal to 1"),
+        (("--method", "bc", "--learning-rate", "inf"), "should be less than or equal to 1"),
+        (("--method", "bc", "--learning-rate", "nan"), "'--learning-rate'"),
+        (("--method", "bc", "--seed", str(2**70)), "'--seed'"),
+        (("--method", "grpo", "--max-ratio", "inf"), "must be a finite number"),
+        (("--method", "dpo", "--beta", "nan"), "'--beta'"),
+        (("--method", "bc", "--since", "yesterday"), "'yesterday' is not a point in time"),
         (("--method", "bc", "--init-adapter", "nowhere"), "'nowhere' does not exist"),
         (("--method", "bc", "--clip", "0.2"), "--clip belongs to --method grpo, but the method is bc"),
         (("--method", "bc", "--reference", "base"), "--reference belongs to --method dpo and grpo"),
@@ -68,8 +76,11 @@ def test_each_option_of_a_method_is_an_option_of_the_command():
 
 
 def test_a_refusal_is_one_line_and_leaves_nothing(export: Path, tiny: Path, tmp_path: Path):
+    active = tmp_path / "active.ndjson"
+    active.write_text(export.read_text().replace('"status": "ended"', '"status": "active"'))
     before = {path.name for path in tmp_path.iterdir()}
     for arguments, words in [
+        (("bc", "--from", active, "--model", tiny), "matches the filters {'status': 'ended'}"),
         (("bc", "--from", tmp_path / "absent", "--model", tiny), "absent cannot be read"),
         (("bc", "--from", export, "--model", tiny, "--success", "--tag", "x"), "matches the filters"),
         (("bc", "--from", export, "--model", tiny, "--keep", "recorded"), "nothing to imitate"),
@@ -81,6 +92,15 @@ def test_a_refusal_is_one_line_and_leaves_nothing(export: Path, tiny: Path, tmp_
         assert refused.exit_code == (3 if "nothing to imitate" in words else 1)
         assert refused.stderr.splitlines()[-1].startswith("Error: ")
     assert {path.name for path in tmp_path.iterdir()} - {"data"} == before
+
+
+def test_a_refused_training_leaves_no_folder(export: Path, tiny: Path, tmp_path: Path):
+    arguments = ("--method", "bc", "--from", export, "--model", tiny, "--keep", "recorded")
+    assert run(*arguments, "--out", tmp_path / "a" / "b" / "c").exit_code == 3
+    assert not (tmp_path / "a").exists()
+    too_long = run(*arguments, "--out", tmp_path / ("x" * 300))
+    assert too_long.exit_code == 1
+    assert "File name too long" in too_long.stderr
 
 
 class Process:

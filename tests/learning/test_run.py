@@ -5,6 +5,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from service.engine.adapters import adopt, base_shapes
 from service.learning import TrainingInterrupted, TrainingRefused, adapter
 from service.learning.likelihood import collate, token_logprobs
 from service.learning.options import Method, Options
-from service.learning.run import CHECKPOINT, Base, Silent, partial_folder, train
+from service.learning.partial import CHECKPOINT, RUN, partial_folder, working_folder
+from service.learning.run import Base, Silent, train
 from service.learning.trainer import Progress
 from service.learning.trajectories import read
 from tests.support.trajectories import ACTIONS, Player, load_model, make_model, write
@@ -199,6 +201,92 @@ def test_a_complete_run_is_not_repeated(base: Base, export: Path, tmp_path: Path
         train(options(), export, base, tmp_path / "out")
     assert train(options(), export, base, tmp_path / "out", resume=True) == card
     assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"method": "bc"}, r"method \('grpo', now 'bc'\)"),
+        ({"seed": 5}, r"seed \(0, now 5\)"),
+        ({"where": {"env": "Tokens-v0"}}, "filters"),
+        ({"name": "other"}, r"base model \('tiny', now 'other'\)"),
+        ({"data": "less"}, "data"),
+    ],
+)
+def test_a_complete_run_is_not_taken_for_another_one(
+    changed: dict[str, Any], words: str, complete: Path, base: Base, export: Path, tmp_path: Path
+):
+    before = files(complete)
+    if changed.get("data"):
+        export.write_bytes(b"".join(export.read_bytes().splitlines(keepends=True)[:-1]))
+    chosen = options(changed.get("method", "grpo"), epochs=1, seed=changed.get("seed", 0))
+    other = replace(base, name=changed.get("name", "tiny"))
+    with pytest.raises(TrainingRefused, match=f"is complete, but was trained with something else: {words}"):
+        train(chosen, export, other, complete, where=changed.get("where"), resume=True)
+    assert files(complete) == before
+
+
+@pytest.fixture(scope="module")
+def complete(tiny: Path, lessons: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a complete adapter."""
+    folder = tmp_path_factory.mktemp("complete")
+    train(options(epochs=1), write(lessons, folder / "export.ndjson"), Base(str(tiny), "tiny"), folder / "out")
+    return folder / "out"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"options": 1}'])
+def test_a_damaged_card_is_reported(content: str, base: Base, export: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / adapter.CARD).write_text(content)
+    with pytest.raises(TrainingRefused, match=r"episodic_adapter\.json is damaged .* Remove .*out to train again"):
+        train(options(), export, base, tmp_path / "out", resume=True)
+
+
+def test_a_run_that_diverges_can_be_started_again(base: Base, export: Path, tmp_path: Path):
+    with pytest.raises(TrainingRefused, match=r"step \d+ is not finite\. Nothing of this training was kept"):
+        train(options(learning_rate=1e30), export, base, tmp_path / "out", checkpoint_every=1)
+    assert not partial_folder(tmp_path / "out").exists()
+
+
+def test_files_of_others_stay(base: Base, export: Path, tmp_path: Path):
+    work = partial_folder(tmp_path / "out")
+    work.mkdir()
+    (work / "notes").write_text("mine")
+    with pytest.raises(TrainingRefused, match="an unfinished run is in"):
+        train(options(epochs=1), export, base, tmp_path / "out")
+    with pytest.raises(TrainingRefused, match="cannot be loaded"):
+        train(options(epochs=1), export, Base(str(tmp_path), "none"), tmp_path / "out", resume=True)
+    train(options(epochs=1), export, base, tmp_path / "out", resume=True)
+    assert files(work) == {"notes": b"mine"}
+
+
+def test_one_process_for_each_folder(base: Base, export: Path, tmp_path: Path):
+    with working_folder(tmp_path / "out", resume=False) as work:
+        (work / CHECKPOINT).write_bytes(b"of the other process")
+        with pytest.raises(TrainingRefused, match="another process is training in"):
+            train(options(), export, base, tmp_path / "out", resume=True)
+        assert (work / CHECKPOINT).read_bytes() == b"of the other process"
+
+
+def test_an_unfinished_run_whose_description_is_damaged(base: Base, export: Path, tmp_path: Path):
+    work = partial_folder(tmp_path / "out")
+    work.mkdir()
+    (work / CHECKPOINT).write_bytes(b"")
+    (work / RUN).write_text("[1]")
+    with pytest.raises(TrainingRefused, match=r"run\.json is damaged, .* Remove .*out\.partial"):
+        train(options(), export, base, tmp_path / "out", resume=True)
+
+
+def test_an_adapter_keeps_its_rank(complete: Path, base: Base, export: Path, tmp_path: Path):
+    goes_on = replace(base, adapter=complete)
+    with pytest.raises(TrainingRefused, match="has rank 8 and alpha 16, and keeps them"):
+        train(options(rank=4, any_version=True), export, goes_on, tmp_path / "out")
+    config = complete / adapter.CONFIG
+    copied = tmp_path / "copied"
+    shutil.copytree(complete, copied)
+    (copied / adapter.CONFIG).write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
+    card = train(options(epochs=1, any_version=True), export, replace(base, adapter=copied), tmp_path / "out")
+    assert (card["options"]["rank"], card["options"]["alpha"]) == (8, 32)
 
 
 def test_training_goes_on_from_an_adapter(base: Base, export: Path, player: Player, tiny: Path, tmp_path: Path):
