@@ -1,5 +1,6 @@
 """The command `episodic learn`: its options, its table of rounds, and how it ends."""
 
+import importlib.util
 import json
 import shlex
 import signal
@@ -19,10 +20,13 @@ from rich.text import Text
 
 from service.cli.episodes import require_answer
 from service.cli.open_files import raise_limit
-from service.cli.options import explained, fail, program
+from service.cli.options import explained, fail, finite, program
 from service.cli.rollout import json_object
+from service.cli.train_args import parse_train_args
 from service.client import DEFAULT_URL, EpisodicError
-from service.learning.options import Method, unused
+from service.evaluation.statistics import MIN_PAIRS
+from service.learning import NEEDS_PEFT
+from service.learning.options import MAX_LEARNING_RATE, Method
 from service.loop import LearningFailed, report
 from service.loop.plan import Metric, Plan
 from service.loop.playing import Service
@@ -32,8 +36,6 @@ from service.rollout import UnusableEnvironment
 from service.rollout.environment import search_working_folder
 from service.rollout.play import EpisodeRefused
 from service.settings import client_key
-
-_OWN = frozenset({"--method", "--from", "--out", "--init-adapter", "--resume", "--json", "--seed", "--learning-rate"})
 
 
 def learn_command(
@@ -47,24 +49,30 @@ def learn_command(
     method: Annotated[Method, typer.Option(help="How to train: see `episodic train`.")] = "grpo",
     episodes: Annotated[int, typer.Option(min=1, help="Number of training seeds in each round.")] = 200,
     repeat: Annotated[int, typer.Option(min=1, help="Play each training seed this many times.")] = 8,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature in training.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="Sampling temperature in training.")
+    ] = 1.0,
     last_temperature: Annotated[
         float | None,
         typer.Option(
-            min=0.01, help="That of the last round. It changes by the same factor in each round. [default: the first]"
+            min=0.01,
+            callback=finite,
+            help="That of the last round. It changes by the same factor in each round. [default: the first]",
         ),
     ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(
             min=0.0,
+            max=MAX_LEARNING_RATE,
+            callback=finite,
             help="Peak learning rate of the first round. It falls with the temperature. [default: that of the method]",
         ),
     ] = None,
     selection: Annotated[
-        int, typer.Option(min=1, help="Number of seeds that compare a candidate with the best policy.")
+        int, typer.Option(min=MIN_PAIRS, help="Number of seeds that compare a candidate with the best policy.")
     ] = 200,
-    final: Annotated[int, typer.Option(min=1, help="Number of seeds in the final test.")] = 500,
+    final: Annotated[int, typer.Option(min=MIN_PAIRS, help="Number of seeds in the final test.")] = 500,
     train_seed: Annotated[int, typer.Option(min=0, help="The first seed for training.")] = 0,
     selection_seed: Annotated[int, typer.Option(min=0, help="The first seed for selection.")] = 1_000_000_000,
     final_seed: Annotated[int, typer.Option(min=0, help="The first seed for the final test.")] = 2_000_000_000,
@@ -80,12 +88,12 @@ def learn_command(
     ] = None,
     instructions: Annotated[str | None, typer.Option(help="System message for the policy.")] = None,
     success_at: Annotated[
-        float | None, typer.Option(help="An episode is a success if its return is at least this.")
+        float | None, typer.Option(callback=finite, help="An episode is a success if its return is at least this.")
     ] = None,
     metric: Annotated[
         Metric, typer.Option(help="Compare by this. auto: completion if the success of every episode is known.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the training.")] = 0,
     train_args: Annotated[
         str, typer.Option(help="Further options of `episodic train`, for example '--epochs 2 --batch-size 16'.")
     ] = "",
@@ -102,6 +110,8 @@ def learn_command(
     EPISODIC_MODEL is the base model that the service serves, by default the packaged policy."""
     if last_temperature is not None and not temperature:
         raise typer.BadParameter("needs a --temperature above 0", param_hint="--last-temperature")
+    if importlib.util.find_spec("peft") is None:
+        fail(NEEDS_PEFT, code=1)
     search_working_folder()
     raise_limit()
     plan = Plan(
@@ -128,7 +138,7 @@ def learn_command(
         metric=metric,
         method=method,
         seed=seed,
-        train_args=_train_args(train_args, method),
+        train_args=parse_train_args(train_args, method),
     )
     service = Service(url, client_key(), retry_s, concurrency)
     try:
@@ -147,19 +157,6 @@ def learn_command(
         typer.echo(json.dumps(found))
     else:
         _print_end(found, out)
-
-
-def _train_args(text: str, method: Method) -> tuple[str, ...]:
-    try:
-        found = tuple(shlex.split(text))
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--train-args") from error
-    options = sorted({option.partition("=")[0] for option in found})
-    if own := [option for option in options if option in _OWN]:
-        raise typer.BadParameter(f"{', '.join(own)} is set by this command", param_hint="--train-args")
-    if reason := unused(method, options):
-        raise typer.BadParameter(reason, param_hint="--train-args")
-    return found
 
 
 @contextmanager

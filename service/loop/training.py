@@ -5,7 +5,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +17,8 @@ COMMAND = (sys.executable, "-m", "service", "train")
 
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 30.0
+_NUM_LINES = 100
+"""Number of last lines among which the reason of a failure is searched."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -31,7 +34,7 @@ def train(
     A training that was cut goes on from its checkpoint. Raises NoCandidate and LearningFailed.
     """
     printed, log = folder / "train.json", folder / "train.log"
-    last = ""
+    lines: deque[str] = deque(maxlen=_NUM_LINES)
     with (
         printed.open("w") as stdout,
         log.open("a", encoding="utf-8") as copy,
@@ -41,15 +44,16 @@ def train(
             for line in run.stderr or ():
                 copy.write(line)
                 copy.flush()
-                last = _words(line) or last
-                on_line(last)
+                if words := _words(line):
+                    on_line(words)
+                lines.append(line)
             code = run.wait()
         finally:
             _stop(run)
     if code == NOTHING_TO_LEARN:
-        raise NoCandidate(last.removeprefix("Error: "))
+        raise NoCandidate(reason(lines).removeprefix("Error: "))
     if code:
-        raise LearningFailed(f"the training ended with code {code}: {last}. Its log is {log}.")
+        raise LearningFailed(f"the training ended with code {code}: {reason(lines)}. Its log is {log}.")
     return json.loads(printed.read_bytes())
 
 
@@ -67,6 +71,15 @@ def _started(command: Sequence[str], arguments: Sequence[str], stdout: TextIO) -
         process_group=0,
         preexec_fn=end_with_parent,  # noqa: PLW1509 - it only makes a system call
     )
+
+
+def reason(lines: Iterable[str]) -> str:
+    """Why a command failed, in one line: its last error with all its lines, or the last line of a traceback."""
+    shown = [line for line in lines if line.strip()]
+    is_framed = bool(shown) and shown[-1].startswith("╰")
+    starts = [index for index, line in enumerate(shown) if line.startswith("╭" if is_framed else "Error: ")]
+    first = starts[-1] + is_framed if starts else len(shown) - 1
+    return " ".join(filter(None, map(_words, shown[first:]))).rstrip(".")
 
 
 def _words(line: str) -> str:

@@ -32,8 +32,8 @@ def train(arguments: list[str]) -> None:
         time.sleep(0.02)
     skill = json.loads((folder / "SKILLS").read_text())[int(out.parent.name.removeprefix("round-")) - 1]
     if isinstance(skill, str):
-        print(f"Error: {skill}", file=sys.stderr)
-        raise SystemExit(1 if skill.startswith("broken") else 3)
+        print(skill if skill.startswith("Usage") else f"Error: {skill}", file=sys.stderr)
+        raise SystemExit(1 if "broken" in skill else 3)
     out.mkdir(exist_ok=True)
     (out / "adapter_config.json").write_text("{}")
     (out / "adapter_model.safetensors").write_text(str(skill))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,8 +192,11 @@ def test_a_round_with_nothing_to_learn_counts_against_patience(url: str, fake: L
 def test_a_training_that_fails_ends_the_run(url: str, fake: LoopService, tmp_path: Path):
     with pytest.raises(LearningFailed, match=r"ended with code 1: Error: broken disk. Its log is .*train\.log"):
         run(url, tmp_path / "out", ["broken disk"])
-    with pytest.raises(LearningFailed, match=r"ended with code 1: Error: broken option. Its log is"):
-        run(url, tmp_path / "framed", ["broken option │\n╰────╯"])
+    framed = "Usage: broken\n╭─ Error ────╮\n│ --epochs:  │\n│ 'x' is no  │\n│ number.    │\n╰────────────╯"
+    with pytest.raises(LearningFailed, match=r"ended with code 1: --epochs: 'x' is no number\. Its log is"):
+        run(url, tmp_path / "framed", [framed])
+    with pytest.raises(LearningFailed, match=r"ended with code 1: Error: broken model: no such file\. Its log is"):
+        run(url, tmp_path / "long", ["broken model:\nno such file."])
     fake.base_version = "base-2"
     with pytest.raises(LearningFailed, match=r"began with the base model scripted \(base-1\), but .* \(base-2\)"):
         run(url, tmp_path / "out", [1.0])
@@ -257,11 +261,30 @@ def test_what_the_command_prints(url: str, tmp_path: Path, monkeypatch: pytest.M
     assert printed["final"]["verdict"] == "better"
 
 
+def test_without_peft_nothing_is_played(url: str, fake: LoopService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused = command(url, tmp_path / "out")
+    assert (refused.exit_code, fake.received) == (1, [])
+    assert "pip install 'episodic[train]'" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (("--train-args", "--out x"), 2, "--out is set by this command"),
         (("--train-args", "--learning-rate=1"), 2, "--learning-rate is set by this command"),
+        (("--train-args", "--help"), 2, "use `episodic train --help`"),
+        (("--train-args", "--epochs 0"), 2, "Invalid value for --train-args: Invalid value for '--epochs'"),
+        (("--train-args", "--epochz 2"), 2, "No such option: --epochz"),
+        (("--train-args", "--epochs"), 2, "requires an argument"),
+        (("--train-args", "2"), 2, "unexpected extra argument"),
+        (("--train-args", "--since yesterday"), 2, "'yesterday' is not a point in time"),
+        (("--train-args", "--metadata x"), 2, "expected KEY=VALUE"),
+        (("--selection", "9"), 2, "greater than or equal to 10"),
+        (("--final", "9"), 2, "greater than or equal to 10"),
+        (("--temperature", "inf"), 2, "must be a finite number"),
+        (("--learning-rate", "2"), 2, "less than or equal to 1"),
+        (("--success-at", "nan"), 2, "must be a finite number"),
         (("--train-args", "--tag x --beta=1"), 2, "--beta belongs to --method dpo, but the method is grpo"),
         (("--env-kwargs", "[]"), 2, "expected a JSON object"),
         (("--temperature", "0", "--last-temperature", "2"), 2, "needs a --temperature above 0"),
