@@ -90,7 +90,7 @@ class Trainer:
     Every place in the data follows from the seed and the number of the optimizer step. A run that continues from a
     checkpoint therefore takes the same steps as an unbroken one.
 
-    rehearsed: rows whose trained tokens each step imitates along, half as many as it takes units.
+    rehearsed: rows whose trained tokens each step imitates along, a quarter as many as it takes units.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Trainer:
 
     def _rehearse(self, sums: Sums) -> None:
         """Adds the gradient of the mean negative log-likelihood of a batch of rehearsed rows."""
-        indices = self._chosen(len(self._rehearsed), max(1, self._options.batch_size // 2))
+        indices = self._chosen(len(self._rehearsed), max(1, self._options.batch_size // 4))
         size = sum(len(self._rehearsed[index].positions) for index in indices)
         units = [(Example(self._rehearsed[index], _NO_WEIGHTS),) for index in indices]
         for part in parts(units, range(len(units)), self._options.max_batch_tokens):
