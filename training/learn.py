@@ -25,10 +25,10 @@ from service.loop.training import end_with_parent
 
 LESSON = (
     *("--env", "FrozenLake-v1", "--env-kwargs", '{"reward_schedule": [1, -1, 0]}'),
-    *("--test-kwargs", "{}", "--method", "grpo", "--rounds", "7", "--patience", "7"),
-    *("--temperature", "8", "--last-temperature", "5", "--learning-rate", "4e-3"),
-    *("--episodes", "512", "--repeat", "1", "--selection", "60", "--final", "500"),
-    *("--train-args", "--group-by start --discount 0.93 --warmup-steps 0 --clip 0.4"),
+    *("--test-kwargs", "{}", "--method", "grpo", "--rounds", "6", "--patience", "6"),
+    *("--temperature", "8", "--last-temperature", "4", "--learning-rate", "3e-3"),
+    *("--episodes", "512", "--repeat", "1", "--selection", "80", "--final", "500"),
+    *("--train-args", "--group-by start --discount 0.8 --warmup-steps 0 --clip 0.4"),
 )
 """The options of `episodic learn`. `--rehearse` is added to the last."""
 
