@@ -25,6 +25,7 @@ from service.loop.training import end_with_parent
 
 LESSON = (
     *("--env", "FrozenLake-v1", "--env-kwargs", '{"reward_schedule": [1, -1, 0]}'),
+    *("--instructions", "The ice is slippery: a move may slip sideways. Actions: left, down, right, up."),
     *("--test-kwargs", "{}", "--method", "grpo", "--rounds", "6", "--patience", "6"),
     *("--temperature", "8", "--last-temperature", "4", "--learning-rate", "3e-3"),
     *("--episodes", "512", "--repeat", "1", "--selection", "80", "--final", "500"),
