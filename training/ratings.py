@@ -19,7 +19,7 @@ from service.environments import describe
 from training.corrections import ENV, TEST_SEED, action_values, run
 from training.learn import running_service
 
-TRAIN = ("--method", "dpo", "--score", "rating", "--learning-rate", "1e-3", "--epochs", "2")
+TRAIN = ("--method", "dpo", "--score", "rating", "--beta", "0.3", "--learning-rate", "1e-3", "--epochs", "10")
 """The options of `episodic train`."""
 
 NUM_FORKS = 4
