@@ -31,4 +31,4 @@ def database(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _serve_on(database: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if database == "postgresql":
-        monkeypatch.setattr(serving, "new_store", request.getfixturevalue("new_database"))
+        monkeypatch.setattr(serving, "new_store", request.getfixturevalue("new_store"))

@@ -39,6 +39,13 @@ class Server:
     def log(self) -> str:
         return (self.folder / "serve.log").read_text(errors="replace")
 
+    @property
+    def is_ready(self) -> bool:
+        try:  # without `verify`, because each call would read all certificates
+            return httpx.get(f"{self.url}/readyz", timeout=5, verify=False).status_code == 200  # noqa: S501
+        except httpx.TransportError:
+            return False
+
     def launch(self) -> "Server":
         """Starts the process, and returns at once."""
         self.folder.mkdir(exist_ok=True)
@@ -56,11 +63,8 @@ class Server:
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log[-3000:]
-            try:
-                if httpx.get(f"{self.url}/readyz").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
+            if self.is_ready:
+                return self
             time.sleep(0.2)
         raise AssertionError(f"the server was not ready after {START_LIMIT_S:g} s: {self.log[-3000:]}")
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import httpx
 import psutil
 
 from tests.e2e.server import START_LIMIT_S, Server
@@ -101,17 +100,10 @@ def restore(server: Server) -> None:
         if server.process is None or server.process.poll() is not None:
             server.start()
             return
-        if _is_ready(server) and _has_engine(server):
+        if server.is_ready and _has_engine(server):
             return
         time.sleep(0.1)
     raise AssertionError(f"the server was not ready again after {START_LIMIT_S:g} s: {server.log[-3000:]}")
-
-
-def _is_ready(server: Server) -> bool:
-    try:
-        return httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def _has_engine(server: Server) -> bool:

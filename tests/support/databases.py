@@ -1,5 +1,6 @@
 """Real databases: a PostgreSQL server for each test process, new databases, and SQL that bypasses the store."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -9,11 +10,12 @@ from sqlalchemy import Connection, make_url, text
 
 from service.store.connections import Connections, Patience
 from service.store.postgresql import PostgreSQLConnections
+from service.store.sql import SQLStore
 from service.store.sqlite import SQLiteConnections
 from tests.support import postgres
 
 _T = TypeVar("_T")
-NewDatabase = Callable[[], str]
+NewDatabase = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +29,26 @@ def own_server() -> Iterator[postgres.Postgres]:
 
 @pytest.fixture(scope="session")
 def new_database(request: pytest.FixtureRequest) -> Iterator[NewDatabase]:
-    """Creates an empty PostgreSQL database, and returns its URL."""
+    """Creates a PostgreSQL database, and returns its URL. The argument is the name of the database to copy, if any."""
     if postgres.TEST_URL is None:
         yield request.getfixturevalue("own_server").new
         return
     server = postgres.Foreign(postgres.TEST_URL)
     yield server.new
     server.close()
+
+
+@pytest.fixture(scope="session")
+def new_store(new_database: NewDatabase) -> NewDatabase:
+    """Creates an empty store in PostgreSQL, and returns its URL. Copies one, because migrations take long."""
+    url = new_database()
+    asyncio.run(_migrate(url))
+    return lambda: new_database(make_url(url).database)
+
+
+async def _migrate(url: str) -> None:
+    async with SQLStore(url):
+        pass
 
 
 async def in_database(url: str, function: Callable[[Connection], _T]) -> _T:

@@ -113,15 +113,16 @@ class Postgres:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
-    def create(self, database: str) -> str:
-        """Creates an empty database, and returns its URL."""
-        subprocess.run([*self._program("createdb"), database], check=True, capture_output=True, env=self._environment)
+    def create(self, database: str, template: str = "template1") -> str:
+        """Creates a database, and returns its URL. It is a copy of the database `template`; by default it is empty."""
+        command = [*self._program("createdb"), "--template", template, database]
+        subprocess.run(command, check=True, capture_output=True, env=self._environment)
         return self.url(database)
 
-    def new(self) -> str:
-        """Creates a database with a new name, and returns its URL."""
+    def new(self, template: str = "template1") -> str:
+        """Like `create`, with a new name."""
         self._num_databases += 1
-        return self.create(f"test_{self._num_databases}")
+        return self.create(f"test_{self._num_databases}", template)
 
     def url(self, database: str = "postgres") -> str:
         url = URL.create("postgresql+asyncpg", self.user, self.password, "127.0.0.1", self.port, database)
@@ -164,10 +165,10 @@ class Foreign:
         self._url = make_url(url)
         self._made: list[str] = []
 
-    def new(self) -> str:
-        """Creates a database with a new name, and returns its URL."""
+    def new(self, template: str = "template1") -> str:
+        """Creates a copy of the database `template` with a new name, and returns its URL."""
         name = f"episodic_test_{os.getpid()}_{len(self._made)}"
-        self._run("createdb", name)
+        self._run("createdb", "--template", template, name)
         self._made.append(name)
         return self._url.set(drivername="postgresql+asyncpg", database=name).render_as_string(hide_password=False)
 

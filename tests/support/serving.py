@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from service.engine.completion import Completion, Scores
 from service.engine.supervisor import Callback, Load
 from service.settings import Settings
 from service.store.base import Store
+from service.store.sql import SQLStore
 from service.testing.memory_store import MemoryStore
 from service.testing.scripted_engine import ScriptedEngine
 
@@ -29,6 +31,7 @@ new_store: Callable[[], str] | None = None
 """Creates a database and returns its URL. Fixtures set it if services must not use a SQLite file in their folder."""
 
 _stores: dict[Path, str] = {}
+_sqlite_file: list[bytes] = []
 
 
 def _store_of(folder: Path) -> str:
@@ -37,6 +40,23 @@ def _store_of(folder: Path) -> str:
     if folder not in _stores:
         _stores[folder] = new_store()
     return _stores[folder]
+
+
+async def _empty_sqlite_file() -> bytes:
+    """Returns the file of an empty store. It is made once, because migrations take long."""
+    if not _sqlite_file:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = Settings(data=Path(folder))
+            async with SQLStore(settings.store_url):
+                pass
+            _sqlite_file.append((settings.data / "episodic.db").read_bytes())
+    return _sqlite_file[0]
+
+
+def _add(file: Path, content: bytes) -> None:
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
 
 
 class HeldEngine(ScriptedEngine):
@@ -142,6 +162,8 @@ async def serve(
     store = store or (MemoryStore() if loading else None)  # works without lifespan events
     if new_store is not None and "store" not in settings:
         settings["store"] = _store_of(folder)
+    if store is None and "store" not in settings:
+        _add(folder / "episodic.db", await _empty_sqlite_file())
     callbacks: Any = {"on_ready": on_ready, "on_fatal": on_fatal}
     app = create_app(Settings(data=folder, **settings), engine=engine, store=store, **callbacks)
     config = http_server.config(app, port=0, timeout_graceful_shutdown=10, lifespan="off" if loading else "on")
