@@ -106,7 +106,9 @@ def test_filters_apply_to_a_file(player: Player, tmp_path: Path):
     data = read(path, {"tag": "good"})
     assert ([episode.episode_id for episode in data.episodes], data.num_read) == (["one"], 2)
     assert data.digest != read(path).digest
-    with pytest.raises(TrainingRefused, match=r"none of the 2 trajectories .* matches the filters \{'tag': 'bad'\}"):
+    with pytest.raises(
+        TrainingRefused, match=r"none of the 2 trajectories .* matches the filters \{'status': 'ended', 'tag': 'bad'\}"
+    ):
         read(path, {"tag": "bad"})
 
 
