@@ -1,5 +1,6 @@
-"""Files that appear only when they are complete."""
+"""Files that appear only when they are complete, and files that only one process may hold."""
 
+import fcntl
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,3 +23,14 @@ def complete_file(path: Path) -> Generator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: Path, refusal: Exception) -> Generator[None]:
+    """Locks a file while the block runs. Raises `refusal` if another process holds it."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise refusal from error
+        yield

@@ -4,8 +4,7 @@ A teacher stands in for a human. It knows the best move in each state, and choos
 episodes (recorded actions). Only these are imitated; no reward is used.
 """
 
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
@@ -18,7 +17,7 @@ from rich.progress import track
 
 from service.client import Client
 from service.environments import describe
-from training.learn import running_service
+from training.learn import episodic, running_service
 
 ENV = "FrozenLake-v1"
 TEST_SEED = 2_000_000_000
@@ -68,25 +67,27 @@ def main(
 ) -> None:
     """Correct some episodes, train on the corrections, and compare both policies on other seeds."""
     out.mkdir(parents=True, exist_ok=True)
-    name, tag = out.resolve().name, f"corrections-{uuid4().hex[:8]}"
+    tag = f"corrections-{uuid4().hex[:8]}"
     env = gymnasium.make(ENV)
     best = best_moves(env)
     with running_service(out) as url, Client(url) as client:
         for seed in track(range(episodes), "corrected episodes"):
             play(client, env, best, seed, tag)
-        run("train", "--from", url, "--tag", tag, "--out", str(out / tag), *TRAIN)
-        client.upload_policy(name, out / tag)
-        run(
-            *("rollout", "--url", url, "--env", ENV, "--episodes", str(tests), "--seed", str(TEST_SEED)),
-            *("--temperature", "0", "--policies", f"base,{name}", "--concurrency", "64"),
-        )
+        train_and_compare(client, url, out / tag, TRAIN, tests)
 
 
-def run(*arguments: str) -> None:
-    """Runs an `episodic` command, and ends with its exit code if it fails."""
-    code = subprocess.run([sys.executable, "-m", "service", *arguments], check=False).returncode  # noqa: S603
-    if code:
-        raise typer.Exit(code)
+def train_and_compare(client: Client, url: str, adapter: Path, options: Sequence[str], tests: int) -> None:
+    """Trains on the episodes whose tag is the folder's name, and lets the result and the base model play the same seeds.
+
+    The name of the policy is that of the folder above.
+    """
+    tag, name = adapter.name, adapter.resolve().parent.name
+    episodic("train", "--from", url, "--tag", tag, "--out", str(adapter), *options)
+    client.upload_policy(name, adapter)
+    episodic(
+        *("rollout", "--url", url, "--env", ENV, "--episodes", str(tests), "--seed", str(TEST_SEED)),
+        *("--temperature", "0", "--policies", f"base,{name}", "--concurrency", "64"),
+    )
 
 
 if __name__ == "__main__":

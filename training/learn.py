@@ -57,14 +57,15 @@ def rehearsal(out: Path, url: str) -> Path:
     for env, count in MASTERED.items():
         typer.echo(f"Playing {count} episodes of {env}, to rehearse them.", err=True)
         options = ("--episodes", str(count), "--temperature", "1", "--concurrency", "64", "--tag", tag)
-        _episodic("rollout", "--url", url, "--env", env, *options)
-    _episodic("export", "--url", url, "--tag", tag, "--format", "tokens", "--output", str(file))
+        episodic("rollout", "--url", url, "--env", env, *options, shows_report=False)
+    episodic("export", "--url", url, "--tag", tag, "--format", "tokens", "--output", str(file))
     return file
 
 
-def _episodic(*arguments: str) -> None:
-    """Runs an `episodic` command without its report, and ends with its exit code if it fails."""
-    code = subprocess.run(_command(*arguments), check=False, stdout=subprocess.DEVNULL).returncode  # noqa: S603
+def episodic(*arguments: str, shows_report: bool = True) -> None:
+    """Runs an `episodic` command, and ends with its exit code if it fails. The report is what it prints to stdout."""
+    stdout = None if shows_report else subprocess.DEVNULL
+    code = subprocess.run(_command(*arguments), check=False, stdout=stdout).returncode  # noqa: S603
     if code:
         raise typer.Exit(code)
 

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from service.client import Client
 from service.environments import describe
-from training.corrections import ENV, TEST_SEED, action_values, run
+from training.corrections import ENV, action_values, train_and_compare
 from training.learn import running_service
 
 TRAIN = ("--method", "dpo", "--score", "rating", "--beta", "0.3", "--learning-rate", "1e-3", "--epochs", "10")
@@ -65,18 +65,13 @@ def main(
 ) -> None:
     """Rate actions in some episodes, train on the ratings, and compare both policies on other seeds."""
     out.mkdir(parents=True, exist_ok=True)
-    name, tag = out.resolve().name, f"ratings-{uuid4().hex[:8]}"
+    tag = f"ratings-{uuid4().hex[:8]}"
     env = gymnasium.make(ENV)
     values = action_values(env)
     with running_service(out) as url, Client(url) as client:
         for seed in track(range(episodes), "rated episodes"):
             play(client, env, values, seed, tag)
-        run("train", "--from", url, "--tag", tag, "--out", str(out / tag), *TRAIN)
-        client.upload_policy(name, out / tag)
-        run(
-            *("rollout", "--url", url, "--env", ENV, "--episodes", str(tests), "--seed", str(TEST_SEED)),
-            *("--temperature", "0", "--policies", f"base,{name}", "--concurrency", "64"),
-        )
+        train_and_compare(client, url, out / tag, TRAIN, tests)
 
 
 if __name__ == "__main__":

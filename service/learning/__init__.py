@@ -5,7 +5,8 @@
 * `selection`: chooses the tokens to train on, by `imitation` (bc), `pairs` (dpo) or `advantages` (grpo), as `units`
 * `likelihood`: the log-probability of tokens under the policy, as the service defines it
 * `losses`: behaviour cloning, DPO and GRPO, all on this log-probability
-* `trainer`: batches, optimizer, checkpoints
+* `rehearsal`: a second export, which is imitated along
+* `trainer`, `batches`: optimizer steps, checkpoints, and parts of a batch that fit into memory
 * `adapter`: the base model, the LoRA adapter, and the folder that is written
 * `partial`: the folder of an unfinished run
 * `card`: what an adapter was trained from

@@ -1,10 +1,10 @@
 """The folder of an unfinished run, OUT.partial: the checkpoint, and the export if it came from a service."""
 
-import fcntl
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from service.files import exclusive
 from service.learning import TrainingRefused
 
 CHECKPOINT, RUN, EXPORT = "checkpoint.pt", "run.json", "trajectories.ndjson"
@@ -28,7 +28,8 @@ def working_folder(out: Path, *, resume: bool) -> Generator[Path]:
     made = [folder for folder in (work, *work.parents) if not folder.exists()]
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with _locked(work):
+        busy = TrainingRefused(f"another process is training in {work}. Wait for it, or choose another --out.")
+        with exclusive(work / _LOCK, busy):
             try:
                 yield work
             finally:
@@ -48,15 +49,3 @@ def clear(work: Path) -> None:
                 path.unlink()
     with suppress(OSError):
         work.rmdir()
-
-
-@contextmanager
-def _locked(work: Path) -> Generator[None]:
-    with (work / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingRefused(
-                f"another process is training in {work}. Wait for it, or choose another --out."
-            ) from error
-        yield

@@ -24,8 +24,6 @@ from service.learning.units import Example, Unit
 
 Figures = dict[str, float]
 
-_NO_WEIGHTS = np.zeros(0, np.float32)
-
 
 @dataclass(slots=True)
 class Sums:
@@ -105,7 +103,7 @@ class Trainer:
         self.state = State()
         self._base: Any = model.get_base_model()
         self._units = units
-        self._rehearsed = rehearsed
+        self._rehearsed = [(Example(row, np.ones(len(row.positions), np.float32)),) for row in rehearsed]
         self._options = options
         self._device = device
         self._parameters: list[Tensor] = [value for value in model.parameters() if value.requires_grad]
@@ -230,10 +228,9 @@ class Trainer:
     def _rehearse(self, sums: Sums) -> None:
         """Adds the gradient of the mean negative log-likelihood of a batch of rehearsed rows."""
         indices = self._chosen(len(self._rehearsed), max(1, self._options.batch_size // 4))
-        size = sum(len(self._rehearsed[index].positions) for index in indices)
-        units = [(Example(self._rehearsed[index], _NO_WEIGHTS),) for index in indices]
-        for part in parts(units, range(len(units)), self._options.max_batch_tokens):
-            rows = [example.row for index in part for example in units[index]]
+        size = sum(len(example.weights) for index in indices for example in self._rehearsed[index])
+        for part in parts(self._rehearsed, indices, self._options.max_batch_tokens):
+            rows = [example.row for index in part for example in self._rehearsed[index]]
             loss = -token_logprobs(self._base, collate(rows, self._device)).sum() / size
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
             sums.add("rehearsal_loss", float(loss.detach()))

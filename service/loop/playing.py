@@ -13,6 +13,7 @@ from service.client import AsyncClient, Client, ConnectionFailed, Retry, Unavail
 from service.environments import describe
 from service.evaluation import statistics
 from service.files import complete_file
+from service.filters import NO_RESULT
 from service.loop import LearningFailed
 from service.loop.plan import Metric, Plan
 from service.rollout import EnvironmentFactory, Report, Run, rollout
@@ -21,8 +22,6 @@ from service.rollout.play import Player
 
 _MAX_FAILED = 0.05
 """The share of failed episodes above which a rollout is of no use."""
-_NOT_PLAYED = ("aborted", "idle_ttl")
-"""Reasons for an end that say nothing about the policy."""
 _EXPORTS = 5
 
 OnProgress = Callable[[int, int], None]
@@ -139,7 +138,7 @@ def outcomes(client: Client, tag: str) -> list[Outcome]:
     return [
         Outcome(episode.metadata["seed"], episode.success, episode.episode_return)
         for episode in client.episodes(tag=tag, status="ended")
-        if episode.metadata and episode.stop_reason not in _NOT_PLAYED
+        if episode.metadata and episode.stop_reason not in NO_RESULT
     ]
 
 

@@ -1,6 +1,5 @@
 """What a learning run has done so far. It is written to a file after each phase, so that a killed run continues."""
 
-import fcntl
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from service.files import complete_file
+from service.files import complete_file, exclusive
 from service.loop import LearningFailed
 from service.loop.plan import Plan
 
@@ -151,11 +150,6 @@ def write(path: Path, document: Result) -> None:
 def locked(out: Path) -> Generator[None]:
     """Makes sure that only one process works in the folder. Raises LearningFailed if another one does."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LearningFailed(
-                f"another process is learning in {out}. Wait for it, or choose another --out."
-            ) from error
+    busy = LearningFailed(f"another process is learning in {out}. Wait for it, or choose another --out.")
+    with exclusive(out / "lock", busy):
         yield

@@ -22,7 +22,7 @@ def base(tiny: Path) -> Base:
 
 @pytest.fixture
 def other_game(player: Player, tmp_path: Path) -> Path:
-    """Episodes in which the second action was always the only legal one; the trained episodes reward the first."""
+    """Episodes in which the second action was always taken. The trained episodes reward the first."""
     documents = [player.play(f"other{number}", actions=(11, 12)) for number in range(12)]
     for document in documents:
         (segment,) = document["segments"]
