@@ -77,7 +77,7 @@ def main(
 
 
 def train_and_compare(client: Client, url: str, adapter: Path, options: Sequence[str], tests: int) -> None:
-    """Trains on the episodes whose tag is the folder's name, and lets the result and the base model play the same seeds.
+    """Trains on the episodes whose tag is the folder's name, and compares the result with the base model.
 
     The name of the policy is that of the folder above.
     """
