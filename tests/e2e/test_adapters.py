@@ -175,7 +175,7 @@ def test_it_learns_to_cross_a_lake_from_its_own_episodes(lora: Server, tmp_path:
         *("learn", "--url", lora.url, "--env", "FrozenLake-v1", "--env-kwargs", kwargs, "--out", tmp_path / "crosser"),
         *("--method", "bc", "--episodes", "8", "--repeat", "8", "--temperature", "3", "--max-episode-steps", "20"),
         *("--rounds", "1", "--selection", "12", "--final", "20"),
-        *("--learning-rate", "2e-3", "--train-args", "--warmup-steps 0 --epochs 4 --batch-size 8"),
+        *("--learning-rate", "2e-3", "--train-args", "--warmup-steps 0 --epochs 8 --batch-size 8"),
     )
     assert (found["final"]["baseline"]["value"], found["final"]["candidate"]["value"]) == (0.0, 1.0)
     assert found["final"]["verdict"] == "better"
