@@ -14,7 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
 
-from service.engine.vllm import cpu_adapters, structured_outputs
+from service.engine.vllm import cpu_adapters, cpu_tiles, structured_outputs
 
 _MARK = "_EPISODIC_ENGINE"
 """Environment variable that marks this service's process and the processes that it starts. It is no setting."""
@@ -31,9 +31,9 @@ def register() -> None:
     Does nothing in a process that multiprocessing did not start, or that does not belong to this service: other
     programs that use vLLM may run in the same Python environment.
 
-    The process also gets the service's changes to vLLM (structured outputs, and adapters on the CPU), and it ignores
-    SIGINT. On Ctrl-C, a terminal sends it to both parent and child, but the parent still needs the engine while it
-    drains.
+    The process also gets the service's changes to vLLM (structured outputs; adapters and tiles on the CPU), and it
+    ignores SIGINT. On Ctrl-C, a terminal sends it to both parent and child, but the parent still needs the engine while
+    it drains.
 
     pyproject.toml registers this function as an entry point of the group `vllm.general_plugins`. vLLM calls these entry
     points in every process that it starts.
@@ -45,6 +45,7 @@ def register() -> None:
         Thread(target=_exit_after, args=[parent.sentinel], name="lifeline", daemon=True).start()
         structured_outputs.install()
         cpu_adapters.install()
+        cpu_tiles.install()
 
 
 def _exit_after(parent: int) -> None:
