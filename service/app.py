@@ -157,8 +157,9 @@ def _end_if_failed(on_fatal: Callback, task: "asyncio.Task[None]") -> None:
 def _log_ready(url: str, info: EngineInfo, template: TemplateReport | None) -> None:
     report = dataclasses.asdict(template) if template else {}
     _log.info("ready", url=url, policy=info.model, policy_version=info.version, **report)
-    if template is None:
+    if info.no_episodes:
         _log.warning("episodes_not_served", reason=info.no_episodes)
+    if template is None:
         return
     if not template.append_only:
         _log.warning("chat_template_rewrites_turns")

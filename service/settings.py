@@ -87,7 +87,8 @@ class Settings(BaseSettings):
     )
     engine: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of vLLM's AsyncEngineArgs, for example EPISODIC_ENGINE__MAX_NUM_SEQS=64.",
+        description="Options of vLLM's AsyncEngineArgs, for example EPISODIC_ENGINE__MAX_NUM_SEQS=64. Encoder-decoder "
+        "models have others: docs/encoder-decoder.md.",
     )
     openai: dict[str, Any] = Field(
         default_factory=dict,

@@ -69,6 +69,7 @@ class Agent:
             message.observation,
             options.max_context_tokens,
             slides=options.overflow == "slide",
+            template=options.context_template,
         )
         wanted = Wanted(
             sampling=options.sampling,

@@ -21,6 +21,7 @@ class Options:
     system: the system message.
     reasoning: None if the policy writes no thoughts.
     max_context_tokens: size of the context in tokens, prompt and completion together.
+    context_template: how a transcript becomes the input of an encoder; None for the engine's own template.
     max_steps, idle_ttl_s: None for no limit.
     """
 
@@ -30,6 +31,7 @@ class Options:
     reasoning: ReasoningBudget | None
     overflow: Overflow
     max_context_tokens: int
+    context_template: str | None
     max_steps: int | None
     idle_ttl_s: float | None
 
@@ -49,6 +51,9 @@ class Options:
         if thought and limit - thought["max_tokens"] <= max(max_tokens, 1):
             detail = f"max_tokens of thought and action together must be less than the context, {limit} tokens"
             raise Unprocessable(detail, "reasoning", "max_tokens")
+        if thought and not info.thinks:
+            raise Unprocessable(f"the model {info.model!r} cannot write a thought before its action", "reasoning")
+        _check_template(request, info)
         if sampling.get("stop") and not _is_free_text(space):
             detail = f"stop is not supported for {space.type!r}: a stop string could cut an action short"
             raise Unprocessable(detail, "sampling", "stop")
@@ -75,7 +80,7 @@ class Options:
         thought: Request | None = request.get("reasoning")
         context: Request = request.get("context") or {}
         limit, reasoning = _limit(request, info), None
-        if thought:
+        if thought and info.thinks:
             reasoning = ReasoningBudget(min(thought["max_tokens"], limit - 2), thought.get("history") != "drop")
         room = limit - reasoning.max_tokens if reasoning else limit
         return cls(
@@ -85,6 +90,7 @@ class Options:
             reasoning=reasoning,
             overflow=context.get("overflow", "slide"),
             max_context_tokens=limit,
+            context_template=context.get("template") if info.context_template else None,
             max_steps=request.get("max_steps"),
             idle_ttl_s=request.get("idle_ttl_s"),
         )
@@ -138,6 +144,19 @@ def _limit(request: Request, info: EngineInfo) -> int:
     """Returns the size of the context in tokens."""
     context: Request = request.get("context") or {}
     return min(context.get("max_tokens") or info.max_model_len, info.max_model_len)
+
+
+def _check_template(request: Request, info: EngineInfo) -> None:
+    """Raises Unprocessable if the model does not use the episode's template, or if it leaves out the observation."""
+    context: Request = request.get("context") or {}
+    template: str | None = context.get("template")
+    if template is None:
+        return
+    if info.context_template is None:
+        detail = f"the model {info.model!r} has a template of its own; only encoder-decoder models take one"
+        raise Unprocessable(detail, "context", "template")
+    if "{observation}" not in template:
+        raise Unprocessable("the template must contain {observation}", "context", "template")
 
 
 def _space(request: Request, *, strict: bool = True) -> Space:

@@ -122,6 +122,7 @@ class Transcript:
 
     max_tokens: size of the context in tokens.
     slides: whether the oldest steps may be dropped to make room.
+    template: how the parts become the input of an encoder; None for the engine's own template.
     """
 
     system: str
@@ -129,6 +130,7 @@ class Transcript:
     observation: JsonValue
     max_tokens: int
     slides: bool
+    template: str | None = None
 
 
 @immutable
@@ -251,6 +253,10 @@ class EngineInfo:
     """False for embedding and classification models."""
     no_episodes: str | None = None
     """Why the model serves /v1, but no episodes; None if it serves them."""
+    thinks: bool = True
+    """Whether the policy can draw a thought before its action."""
+    context_template: str | None = None
+    """How a transcript becomes the input of an encoder, unless the episode says it; None for decoder-only models."""
     think_tags: tuple[str, str] | None = None
     """The tags around a thought, if the model defines them."""
 
@@ -285,7 +291,7 @@ class Engine(Protocol):
 
     @property
     def template(self) -> TemplateReport | None:
-        """None if the model serves no episodes."""
+        """None if the model serves no episodes, or if it is an encoder-decoder, which has no chat template."""
         ...
 
     @property

@@ -50,10 +50,12 @@ class CompletionText:
         self._text = ""
         self._num_tokens = self._num_emitted = 0
 
-    def update(self, token_ids: Sequence[int]) -> None:
-        """Receives all tokens so far."""
+    def update(self, token_ids: Sequence[int]) -> bool:
+        """Receives all tokens so far. Returns whether the text contains a stop string."""
         self._add(token_ids)
-        self._emit_up_to(min(self._end(), len(self._text) - self._num_held_back))
+        end = self._end()
+        self._emit_up_to(min(end, len(self._text) - self._num_held_back))
+        return end < len(self._text)
 
     def finish(self, token_ids: Sequence[int]) -> str:
         """Receives all tokens of the text, and returns the text. All emitted pieces together equal it."""

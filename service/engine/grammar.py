@@ -45,13 +45,13 @@ _log: Any = structlog.get_logger(__name__)
 class TokenizerData:
     """A tokenizer as the compilers need it.
 
-    xgrammar: serialized by xgrammar.
+    xgrammar: serialized by xgrammar; None for an engine whose constraints all have the kind "guidance".
     llguidance: the tokenizer.json of a Hugging Face tokenizer; None if llguidance does not support the tokenizer.
     vocab_size: number of the model's token ids.
     eos_token_id: of the tokenizer.
     """
 
-    xgrammar: str
+    xgrammar: str | None
     llguidance: str | None
     vocab_size: int
     eos_token_id: int | None
@@ -211,13 +211,10 @@ def _serve() -> None:
     responses = os.fdopen(os.dup(1), "w", buffering=1)
     # Libraries may print to stdout. Redirect that to stderr, so that the parent does not read it as a response.
     os.dup2(2, 1)
-    import xgrammar  # imported here because it takes seconds, and the parent does not need it
-
     start = json.loads(sys.stdin.readline())
     limit_bytes = start.pop("limit_bytes")
     tokenizer = TokenizerData(**start)
-    info = xgrammar.TokenizerInfo.deserialize_json(tokenizer.xgrammar)
-    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    compiler = tokenizer.xgrammar and _xgrammar_compiler(tokenizer.xgrammar)
     guidance = _Guidance(tokenizer) if tokenizer.llguidance is not None else None
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     responses.write("{}\n")
@@ -234,6 +231,13 @@ def _serve() -> None:
             if isinstance(failure, MemoryError) or any(word in error for word in _MEMORY_WORDS):
                 error = _OUT_OF_MEMORY
         responses.write(json.dumps({"error": error}) + "\n")
+
+
+def _xgrammar_compiler(tokenizer: str) -> Any:
+    import xgrammar  # imported here because it takes seconds, and the parent does not need it
+
+    info = xgrammar.TokenizerInfo.deserialize_json(tokenizer)
+    return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
 
 _SOURCE_LINE = re.compile(r"\[[0-9:.]+\] \S+:[0-9]+: ")

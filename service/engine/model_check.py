@@ -13,7 +13,9 @@ from service.settings import Settings
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _CONFIGURATIONS = ("config.json", "params.json")
-_CHOICES = "Name an existing folder, a Hugging Face id such as Qwen/Qwen3-0.6B, or a packaged policy (toy-text)."
+_CHOICES = (
+    "Name an existing folder, a Hugging Face id such as Qwen/Qwen3-0.6B, or a packaged policy (toy-text, toy-t5)."
+)
 _HUB_S = 10.0
 
 

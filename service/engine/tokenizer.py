@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Protocol, cast
 
 from cachetools import LRUCache, cachedmethod
@@ -38,6 +39,11 @@ class Tokenizer(Protocol):
     def encode_segment(self, text: str, *, is_first: bool) -> Sequence[int]:
         """Encodes text that follows a control token, or with `is_first` the first text of a prompt. Some tokenizers put
         a space before such a text."""
+        ...
+
+    def encode_input(self, text: str) -> list[int]:
+        """Encodes the input of an encoder: text of callers, between the special tokens that the tokenizer puts around a
+        text. The text itself never becomes a control token."""
         ...
 
     def split(self, text: str) -> list[int | str]:
@@ -91,7 +97,7 @@ class HFTokenizer:
             self._exact, self._segments, self._firsts = _encoders(spec, control)
         self._encodings = LRUCache[Any, list[int]](_NUM_CACHED_TOKENS, getsizeof=len)
         self.max_token_id = max(set(tokenizer.get_vocab().values()) - set(control.values()), default=0)
-        self.bos_token_ids = self._find_bos()
+        self.bos_token_ids, self._ending_token_ids = self._find_special()
 
     def encode(self, text: str) -> list[int]:
         return self._encode(self._exact, text)
@@ -100,6 +106,9 @@ class HFTokenizer:
     def encode_segment(self, text: str, *, is_first: bool) -> Sequence[int]:
         """Cached, because instructions are the same in many episodes, and observations often recur."""
         return self._encode(self._firsts if is_first else self._segments, text)
+
+    def encode_input(self, text: str) -> list[int]:
+        return [*self.bos_token_ids, *self._encode(self._firsts, text), *self._ending_token_ids]
 
     def _encode(self, encoder: FastTokenizer | None, text: str) -> list[int]:
         if encoder is not None:
@@ -135,10 +144,35 @@ class HFTokenizer:
         text = self.render(messages, add_generation_prompt=True)
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _find_bos(self) -> list[int]:
+    def _find_special(self) -> tuple[list[int], list[int]]:
+        """Returns the special tokens that the tokenizer puts before a text, and those after it."""
         bare: list[int] = self._tokenizer.encode("a", add_special_tokens=False)
         full: list[int] = self._tokenizer.encode("a", add_special_tokens=True)
-        return full[: full.index(bare[0])] if bare and bare[0] in full else []
+        if not bare or bare[0] not in full:
+            return [], []
+        start = full.index(bare[0])
+        return full[:start], full[start + len(bare) :]
+
+
+def tokenizer_json(tokenizer: Any) -> str | None:
+    """Returns a Hugging Face tokenizer as the text of tokenizer.json; None if llguidance does not support it."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    copied: Any = copy(backend)
+    copied.no_padding()
+    copied.no_truncation()
+    spec: dict[str, Any] = json.loads(copied.to_str())
+    decoder: dict[str, Any] = spec["decoder"] or {}
+    if decoder.get("type") == "Metaspace":
+        spec["decoder"] = _written_out(decoder["replacement"])
+    return json.dumps(spec)
+
+
+def _written_out(space: str) -> dict[str, Any]:
+    """Returns the decoder Metaspace in a form that llguidance knows."""
+    replace = {"type": "Replace", "pattern": {"String": space}, "content": " "}
+    return {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]}
 
 
 def _is_control(token: Any, template: str) -> bool:

@@ -19,7 +19,7 @@ from service.engine import grammar
 from service.engine.base import Constraint, ConstraintRefused, EngineUnavailable
 from service.engine.grammar import GrammarChecker, TokenizerData
 from service.engine.json_grammar import compiled
-from service.engine.vllm.structured_outputs import tokenizer_json
+from service.engine.tokenizer import tokenizer_json
 from service.validation.json_schema import Schema
 from tests.support.serving import until
 

@@ -117,7 +117,11 @@ class ContextRequest(_Request):
     overflow: Literal["slide", "error", "end"] = "slide"
     """`slide`: drop the oldest steps, except step 0. `error`: 409 `context_overflow`. `end`: end the episode."""
     max_tokens: int | None = Field(None, ge=16, lt=2**63)
-    """Size of the context in tokens: prompt and completion. At most, and by default, that of the model."""
+    """Size of the context in tokens: prompt and completion. At most, and by default, that of the model. For an
+    encoder-decoder model: of what the encoder receives."""
+    template: str | None = Field(None, max_length=1 << 16)
+    """How the text for the encoder is made of `{instructions}`, `{history}` and `{observation}`. Without `{history}`
+    the policy sees no earlier steps. Only for encoder-decoder models."""
 
 
 class ReasoningRequest(_Request):

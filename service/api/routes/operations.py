@@ -51,7 +51,8 @@ async def readyz(request: Request) -> Response:
 async def version(request: Request) -> Response:
     """Returns the versions of the service and of the policy, and how the policy's chat template behaves.
 
-    While the model loads, all fields but `version` are null. `template` is null if the model serves no episodes.
+    While the model loads, all fields but `version` are null. `template` is null if the model serves no episodes, or is
+    an encoder-decoder, which has no chat template.
     """
     engine = _engine(request)
     if engine is None:

@@ -21,6 +21,7 @@ from service.engine import orphan_guard
 from service.engine.adapters import base_shapes
 from service.engine.base import EngineInfo, EngineRefused
 from service.engine.grammar import TokenizerData
+from service.engine.tokenizer import tokenizer_json
 from service.engine.vllm import cpu_adapters, structured_outputs
 from service.engine.weights import weights_version
 from service.observability import logs
@@ -140,7 +141,7 @@ def _tokenizer_data(llm: Any) -> TokenizerData:
     vocab_size = llm.model_config.get_vocab_size()
     return TokenizerData(
         xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size).serialize_json(),
-        structured_outputs.tokenizer_json(tokenizer),
+        tokenizer_json(tokenizer),
         max(vocab_size, len(tokenizer)),
         tokenizer.eos_token_id,
     )

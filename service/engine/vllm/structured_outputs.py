@@ -10,25 +10,14 @@ does: otherwise a constrained completion could not end with the token that ends 
 
 import importlib
 from collections.abc import Callable
-from copy import copy
 from functools import lru_cache, partial
 from typing import Any
 
+from service.engine.tokenizer import tokenizer_json
 from service.validation import lark
 
 MARK = "%llguidance"
 """The start of a grammar for llguidance."""
-
-
-def tokenizer_json(tokenizer: Any) -> str | None:
-    """Returns a Hugging Face tokenizer as the text of tokenizer.json; None if llguidance does not support it."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    copied: Any = copy(backend)
-    copied.no_padding()
-    copied.no_truncation()
-    return copied.to_str()
 
 
 def install() -> None:

@@ -1,0 +1,1 @@
+"""Runs encoder-decoder models with transformers, in a process of its own."""
