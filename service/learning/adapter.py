@@ -42,11 +42,13 @@ def choose_device(wanted: Device) -> torch.device:
 
 
 def load_base(model: str, options: Options, device: torch.device) -> Any:
-    """Loads a causal language model of the transformers library. Raises TrainingRefused."""
+    """Loads a language model of the transformers library: causal, or an encoder-decoder. Raises TrainingRefused."""
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     try:
-        base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[options.dtype])
+        is_encoder_decoder = transformers.AutoConfig.from_pretrained(model).is_encoder_decoder
+        kind = transformers.AutoModelForSeq2SeqLM if is_encoder_decoder else transformers.AutoModelForCausalLM
+        base = kind.from_pretrained(model, dtype=_DTYPES[options.dtype])
     except SafetensorError as error:
         raise TrainingRefused(
             f"the base model {model} cannot be loaded: its weights are damaged or incomplete ({error})"
@@ -91,7 +93,7 @@ def new_adapter(base: Any, options: Options, name: str) -> Any:
         target_modules="all-linear",
         bias="none",
         lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
     )
     model = library.get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = name

@@ -22,7 +22,7 @@ def parts(units: Sequence[Unit], indices: Sequence[int], max_tokens: int) -> Ite
 
 
 def _longest(unit: Unit) -> int:
-    return max(len(example.row.token_ids) for example in unit)
+    return max(example.row.length for example in unit)
 
 
 def loss_size(batch: Sequence[int], units: Sequence[Unit], options: Options) -> float:

@@ -50,16 +50,21 @@ def check_versions(chosen: Selection, episodes: Sequence[Episode], found: Versio
 
 
 def check_vocabulary(model: Any, rows: Sequence[Row]) -> None:
-    """Raises TrainingRefused if a token or a length is impossible for the model."""
+    """Raises TrainingRefused if a row is of another kind of model, or if a token or a length is impossible for it."""
+    if any((row.encoder_ids is not None) != bool(model.config.is_encoder_decoder) for row in rows):
+        kind = "an encoder-decoder" if model.config.is_encoder_decoder else "a decoder-only"
+        raise TrainingRefused(f"the base model is {kind} model, but episodes in the data are of the other kind")
     size = model.get_input_embeddings().num_embeddings
-    highest = max(int(ids.max()) for row in rows for ids in (row.token_ids, row.support_ids) if ids.size)
+    inputs = [row.token_ids if row.encoder_ids is None else row.encoder_ids for row in rows]
+    used = (ids for row, given in zip(rows, inputs, strict=True) for ids in (row.token_ids, row.support_ids, given))
+    highest = max(int(ids.max()) for ids in used if ids.size)
     if highest >= size:
         raise TrainingRefused(
             f"the data has the token id {highest}, but the base model has only {size} tokens: the episodes are of "
             "another model or tokenizer"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(row.token_ids) for row in rows)
+    longest = max(map(len, inputs))
     if limit is not None and longest > limit:
         raise TrainingRefused(
             f"a segment has {longest} tokens, but the context of the base model is {limit}: the episodes are of "

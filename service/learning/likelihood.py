@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.learning.segments import Kind, Row
+from service.learning.segments import Integers, Kind, Row
+
+_NONE = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Rows as tensors. N is the number of trained tokens of all rows.
 
-    input_ids: (rows, length), padded at the end with zeros. No trained token sees the padding, because models of this
-    kind are causal.
+    input_ids: (rows, length), padded at the end with zeros. No trained token sees the padding, because the model
+    is causal, or its decoder.
     attention_mask: (rows, length), 1 for tokens and 0 for padding.
+    encoder_ids, encoder_mask: the same for what the encoder receives; without columns for a decoder-only model.
     rows, columns: (N,) the place of the logits of each trained token: one before the token.
     targets: (N,) the tokens.
     temperatures: (N,)
@@ -33,6 +36,8 @@ class Batch:
 
     input_ids: Tensor
     attention_mask: Tensor
+    encoder_ids: Tensor
+    encoder_mask: Tensor
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -45,20 +50,19 @@ class Batch:
 
 def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
     """Makes a batch of rows, which have at least one trained token."""
-    length = max(len(row.token_ids) for row in rows)
-    input_ids = np.zeros((len(rows), length), np.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.token_ids)] = row.token_ids
+    input_ids, attention_mask = _stacked([row.token_ids for row in rows])
+    encoder_ids, encoder_mask = _stacked([_NONE if row.encoder_ids is None else row.encoder_ids for row in rows])
     columns = np.concatenate([row.positions for row in rows]).astype(np.int64) - 1
     places = np.repeat(np.arange(len(rows)), [len(row.positions) for row in rows])
     kinds = np.concatenate([row.kinds for row in rows])
     sizes = np.concatenate([row.support_sizes for row in rows])[kinds == Kind.IDS]
     support, absent = _padded(np.concatenate([row.support_ids for row in rows]), sizes)
     temperatures = np.concatenate([np.where(row.kinds == Kind.RECORDED, 1.0, row.temperature) for row in rows])
-    lengths = np.array([[len(row.token_ids)] for row in rows])
     arrays = (
         input_ids,
-        (np.arange(length) < lengths).astype(np.int64),
+        attention_mask,
+        encoder_ids,
+        encoder_mask,
         places,
         columns,
         input_ids[places, columns + 1],
@@ -69,6 +73,16 @@ def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
         absent,
     )
     return Batch(*(torch.as_tensor(array, device=device) for array in arrays))
+
+
+def _stacked(rows: Sequence[Integers]) -> tuple[Any, Any]:
+    """Returns the rows as a matrix, padded at the end with zeros, and a mask with 1 for ids and 0 for padding."""
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return ids, mask
 
 
 def _padded(ids: Any, sizes: Any) -> tuple[Any, Any]:
@@ -83,7 +97,8 @@ def _padded(ids: Any, sizes: Any) -> tuple[Any, Any]:
 def token_logprobs(model: Any, batch: Batch) -> Tensor:
     """Returns the log-probability of each trained token, (N,) in float32.
 
-    model: a causal language model of the transformers library. It is asked for logits only at trained positions.
+    model: a causal or encoder-decoder model of the transformers library. It is asked for logits only at trained
+    positions.
     """
     logits = _logits(model, batch)
     scaled = logits.gather(1, batch.targets[:, None])[:, 0].float() / batch.temperatures
@@ -104,8 +119,15 @@ def _logits(model: Any, batch: Batch) -> Tensor:
 
     The output layer receives only these hidden states. Whatever a model does to its logits afterwards still happens.
     """
+    inputs: dict[str, Tensor | None] = {"input_ids": batch.input_ids, "attention_mask": _mask(model, batch)}
+    if batch.encoder_ids.shape[1]:
+        inputs = {
+            "input_ids": batch.encoder_ids,
+            "attention_mask": batch.encoder_mask,
+            "decoder_input_ids": batch.input_ids,
+        }
     with _only_at(model.get_output_embeddings(), batch):
-        return model(input_ids=batch.input_ids, attention_mask=_mask(model, batch), use_cache=False).logits
+        return model(**inputs, use_cache=False).logits
 
 
 def _mask(model: Any, batch: Batch) -> Tensor | None:

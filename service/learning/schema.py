@@ -61,6 +61,7 @@ class _Segment(_Strict):
     """Exports of older versions lack the fields that have a default."""
 
     token_ids: list[Index]
+    encoder_token_ids: Annotated[list[Index], Field(min_length=1)] | None = None
     loss_mask: list[Flag]
     logprobs: list[float | None]
     steps: list[Index]

@@ -46,6 +46,7 @@ class Row:
     support_sizes: number of ids of each token's support; 0 for other kinds.
     temperature: the effective temperature of the tokens that were drawn.
     versions: policy versions of the steps that can be trained.
+    encoder_ids: what the encoder received; None for a decoder-only model.
     """
 
     token_ids: Integers
@@ -57,6 +58,18 @@ class Row:
     support_sizes: Integers
     temperature: float
     versions: tuple[str, ...]
+    encoder_ids: Integers | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the model receives."""
+        return len(self.token_ids) + (0 if self.encoder_ids is None else len(self.encoder_ids))
+
+    @property
+    def prompt(self) -> bytes:
+        """Identifies everything that precedes the first token that can be trained."""
+        before = self.token_ids[: self.positions[0]].tobytes()
+        return before if self.encoder_ids is None else self.encoder_ids.tobytes() + before
 
     def take(self, kept: Flags) -> "Row":
         """Returns the row with only these of its trained tokens."""
@@ -70,14 +83,13 @@ class Row:
             self.support_sizes[kept],
             self.temperature,
             self.versions,
+            self.encoder_ids,
         )
 
 
 def parse(segment: Json, first: int, place: str) -> Row | None:
     """Returns a segment; None if it has no token that can be trained. `first`: the episode's own first step."""
     check_segment(segment, place)
-    if "encoder_token_ids" in segment:
-        raise TrainingRefused(f"{place} is of an encoder-decoder model, which cannot be trained")
     try:
         return _parsed(segment, first, place)
     except ValueError as error:
@@ -103,7 +115,9 @@ def _parsed(segment: Json, first: int, place: str) -> Row | None:
     kinds, ids, sizes = _supports(segment.get("support"), token_ids, positions, drawn)
     temperature = float(segment.get("temperature", 1.0))
     versions = _versions(segment, steps, first)
-    return Row(token_ids, positions, kinds, values, steps, ids, sizes, temperature, versions)
+    given = segment.get("encoder_token_ids")
+    encoder_ids = None if given is None else np.asarray(given, np.int32)
+    return Row(token_ids, positions, kinds, values, steps, ids, sizes, temperature, versions, encoder_ids)
 
 
 def _steps(segment: Json, positions: Integers, first: int, place: str) -> Integers:

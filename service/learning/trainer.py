@@ -195,7 +195,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         self._count(sums)
-        num_tokens = sum(len(example.row.token_ids) for index in batch for example in self._units[index])
+        num_tokens = sum(example.row.length for index in batch for example in self._units[index])
         epoch = (self.state.step - 1) // self._steps_per_epoch
         speed = num_tokens / max(time.monotonic() - began, 1e-9)
         return Progress(self.state.step, self.num_steps, epoch, sums.means(), num_tokens, speed)

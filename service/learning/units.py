@@ -73,7 +73,7 @@ class Selection:
             "units": len(self.units),
             "segments": len(rows),
             "steps": _num_steps(rows),
-            "tokens": sum(len(row.token_ids) for row in rows),
+            "tokens": sum(row.length for row in rows),
             "trained_tokens": sum(len(row.positions) for row in rows),
             "token_kinds": self.kinds(),
             "mean_return": self.mean_return,
@@ -114,8 +114,7 @@ def _start(episode: Episode) -> tuple[str, ...]:
     """The tokens of the first prompt: those before the first token that can be trained."""
     if not episode.rows:
         return ("episode", episode.episode_id)
-    first = episode.rows[0]
-    return ("start", first.token_ids[: first.positions[0]].tobytes().hex())
+    return ("start", episode.rows[0].prompt.hex())
 
 
 def scored(episodes: Sequence[Episode]) -> list[Episode]:

@@ -181,7 +181,6 @@ def with_rating(rating: Any) -> Callable[[Any], Any]:
         (with_rating(float("nan")), "`feedback.0.rating` should be"),
         (spoiled(lambda d: d.update(segments=[None])), "line 2, segment 0: it should be an object, not None"),
         (spoiled(lambda d: d.update(segments=[7])), "line 2, segment 0: it should be an object, not 7"),
-        (segment_with(encoder_token_ids=[1]), "segment 0 is of an encoder-decoder model"),
         (segment_with(loss_mask=[1]), "differ in length"),
         (segment_with(loss_mask=[0.5]), "`loss_mask.0` should be 0 or 1, not 0.5"),
         (segment_with(temperature=0.0), "`temperature` should be greater than 0, not 0.0"),
