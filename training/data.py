@@ -51,7 +51,7 @@ class Transcripts:
         """Plays `num_episodes` episodes of up to `num_steps` steps. `instructed` adds the system message."""
         world = self.world
         which = rng.choice(len(world.weights), size=num_episodes, p=world.weights / world.weights.sum())
-        walk = _walk(world, rng, which, num_steps, behaviour)
+        walk = play(world, rng, which, num_steps, behaviour)
         head = self._head(which, instructed)
         steps = self._steps(walk)
         # The map is part of the first user turn, so the head ends with that turn's marker and the map. The marker of
@@ -70,7 +70,7 @@ class Transcripts:
         start += [special[USER]]
         return np.concatenate([np.tile(start, (len(which), 1)), self._first[which]], axis=1).astype(np.int64)
 
-    def _steps(self, walk: "_Walk") -> Ints:
+    def _steps(self, walk: "Walk") -> Ints:
         """The user turn and the assistant turn of every step, shape (B, N, number of tokens in a step)."""
         special, shape = self._special, walk.states.shape
         mark = lambda token: np.full((*shape, 1), special[token])  # noqa: E731
@@ -86,13 +86,15 @@ class Transcripts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
+class Walk:
+    """Episodes that were played at once. The arrays have the shape (B, N): B episodes of at most N steps."""
+
     states: Ints
     actions: Ints
     alive: Bools
 
 
-def _walk(world: World, rng: np.random.Generator, which: Ints, num_steps: int, behaviour: Behaviour) -> _Walk:
+def play(world: World, rng: np.random.Generator, which: Ints, num_steps: int, behaviour: Behaviour) -> Walk:
     """Plays many episodes at once.
 
     Except for the expert, actions that always end the episode are avoided if there is another, so that episodes are
@@ -121,7 +123,7 @@ def _walk(world: World, rng: np.random.Generator, which: Ints, num_steps: int, b
         pick = rng.integers(outcomes.shape[-1], size=num)
         alive = alive & ~ends[rows, action, pick]
         state = np.where(alive, outcomes[rows, action, pick], state)
-    return _Walk(np.stack(states, 1), np.stack(actions, 1), np.stack(alives, 1))
+    return Walk(np.stack(states, 1), np.stack(actions, 1), np.stack(alives, 1))
 
 
 def _scores(rng: np.random.Generator, expert: Floats, visits: Ints, guided: Floats, behaviour: Behaviour) -> Floats:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from training import worlds
 from training.curves import CSV, PLOT, Curves, Stage, plot
@@ -84,12 +84,16 @@ def expert_loss(model: LlamaForCausalLM, batch: Batch, actions: torch.Tensor, en
     return (losses * alive).sum() / alive.sum()
 
 
+def _is_embedding(name: str) -> bool:
+    return any(part in name for part in ("embed", "shared", "relative_attention_bias"))
+
+
 class Optimizer:
     """Muon (Jordan, 2024) for the matrices of the layers and AdamW for embeddings and norms, with one schedule."""
 
-    def __init__(self, model: LlamaForCausalLM, peak: float) -> None:
-        inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-        outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    def __init__(self, model: PreTrainedModel, peak: float) -> None:
+        inner = [p for name, p in model.named_parameters() if p.ndim == 2 and not _is_embedding(name)]
+        outer = [p for name, p in model.named_parameters() if p.ndim != 2 or _is_embedding(name)]
         self._model = model
         self._peak = peak
         self._parts: list[torch.optim.Optimizer] = [

@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from training import curves, evaluate, toy_text
+from service.engine.encoder_prompt import EncoderPrompt
+from service.engine.seq2seq.loading import describe
+from service.engine.tokenizer import HFTokenizer
+from training import curves, evaluate, toy_t5, toy_text, worlds
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,28 @@ def test_a_short_training_writes_the_policy_and_its_curves(tmp_path: Path):
     again = tmp_path / "again.png"
     assert f"Wrote {again}." in run(curves.draw, tmp_path / "curves.csv", "--out", again).replace("\n", "")
     assert again.read_bytes() == drawn
+
+
+def test_a_short_training_writes_an_encoder_decoder_policy(tmp_path: Path):
+    run(toy_t5.train, "--out", tmp_path, "--steps", "3", "--check-every", "2", "--threads", "1")
+    described = describe(str(tmp_path / "policy"), "t5", {}, None)
+    assert described.info.max_model_len == toy_t5.MAX_LEN
+    rows = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert all(float(row["frozen_lake"]) > 1 for row in rows)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_examples_are_rendered_and_encoded_as_in_the_service():
+    world = worlds.frozen_lake()
+    tokenizer = toy_t5.train_tokenizer([world, worlds.cliff_walking(), worlds.taxi(), worlds.blackjack()])
+    rng = np.random.default_rng(1)
+    examples = toy_t5.sample(toy_t5.Share(world, 40, 10), rng, "explore", True)
+    own = HFTokenizer(tokenizer)
+    assert tokenizer(list(examples.texts))["input_ids"] == [own.encode_input(text) for text in examples.texts]
+    assert all(text.startswith(world.instructions) and text.endswith("\nAction:") for text in examples.texts)
+    assert examples.labels.sum(axis=1) == pytest.approx(1)
+    assert EncoderPrompt(own, (0,), (1,)).encode_reply("left") == [tokenizer.encode("left")[0]]
 
 
 def test_the_evaluation_prints_a_row_for_each_environment():
