@@ -26,12 +26,15 @@ from service.loop.training import end_with_parent
 LESSON = (
     *("--env", "FrozenLake-v1", "--env-kwargs", '{"reward_schedule": [1, -1, 0]}'),
     *("--instructions", "The ice is slippery: a move may slip sideways. Actions: left, down, right, up."),
-    *("--test-kwargs", "{}", "--method", "grpo", "--rounds", "6", "--patience", "6"),
-    *("--temperature", "8", "--last-temperature", "4", "--learning-rate", "3e-3"),
+    *("--test-kwargs", "{}", "--method", "grpo", "--learning-rate", "3e-3"),
     *("--episodes", "512", "--repeat", "1", "--selection", "80", "--final", "500"),
     *("--train-args", "--group-by start --discount 0.8 --warmup-steps 0 --clip 0.4"),
 )
 """The options of `episodic learn`. `--rehearse` is added to the last."""
+
+WHOLE_LESSON, FIRST_TEMPERATURE, LAST_TEMPERATURE = 12, 8.0, 4.0
+"""Rounds of the whole lesson, and the temperatures of the first and the last one. It falls by the same amount each
+round, also if there are fewer or more."""
 
 MASTERED = {"episodic/FrozenLakeRandom-v0": 256, "CliffWalking-v1": 32, "Taxi-v4": 64, "Blackjack-v1": 64}
 """Number of episodes of each game to rehearse."""
@@ -42,11 +45,22 @@ INTERRUPTED = 130
 _START_S = 300.0
 
 
-def main(out: Annotated[Path, typer.Option(help="Folder of the run. The same command continues it.")]) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the run. The same command continues it.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds. The whole lesson has 12; 5 take about ten minutes.")] = 5,
+) -> None:
     """Run the lesson, and end with its exit code."""
     out.mkdir(parents=True, exist_ok=True)
     with running_service(out) as url:
-        raise typer.Exit(_learn(out, url))
+        raise typer.Exit(_learn(out, url, rounds))
+
+
+def schedule(rounds: int) -> tuple[str, ...]:
+    """The options for so many rounds of the lesson."""
+    fall = (FIRST_TEMPERATURE - LAST_TEMPERATURE) / (WHOLE_LESSON - 1)
+    last = max(FIRST_TEMPERATURE - fall * (rounds - 1), 1.0)
+    temperatures = ("--temperature", f"{FIRST_TEMPERATURE:g}", "--last-temperature", f"{last:.3g}")
+    return ("--rounds", str(rounds), "--patience", str(rounds), *temperatures)
 
 
 def rehearsal(out: Path, url: str) -> Path:
@@ -74,11 +88,11 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "service", *arguments]
 
 
-def _learn(out: Path, url: str) -> int:
+def _learn(out: Path, url: str, rounds: int) -> int:
     """Runs `episodic learn`. Ctrl+C reaches it directly, because it is in the same process group."""
     *lesson, train_args = LESSON
     train_args += f" --rehearse {shlex.quote(str(rehearsal(out, url)))}"
-    command = _command("learn", "--out", str(out), "--url", url, *lesson, train_args)
+    command = _command("learn", "--out", str(out), "--url", url, *schedule(rounds), *lesson, train_args)
     signal.signal(signal.SIGINT, lambda *_: None)
     code = subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode  # noqa: S603
     if code == INTERRUPTED:

@@ -24,15 +24,22 @@ from tests.e2e.server import until
 from tests.learning.loop_service import LoopService
 from tests.support import serving as scripted
 from training import corrections, learn, ratings
-from training.learn import INTERRUPTED, LESSON, running_service
+from training.learn import INTERRUPTED, LESSON, running_service, schedule
 
 NOWHERE = "http://127.0.0.1:9"
 
 
 def test_the_options_of_the_lesson_are_accepted(tmp_path: Path):
-    done = CliRunner().invoke(app, ["learn", *LESSON, "--out", str(tmp_path / "out"), "--url", NOWHERE])
+    options = [*schedule(6), *LESSON]
+    done = CliRunner().invoke(app, ["learn", *options, "--out", str(tmp_path / "out"), "--url", NOWHERE])
     assert "no service answers" in " ".join(done.stderr.split())
     assert done.exit_code == 1
+
+
+def test_a_short_lesson_is_the_beginning_of_the_whole_one():
+    assert schedule(12)[-1] == "4"
+    assert schedule(1)[-1] == "8"
+    assert float(schedule(6)[-1]) == pytest.approx(8 - 5 * 4 / 11, abs=0.01)
 
 
 def test_the_options_of_the_corrections_are_accepted(tmp_path: Path):
