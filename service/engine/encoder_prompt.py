@@ -42,7 +42,8 @@ class EncoderPrompt:
 
 def rendered(template: str, system: str, turns: Sequence[Turn], observation: str) -> str:
     """Returns the text that the encoder receives."""
-    history = "".join(f"Observation: {seen}\nAction: {action}\n" for seen, action in turns)
+    shown = turns if has_history(template) else ()
+    history = "".join(f"Observation: {seen}\nAction: {action}\n" for seen, action in shown)
     parts = {"instructions": system, "history": history, "observation": observation}
     return _PLACEHOLDER.sub(lambda found: parts[found[1]], template).strip()
 

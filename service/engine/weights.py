@@ -1,6 +1,7 @@
-"""The version of a model's weights: a digest of their files, which is computed once for each file."""
+"""The files of a model's weights, and their version: a digest that is computed once for each file."""
 
 import hashlib
+import importlib
 import json
 import os
 import tempfile
@@ -35,6 +36,14 @@ def weights_version(model: Path, cache: Path | None = None) -> str | None:
         _write(cache, known | {path: entry for path, entry in found if time.time() - entry[1] / 1e9 > _SETTLED_S})
     parts = [f"{file.name}:{entry[-1]}" for file, (_, entry) in zip(files, found, strict=True)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def model_folder(model: str) -> Path:
+    """Returns the folder of the weights: `model` itself, or the local cache of the Hugging Face hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    hub: Any = importlib.import_module("huggingface_hub")  # imported dynamically, because its types are incomplete
+    return Path(hub.snapshot_download(model, local_files_only=True, allow_patterns=["*.safetensors"]))
 
 
 def _files(model: Path) -> Sequence[Path]:

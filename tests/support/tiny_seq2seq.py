@@ -50,14 +50,25 @@ def make_model(folder: Path, family: Family = "t5", *, sick_from: int | None = N
     if family == "bart":
         model: Any = BartForConditionalGeneration(_bart(len(own), ids, config))
     elif family == "mt5":
-        model = MT5ForConditionalGeneration(MT5Config(vocab_size=len(own), **_SIZES, **ids, **config))
+        model = MT5ForConditionalGeneration(MT5Config(vocab_size=len(own), **{**_SIZES, **ids, **config}))
     else:
-        model = T5ForConditionalGeneration(T5Config(vocab_size=len(own), **_SIZES, **ids, **config))
+        model = T5ForConditionalGeneration(T5Config(vocab_size=len(own), **{**_SIZES, **ids, **config}))
     if sick_from is not None:
         with torch.no_grad():
             model.get_encoder().embed_positions.weight[sick_from:] = float("nan")
     model.save_pretrained(folder)
     own.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(model: Path, folder: Path, seed: int) -> Path:
+    """Writes a LoRA adapter with random weights for a model into `folder`, and returns `folder`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSeq2SeqLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(model), config).save_pretrained(folder)
     return folder
 
 

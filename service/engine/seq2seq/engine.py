@@ -37,6 +37,7 @@ from service.engine.seq2seq.messages import (
     Generate,
     Generated,
     LoadAdapter,
+    Missing,
     ModelOptions,
     Numbered,
     Probe,
@@ -61,8 +62,10 @@ _DIED = "the engine died; retry after it is loaded again"
 class Seq2SeqEngine(EncoderDecoderEngine):
     """An engine that runs an encoder-decoder model with transformers. `Seq2SeqEngine.load` creates it."""
 
-    def __init__(self, described: Described, process: "Process", ready: Ready, grammar: GrammarChecker) -> None:
-        options, tokenizer = described.options, HFTokenizer(described.tokenizer)
+    def __init__(
+        self, described: Described, tokenizer: HFTokenizer, process: "Process", ready: Ready, grammar: GrammarChecker
+    ) -> None:
+        options = described.options
         prompt = EncoderPrompt(tokenizer, options.prefix, options.end_token_ids)
         room = options.max_len - len(options.prefix)
         super().__init__(replace(described.info, vocab_size=ready.vocab_size), tokenizer, prompt, room)
@@ -72,32 +75,30 @@ class Seq2SeqEngine(EncoderDecoderEngine):
 
     @classmethod
     async def load(
-        cls, model: str, options: dict[str, Any], *, name: str, grammar_limit_s: float, cache: Path | None = None
+        cls, model: str, given: dict[str, Any], *, name: str, grammar_limit_s: float, cache: Path | None = None
     ) -> "Seq2SeqEngine":
         """Reads the model's configuration, and starts a worker that loads the weights.
 
         model: a folder or the id of a model on the Hugging Face hub.
-        options: engine options; see `loading.Options`.
+        given: engine options; see `loading.Options`.
         name: the name of the model for callers.
         grammar_limit_s: timeout for compiling one constraint, in seconds.
         cache: a file with digests of weight files; see `weights_version`.
 
         Raises EngineRefused for a model or an option that is not supported.
         """
-        described = await asyncio.to_thread(describe, model, name, options, cache)
+        described = await asyncio.to_thread(describe, model, name, given, cache)
         _log.info("engine_starting", model=name)
-        process, ready = await Process.start(described.options)
-        highest = max(HFTokenizer(described.tokenizer).max_token_id, *described.options.end_token_ids)
-        if highest >= ready.vocab_size:
+        tokenizer, options = HFTokenizer(described.tokenizer), described.options
+        process, ready = await Process.start(options)
+        try:
+            _check_vocabulary(model, max(tokenizer.max_token_id, *options.end_token_ids), ready)
+            data = TokenizerData(None, options.grammar_tokenizer, ready.vocab_size, tokenizer.eos_token_id)
+            engine = cls(described, tokenizer, process, ready, GrammarChecker(data, limit_s=grammar_limit_s))
+            await engine._warm_up()
+        except BaseException:
             await process.close()
-            raise EngineRefused(
-                f"{model}: the tokenizer has the token id {highest}, but the model has only {ready.vocab_size} "
-                "embeddings: the tokenizer belongs to another model"
-            )
-        tokenizer = described.tokenizer
-        data = TokenizerData(None, described.options.grammar_tokenizer, ready.vocab_size, tokenizer.eos_token_id)
-        engine = cls(described, process, ready, GrammarChecker(data, limit_s=grammar_limit_s))
-        await engine._warm_up()
+            raise
         return engine
 
     @property
@@ -180,6 +181,15 @@ class Seq2SeqEngine(EncoderDecoderEngine):
         await self.generate(prompt, Sampling(temperature=0.0, max_tokens=2), None)
 
 
+def _check_vocabulary(model: str, highest: int, ready: Ready) -> None:
+    """Raises EngineRefused if a prompt could contain a token that the model does not have."""
+    if highest >= ready.vocab_size:
+        raise EngineRefused(
+            f"{model}: the tokenizer has the token id {highest}, but the model has only {ready.vocab_size} "
+            "embeddings: the tokenizer belongs to another model"
+        )
+
+
 class Process:
     """The worker's process, and the requests in flight. `Process.start` creates it."""
 
@@ -208,17 +218,16 @@ class Process:
         self = cls(process, ours, options)
         try:
             first = await asyncio.to_thread(ours.recv)
+            if isinstance(first, Refused):
+                raise EngineRefused(first.reason)
         except EOFError:
             await self.close()
-            raise EngineRefused(
-                f"the worker ended with exit code {process.exitcode} while it loaded the model"
-            ) from None
+            code = process.exitcode
+            raise EngineRefused(f"the worker ended with exit code {code} while it loaded the model") from None
         except BaseException:
             self.kill()
+            ours.close()
             raise
-        if isinstance(first, Refused):
-            await self.close()
-            raise EngineRefused(first.reason)
         Thread(target=self._receive, name="answers", daemon=True).start()
         Thread(target=self._send_all, name="requests", daemon=True).start()
         return self, first
@@ -249,6 +258,8 @@ class Process:
                 is_last = not isinstance(answer, Tokens)
                 if answer is None:
                     raise EngineUnavailable(_DIED)
+                if isinstance(answer, Missing):
+                    raise EngineUnavailable("the policy's adapter was unloaded; retry the request")
                 if isinstance(answer, Failed):
                     raise ActionSpaceRefused(f"the engine refuses the request: {answer.reason}")
                 yield answer

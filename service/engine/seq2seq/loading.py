@@ -10,7 +10,7 @@ from service.engine.adapters import base_shapes
 from service.engine.base import EngineInfo, EngineRefused
 from service.engine.seq2seq.messages import ModelOptions
 from service.engine.tokenizer import tokenizer_json
-from service.engine.weights import weights_version
+from service.engine.weights import model_folder, weights_version
 from service.trajectory import Sampling
 from service.values import immutable
 
@@ -86,7 +86,7 @@ def describe(model: str, name: str, options: dict[str, Any], cache: Path | None)
         max_rows=chosen.max_rows,
         max_encoder_tokens=chosen.max_encoder_tokens,
         num_threads=chosen.num_threads,
-        grammar_tokenizer=tokenizer_json(tokenizer),
+        grammar_tokenizer=_for_grammars(tokenizer),
     )
     version = weights_version(Path(model), cache) or getattr(config, "_commit_hash", None) or "unknown"
     info = EngineInfo(
@@ -95,7 +95,7 @@ def describe(model: str, name: str, options: dict[str, Any], cache: Path | None)
         max_model_len=length,
         default_sampling=_sampling(generation),
         num_slots=chosen.max_rows,
-        weight_shapes=base_shapes(_folder(model)) if chosen.enable_lora else None,
+        weight_shapes=base_shapes(model_folder(model)) if chosen.enable_lora else None,
         max_lora_rank=chosen.max_lora_rank if chosen.enable_lora else 0,
     )
     return Described(tokenizer, worker, info)
@@ -160,15 +160,28 @@ def _prefix(config: Any, generation: Any, model: str) -> tuple[int, ...]:
     if start is None:
         raise EngineRefused(f"{model}: its configuration has no decoder_start_token_id")
     forced = generation.forced_bos_token_id
-    return (start,) if forced is None or forced == start else (start, forced)
+    return (start,) if forced is None else (start, forced)
 
 
 def _end_tokens(config: Any, generation: Any, tokenizer: Any, model: str) -> tuple[int, ...]:
     """Returns the tokens that end a reply. Raises EngineRefused."""
-    found = next((one for one in (generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id) if one), None)
+    candidates = (generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id)
+    found = next((one for one in candidates if one not in (None, [])), None)
     if found is None:
         raise EngineRefused(f"{model}: its configuration has no eos_token_id")
     return tuple(cast("list[int]", found)) if isinstance(found, list) else (cast("int", found),)
+
+
+def _for_grammars(tokenizer: Any) -> str | None:
+    """Returns the tokenizer as text for llguidance; None if llguidance does not support it."""
+    from llguidance import LLTokenizer
+
+    text = tokenizer_json(tokenizer)
+    try:
+        LLTokenizer(text or "")
+    except ValueError:
+        return None
+    return text
 
 
 def _sampling(generation: Any) -> Sampling:
@@ -186,11 +199,3 @@ def _sampling(generation: Any) -> Sampling:
         min_p=given("min_p", default.min_p),
         max_tokens=given("max_new_tokens", default.max_tokens),
     )
-
-
-def _folder(model: str) -> Path:
-    """Returns the folder of the model's files: `model` itself, or the local cache of the Hugging Face hub."""
-    if Path(model).is_dir():
-        return Path(model)
-    hub: Any = importlib.import_module("huggingface_hub")
-    return Path(hub.snapshot_download(model, local_files_only=True, allow_patterns=["*.safetensors"]))

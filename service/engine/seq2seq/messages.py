@@ -86,7 +86,7 @@ class LoadAdapter:
 
 @immutable
 class UnloadAdapter:
-    """Unloads an adapter. The answer is Done."""
+    """Unloads an adapter, once no reply in progress uses it. The answer is Done, at once."""
 
     name: str
 
@@ -132,7 +132,12 @@ class Failed:
     reason: str
 
 
+@immutable
+class Missing:
+    """The request's adapter is not loaded (any more)."""
+
+
 Request = Generate | Score | Cancel | LoadAdapter | UnloadAdapter | Probe
-Answer = Tokens | Generated | Scored | Done | Refused | Failed
+Answer = Tokens | Generated | Scored | Done | Refused | Failed | Missing
 Numbered = tuple[int, Any]
-"""The number of a request, with the request or an answer to it."""
+"""A request with its number."""

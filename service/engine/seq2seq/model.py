@@ -1,5 +1,6 @@
 """The forward passes of an encoder-decoder model of the transformers library."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,14 +109,19 @@ class Seq2SeqModel:
         return [out.logits[place, : len(ids)].float() for place, (_, ids) in enumerate(paths)]
 
     def load_adapter(self, name: str, path: str) -> None:
-        """Loads a LoRA adapter, unless it is loaded. Raises whatever PEFT raises."""
+        """Loads a LoRA adapter, unless it is loaded. Raises whatever PEFT raises. The base model is active then."""
         if name in self._adapters:
             return
         own = f"adapter{self._num_loaded}"  # names must not contain dots
         self._num_loaded += 1
-        self._model.load_adapter(path, adapter_name=own)
-        self._model.eval()
-        self._adapters[name] = self._active = own
+        try:
+            self._model.load_adapter(path, adapter_name=own)
+            self._adapters[name] = own
+        finally:
+            self._active = None
+            with contextlib.suppress(ValueError):  # no adapter was ever loaded
+                self._model.disable_adapters()
+            self._model.eval()
 
     def unload_adapter(self, name: str) -> None:
         """Unloads an adapter, if it is loaded."""

@@ -28,10 +28,13 @@ from service.engine.seq2seq.messages import (
     Generate,
     Generated,
     LoadAdapter,
+    Missing,
     ModelOptions,
     Numbered,
+    Probe,
     Ready,
     Refused,
+    Request,
     Score,
     Scored,
     Tokens,
@@ -88,6 +91,7 @@ class Worker:
         self._waiting: deque[Numbered] = deque()
         self._batches: list[_Batch] = []
         self._answers: list[tuple[int, Answer]] = []
+        self._unloading: set[str] = set()
         self._grammar_tokenizer: Any = None
 
     @torch.inference_mode()
@@ -100,6 +104,7 @@ class Worker:
             for batch in self._batches:
                 self._step(batch)
             self._batches = [batch for batch in self._batches if batch.replies]
+            self._unload_adapters()
             if self._answers:
                 self._connection.send(self._answers)
                 self._answers = []
@@ -114,7 +119,8 @@ class Worker:
         """Takes all requests that have arrived. Waits for one if there is nothing else to do."""
         is_idle = not self._waiting and not self._batches
         while is_idle or not self._arrived.empty():
-            number, request = self._arrived.get()
+            arrived: tuple[int, Request] = self._arrived.get()
+            number, request = arrived
             is_idle = False
             match request:
                 case Cancel():
@@ -122,11 +128,11 @@ class Worker:
                 case LoadAdapter():
                     self._answers.append((number, self._load_adapter(request)))
                 case UnloadAdapter():
-                    self._model.unload_adapter(request.name)
+                    self._unloading.add(request.name)
                     self._answers.append((number, Done()))
                 case Generate() | Score():
                     self._waiting.append((number, request))
-                case _:
+                case Probe():
                     self._answers.append((number, Done()))
 
     def _cancel(self, number: int) -> None:
@@ -135,11 +141,19 @@ class Worker:
             batch.remove([place for place, reply in enumerate(batch.replies) if reply.number == number])
 
     def _load_adapter(self, request: LoadAdapter) -> Answer:
+        self._unloading.discard(request.name)
         try:
             self._model.load_adapter(request.name, request.path)
         except Exception as error:  # noqa: BLE001 - PEFT raises many types
             return Refused(f"{type(error).__name__}: {str(error)[:300]}")
         return Done()
+
+    def _unload_adapters(self) -> None:
+        """Unloads the adapters that no request needs any more."""
+        needed = {batch.adapter for batch in self._batches} | {request.adapter for _, request in self._waiting}
+        for name in self._unloading - needed:
+            self._model.unload_adapter(name)
+            self._unloading.remove(name)
 
     def _admit(self) -> None:
         """Encodes the waiting requests that have room, in the order of their arrival."""
@@ -160,7 +174,7 @@ class Worker:
             try:
                 self._model.use(adapter)
             except KeyError:
-                self._answers += [(number, Failed("the adapter was unloaded")) for number, _ in requests]
+                self._answers += [(number, Missing()) for number, _ in requests]
                 continue
             for bucket in _buckets(requests):
                 self._begin(adapter, bucket)

@@ -23,7 +23,7 @@ from service.engine.base import EngineInfo, EngineRefused
 from service.engine.grammar import TokenizerData
 from service.engine.tokenizer import tokenizer_json
 from service.engine.vllm import cpu_adapters, structured_outputs
-from service.engine.weights import weights_version
+from service.engine.weights import model_folder, weights_version
 from service.observability import logs
 from service.observability.fast_metrics import FastCounter, FastGauge, FastHistogram
 from service.trajectory import Sampling
@@ -250,18 +250,10 @@ def model_info(llm: Any, model: str, name: str, cache: Path | None) -> EngineInf
         vocab_size=llm.model_config.get_vocab_size(),
         default_sampling=sampling,
         think_tags=_think_tags(llm),
-        weight_shapes=base_shapes(_model_folder(model)) if lora else None,
+        weight_shapes=base_shapes(model_folder(model)) if lora else None,
         max_lora_rank=lora.max_lora_rank if lora else 0,
         num_slots=llm.vllm_config.scheduler_config.max_num_seqs * llm.vllm_config.parallel_config.data_parallel_size,
     )
-
-
-def _model_folder(model: str) -> Path:
-    """Returns the folder of the weights: `model` itself, or the local cache of the Hugging Face hub."""
-    if Path(model).is_dir():
-        return Path(model)
-    hub: Any = importlib.import_module("huggingface_hub")  # imported dynamically, because its types are incomplete
-    return Path(hub.snapshot_download(model, local_files_only=True, allow_patterns=["*.safetensors"]))
 
 
 def _think_tags(llm: Any) -> tuple[str, str] | None:

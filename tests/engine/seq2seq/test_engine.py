@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from service.agent.action_spaces import DiscreteSpace, RegexSpace, TextSpace
-from service.engine.base import EngineUnavailable, TextSink, Transcript, Wanted
+from service.engine.adapters import AdapterRefused
+from service.engine.base import Adapter, EngineUnavailable, TextSink, Transcript, Wanted
 from service.engine.decision_trie import Branch
 from service.engine.seq2seq.engine import Seq2SeqEngine
 from service.errors import PolicyFailed
 from service.trajectory import Decision, Sampling
 from tests.support.acts import slot
-from tests.support.tiny_seq2seq import END, make_model
+from tests.support.tiny_seq2seq import END, make_adapter, make_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -62,6 +63,10 @@ async def decide(
 def inputs(num: int, sizes: tuple[int, int] = (2, 90)) -> list[list[int]]:
     generator = random.Random(3)
     return [[*(generator.randrange(3, 100) for _ in range(generator.randrange(*sizes))), END] for _ in range(num)]
+
+
+def adapter(model: Path, folder: Path, seed: int) -> Adapter:
+    return Adapter(f"{folder.name}@1", f"version {seed}", str(make_adapter(model, folder, seed)), 4)
 
 
 async def later(number: int, call: Any) -> Any:
@@ -208,6 +213,60 @@ async def test_probabilities_that_are_not_numbers_fail_alone(tmp_path: Path):
             *fine, failed = await asyncio.gather(*healthy, sick, return_exceptions=True)
             assert isinstance(failed, PolicyFailed)
             assert all(isinstance(one, Decision) for one in fine)
+    await engine.close()
+
+
+async def test_each_request_gets_its_own_adapter_in_any_order(tmp_path: Path):
+    folder = make_model(tmp_path / "t5")
+    engine = await load(folder, enable_lora=True)
+    (ids,), root = inputs(1), [Branch((), (0, 1, 2, 3), (10, 20, END))]
+    one, two = (adapter(folder, tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
+    expected: dict[Adapter | None, float] = {None: (await engine.score(ids, root))[0].logprobs[0]}
+    for new in (one, two):
+        await engine.score(ids, root)
+        await engine.load_adapter(new)
+        expected[new] = (await engine.score(ids, root, adapter=new))[0].logprobs[0]  # right after it was loaded
+    assert len({round(value, 3) for value in expected.values()}) == 3
+    for order in ((None, two, one), (one, None, two), (two, one, None)):
+        for used in order:
+            assert (await engine.score(ids, root, adapter=used))[0].logprobs[0] == pytest.approx(
+                expected[used], abs=1e-4
+            )
+    used = [None, one, two] * 4
+    scores = await asyncio.gather(*(engine.score(ids, root, adapter=one) for one in used))
+    for adapter_, (score,) in zip(used, scores, strict=True):
+        assert score.logprobs[0] == pytest.approx(expected[adapter_], abs=1e-4)
+    await engine.close()
+
+
+async def test_an_adapter_is_unloaded_after_the_replies_that_use_it(tmp_path: Path):
+    folder = make_model(tmp_path / "t5")
+    engine = await load(folder, enable_lora=True)
+    own = adapter(folder, tmp_path / "own", 1)
+    await engine.load_adapter(own)
+    endless = Sampling(max_tokens=300, seed=1)
+    replies = [asyncio.create_task(engine.generate(ids, endless, None, adapter=own)) for ids in inputs(3)]
+    await asyncio.sleep(0.05)
+    await engine.unload_adapter(own)
+    assert {reply.finish_reason for reply in await asyncio.gather(*replies)} == {"length"}
+    with pytest.raises(EngineUnavailable, match="the policy's adapter was unloaded"):
+        await engine.generate(inputs(1)[0], endless, None, adapter=own)
+    await engine.load_adapter(own)
+    await engine.generate(inputs(1)[0], Sampling(max_tokens=1), None, adapter=own)
+    assert engine.healthy
+    await engine.close()
+
+
+async def test_an_adapter_that_cannot_be_loaded_leaves_the_base_model_as_it_is(tmp_path: Path):
+    folder = make_model(tmp_path / "t5")
+    engine = await load(folder, enable_lora=True)
+    (ids,), root = inputs(1), [Branch((), (0, 1, 2, 3), (10, 20, END))]
+    before = await engine.score(ids, root)
+    other = make_model(tmp_path / "wide", d_ff=160)
+    for wrong in (adapter(other, tmp_path / "wrong", 1), Adapter("none@1", "v", str(tmp_path / "none"), 4)):
+        with pytest.raises(AdapterRefused):
+            await engine.load_adapter(wrong)
+        assert (await engine.score(ids, root))[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-5)
     await engine.close()
 
 

@@ -1,6 +1,7 @@
 """Which encoder-decoder models and engine options are refused, and in which words."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from service.engine.base import EngineRefused
+from service.agent.action_spaces import DiscreteSpace, RegexSpace
+from service.engine.base import ConstraintRefused, EngineRefused
 from service.engine.load import load_engine
 from service.engine.seq2seq.engine import Seq2SeqEngine
 from service.engine.seq2seq.loading import describe, is_encoder_decoder
@@ -85,6 +87,27 @@ async def test_a_tokenizer_of_another_model_is_refused(model: Path):
     cut = {name: value[:20].clone() if name == "shared.weight" else value for name, value in weights.items()}
     save_file(cut, model / WEIGHTS, metadata={"format": "pt"})
     assert "the tokenizer belongs to another model" in await refusal(model)
+    assert not multiprocessing.active_children(), "the worker must not stay behind"
+
+
+async def test_a_tokenizer_that_no_grammar_supports_serves_texts_and_refuses_patterns(model: Path):
+    change(model, "tokenizer.json", decoder={"type": "WordPiece", "prefix": "##", "cleanup": False})
+    engine = await Seq2SeqEngine.load(str(model), {}, name="tiny", grammar_limit_s=30)
+    with pytest.raises(ConstraintRefused, match="not supported for json, regex and tools"):
+        await engine.check(RegexSpace.of({"type": "regex", "pattern": "a+"}))
+    await engine.check(DiscreteSpace(("go", "left")))
+    await engine.close()
+
+
+async def test_an_end_token_may_have_the_id_0(model: Path):
+    for file in (CONFIG, "generation_config.json"):
+        change(model, file, eos_token_id=0)
+    assert describe(str(model), "tiny", {}, None).options.end_token_ids == (0,)
+
+
+async def test_options_of_v1_are_refused(model: Path, tmp_path: Path):
+    with pytest.raises(EngineRefused, match="does not serve /v1"):
+        await load_engine(Settings(model=str(model), data=tmp_path, openai={"tool_call_parser": "hermes"}))
 
 
 async def test_missing_weights_are_named(model: Path):
