@@ -7,6 +7,7 @@ replies. They alternate; the table has the medians.
 
 import asyncio
 import random
+import signal
 import statistics
 import tempfile
 import time
@@ -57,7 +58,7 @@ WORDS = [
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A comparison. `bar`: the ratio that issue and documentation promise."""
+    """A comparison. `bar`: the ratio that is aimed at."""
 
     name: str
     num_episodes: int
@@ -158,6 +159,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each cell. The table has the medians.")] = 3,
 ) -> None:
     """Compare the service with the plain loop."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "t5")

@@ -1,6 +1,6 @@
 """The policy's tokenizer, a byte-level BPE trained on the texts of the worlds, and its chat template."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -43,23 +43,30 @@ def texts(worlds: list[World]) -> Iterator[str]:
     yield from (f"{number}, {number}: {number} " for number in range(100))
 
 
-def train_tokenizer(worlds: list[World]) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer on the texts of the worlds. It has tokens for all 256 bytes and can encode any text."""
+def byte_level_bpe(corpus: Iterable[str], pieces: str, special_tokens: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Trains a BPE on texts, which the pattern `pieces` splits. It has tokens for all 256 bytes and can encode any
+    text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts(worlds), trainer)
+    core.train_from_iterator(corpus, trainer)
+    return core
+
+
+def train_tokenizer(worlds: list[World]) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer on the texts of the worlds."""
+    core = byte_level_bpe(texts(worlds), PIECES, SPECIAL_TOKENS, VOCAB_SIZE)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BEGIN,

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from service.engine.encoder_prompt import DEFAULT_TEMPLATE, rendered
 from training import worlds
 from training.curves import CSV, PLOT, Curves, plot
 from training.data import Behaviour, play
-from training.tokenizer import texts
+from training.tokenizer import byte_level_bpe, texts
 from training.toy_text import INSTRUCTED, LAKE_WEIGHT, Optimizer, ticks
 from training.worlds import Floats, Ints, World
 
@@ -96,26 +96,12 @@ def _text(world: World, first: str, states: Ints, actions: Ints, template: str, 
 
 
 def train_tokenizer(all_worlds: list[World]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on the texts of the worlds. It can encode any text, and puts the end token after it."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[PAD, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    """Trains the tokenizer on the texts of the worlds. It puts the end token after each text."""
     # An action is a reply of its own, and part of the history, where a space precedes it.
-    turns = (
+    corpus = (
         f"{text}\n\nObservation: {text}\nAction: {text}\nObservation: {text}\nAction:" for text in texts(all_worlds)
     )
-    core.train_from_iterator(turns, trainer)
+    core = byte_level_bpe(corpus, PIECES, (PAD, END), VOCAB_SIZE)
     core.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, core.token_to_id(END))]
     )
